@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is made on first use.
+#   make demo     set up, then run the demo into demo/
+#   make check    set up, then format check, lint, types, tests
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+BIN := .venv/bin
+
+.PHONY: demo check lint test fix clean
+
+demo: .venv/demo
+	$(BIN)/tomevit demo -o demo
+
+check: lint test
+
+lint: .venv/test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: .venv/test
+	$(BIN)/pytest --cov --cov-report=term
+
+fix: .venv/test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv demo
+
+.venv/demo: EXTRAS := plot
+.venv/test: EXTRAS := test
+.venv/demo .venv/test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	touch $@

@@ -1,0 +1,35 @@
+"""Fast vision transformers with native token merging.
+
+import tomevit
+
+model = tomevit.create("vit_b16", r=16)      # eval mode, on the CPU, ready
+logits = model(images)                       # (B, 3, 224, 224) normalised -> (B, 1000)
+"""
+
+from tomevit.config import Card, Config, Preprocess
+from tomevit.flops import flops
+from tomevit.layers.merge import Merge, Tokens, unmerge
+from tomevit.models import DistilledLogits, VisionTransformer
+from tomevit.transform import transform
+from tomevit.weights.native import load, save
+from tomevit.zoo import card, create, list_models
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Card",
+    "Config",
+    "DistilledLogits",
+    "Merge",
+    "Preprocess",
+    "Tokens",
+    "VisionTransformer",
+    "card",
+    "create",
+    "flops",
+    "list_models",
+    "load",
+    "save",
+    "transform",
+    "unmerge",
+]

@@ -1,0 +1,42 @@
+"""The parts, for use in a transformer of your own: see examples/own_transformer.py."""
+
+from tomevit.layers.attention import Attention, attend
+from tomevit.layers.block import Block
+from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
+from tomevit.layers.matching import (
+    MATCHINGS,
+    Matching,
+    bipartite_soft_matching,
+    every_kth_matching,
+    random_matching,
+)
+from tomevit.layers.merge import Merge, Tokens, compose, merge_mean, merge_tokens, slot_map, unmerge
+from tomevit.layers.mlp import DropPath, LayerScale, Mlp
+from tomevit.layers.pool import mean_patch
+from tomevit.layers.schedule import check_schedule, resolve_schedule
+
+__all__ = [
+    "MATCHINGS",
+    "Attention",
+    "Block",
+    "DropPath",
+    "LayerScale",
+    "Matching",
+    "Merge",
+    "Mlp",
+    "PatchEmbed",
+    "Tokens",
+    "add_prefix_and_positions",
+    "attend",
+    "bipartite_soft_matching",
+    "check_schedule",
+    "compose",
+    "every_kth_matching",
+    "mean_patch",
+    "merge_mean",
+    "merge_tokens",
+    "random_matching",
+    "resolve_schedule",
+    "slot_map",
+    "unmerge",
+]

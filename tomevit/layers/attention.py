@@ -1,0 +1,67 @@
+"""Multi-head self-attention that knows how many patches a token stands for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tomevit.config import Config
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Fused attention; with sizes, proportional attention: softmax(q kᵀ / √d + log size) v (ToMe, equation 1).
+
+    Args:
+        q: (B, H, Q, d).
+        k, v: (B, H, N, d).
+        size: (B, N, 1) float32, how many initial tokens each key stands for; None: all the same.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, H, Q, d)
+    """
+    bias = None
+    if size is not None:
+        log_size = size.to(torch.promote_types(q.dtype, torch.float32)).log().to(q.dtype)
+        bias = rearrange(log_size, "b n 1 -> b 1 1 n")
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+
+
+class Attention(nn.Module):
+    """Self-attention over all tokens, or for the first `num_read` of them only."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
+        self.head_dim = head_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.attn_dropout = config.attn_dropout
+
+    def forward(self, x: Tensor, size: Tensor | None = None, num_read: int | None = None) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            x: (B, N, D).
+            size: (B, N, 1) float32 for proportional attention, None for the plain one.
+            num_read: if only the first tokens of the result are wanted, how many.
+
+        Returns:
+            (B, N or num_read, D), and the keys (B, H, N, d).
+        """
+        if num_read is None:
+            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=self.head_dim)
+        else:
+            dim = x.shape[2]
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, :num_read], weight[:dim], None if bias is None else bias[:dim])
+            q = rearrange(q, "b n (h d) -> b h n d", d=self.head_dim)
+            kv = F.linear(x, weight[dim:], None if bias is None else bias[dim:])
+            k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, d=self.head_dim)
+        q, k = self.q_norm(q), self.k_norm(k)
+        x = attend(q, k, v, size, self.attn_dropout if self.training else 0.0)
+        return self.dropout(self.proj(rearrange(x, "b h n d -> b n (h d)"))), k

@@ -1,0 +1,45 @@
+"""The transformer block, with a merge between attention and MLP."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from tomevit.config import Config
+from tomevit.layers.attention import Attention
+from tomevit.layers.matching import MATCHINGS
+from tomevit.layers.merge import Tokens, merge_tokens
+from tomevit.layers.mlp import DropPath, LayerScale, Mlp
+
+
+class Block(nn.Module):
+    """Attention, merge, MLP (ToMe, figure 1)."""
+
+    def __init__(self, config: Config, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.num_prefix = config.num_prefix
+        self.prop_attn = config.prop_attn
+        self.matching = config.matching if callable(config.matching) else MATCHINGS[config.matching]
+        self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
+        self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.mlp = Mlp(config)
+        self.ls2 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Tokens, r: int = 0, num_read: int | None = None) -> Tokens:
+        """
+        Args:
+            tokens: x (B, N, D).
+            r: how many tokens merge here.
+            num_read: if only the first tokens of the result will be read, how many: the rest is not computed.
+
+        Returns:
+            x (B, N - r, D), or (B, num_read, D).
+        """
+        x, size, _ = tokens
+        x, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
+        tokens = tokens._replace(x=tokens.x[:, :num_read] + self.drop_path(self.ls1(x)))
+        if r > 0:
+            tokens = merge_tokens(tokens, self.matching(key.mean(1), r, self.num_prefix))
+        return tokens._replace(x=tokens.x + self.drop_path(self.ls2(self.mlp(self.norm2(tokens.x)))))

@@ -1,0 +1,46 @@
+"""From images to tokens."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from tomevit.config import Config
+
+
+class PatchEmbed(nn.Module):
+    """One token per patch, by a linear map of its pixels: (B, C, H, W) -> (B, N, D), row by row."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(
+            config.in_chans,
+            config.embed_dim,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=not config.pre_norm,
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return rearrange(self.proj(images), "b d h w -> b (h w) d")
+
+
+def add_prefix_and_positions(
+    patches: Tensor, prefix: list[Tensor], pos_embed: Tensor, pos_embed_prefix: bool
+) -> Tensor:
+    """Put the prefix tokens in front and add the positions.
+
+    Args:
+        patches: (B, N, D).
+        prefix: tensors (1, P_i, D): class token, distillation token, registers, in this order.
+        pos_embed: (1, N or P + N, D).
+        pos_embed_prefix: whether pos_embed covers the prefix.
+
+    Returns:
+        (B, P + N, D)
+    """
+    if not pos_embed_prefix:
+        patches = patches + pos_embed
+    x = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], 1)
+    return x + pos_embed if pos_embed_prefix else x

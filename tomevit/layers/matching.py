@@ -1,0 +1,83 @@
+"""Which tokens merge. Each function takes keys and returns a Merge of exactly r tokens; a new algorithm is one more.
+
+    function(key, r, num_prefix) -> Merge
+
+    key: (B, N, C) floating: what similarity is measured on, in a block the attention keys averaged over the heads.
+    r: tokens to merge, at most half of the N - num_prefix that may.
+    num_prefix: tokens at the front that neither merge nor move.
+
+What comes out is in this order: the prefix, the tokens that could have merged and did not, the tokens that others may
+join, each by position. No gradient passes through a matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tomevit.layers.merge import Merge, rows
+
+Matching = Callable[[Tensor, int, int], Merge]
+
+
+@torch.no_grad()
+def bipartite_soft_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
+    """Bipartite soft matching (ToMe, section 3): even tokens each find their most similar odd one; the r best merge.
+
+    Even and odd count from the first token, prefix included, so that weights trained with merging see the same sets.
+    """
+    position = torch.arange(key.shape[1], device=key.device)
+    even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+    return _join_most_similar(key, position[even::2], position[odd::2], r, num_prefix)
+
+
+@torch.no_grad()
+def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) -> Merge:
+    """Every k-th patch stays; of the others the r most similar to one of those join it, with r = None all of them.
+
+    Up to a share 1 - 1/k can merge at once, at a coarser match than the bipartite one (`kth_bipartite_soft_matching`
+    in facebookresearch/ToMe, here with the prefix protected and the patches behind the last k-th one not lost).
+    """
+    position = torch.arange(num_prefix, key.shape[1], device=key.device)
+    last = torch.arange(len(position), device=key.device) % k == k - 1
+    src, dst = position[~last], position[last]
+    return _join_most_similar(key, src, dst, len(src) if r is None else r, num_prefix)
+
+
+@torch.no_grad()
+def random_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
+    """R patches drawn at random, image by image, join the most similar of the rest: the baseline for a matching.
+
+    Draws from torch's default generator: seed it for equal results.
+    """
+    draw = torch.rand(key.shape[0], key.shape[1] - num_prefix, device=key.device).argsort(-1) + num_prefix
+    src, dst = draw[:, :r].sort(-1).values, draw[:, r:].sort(-1).values
+    return _join_most_similar(key, src, dst, r, num_prefix)
+
+
+MATCHINGS: dict[str, Matching] = {
+    "bipartite": bipartite_soft_matching,
+    "every_kth": every_kth_matching,
+    "random": random_matching,
+}
+
+
+def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: int) -> Merge:
+    """Of the tokens at positions src, the r that are most similar (cosine) to one at positions dst join it."""
+    batch = key.shape[0]
+    src, dst = src.expand(batch, -1), dst.expand(batch, -1)  # (B, S), (B, T), positions ascending
+    # float32 before the norm: squares of float16 overflow from 256 on.
+    key = F.normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
+    scores = rows(key, src) @ rows(key, dst).mT  # (B, S, T)
+    similarity, nearest = scores.max(-1)  # (B, S)
+    order = similarity.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the earlier token
+    merged, stays = order[:, :r], order[:, r:].sort(-1).values
+    prefix = torch.arange(num_prefix, device=key.device).expand(batch, -1)
+    return Merge(
+        keep=torch.cat([prefix, src.gather(1, stays), dst], 1),
+        src=src.gather(1, merged),
+        dst=nearest.gather(1, merged) + (num_prefix + src.shape[1] - r),
+    )

@@ -1,0 +1,66 @@
+"""The MLP, and the two small modules that stand on a block's residual branches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tomevit.config import Config
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGELU,
+}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.act = ACTIVATIONS[config.act]()
+        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch (CaiT, arXiv:2103.17239, section 2)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.init_value = config.layer_scale
+        self.gamma = nn.Parameter(torch.empty(config.embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): in training, drops a branch for whole images, and scales up the others."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return x
+        return x * F.dropout(x.new_ones(x.shape[0], 1, 1), self.probability)
+
+    def extra_repr(self) -> str:
+        return f"probability={self.probability:.3f}"

@@ -1,0 +1,85 @@
+"""From what a user calls r to the number of tokens that merge in each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from tomevit.config import Schedule
+
+ALLOWED = (
+    "an int (tokens per block), (r, inflection), a list with one int per block, "
+    "or a float up to 0.5 (share of the patches entering each block)"
+)
+
+
+def _count(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"{what} is {value!r}; give {ALLOWED}")
+    if value < 0:
+        raise ValueError(f"{what} is {value}, and cannot be negative: 0 merges nothing")
+    return int(value)
+
+
+def check_schedule(r: object, depth: int) -> Schedule:
+    """The same r with plain Python numbers.
+
+    Raises:
+        ValueError: r is none of the four forms, negative, or a list longer than the model is deep.
+    """
+    if isinstance(r, list):
+        if len(r) > depth:
+            raise ValueError(f"r lists {len(r)} blocks, and the model has {depth}")
+        return [_count(value, f"r[{i}]") for i, value in enumerate(r)]
+    if isinstance(r, tuple):
+        if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
+            raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
+        if not -1 <= r[1] <= 1:
+            raise ValueError(f"the inflection is {r[1]}, and must lie between -1 (early) and 1 (late)")
+        return _count(r[0], "r[0]"), float(r[1])
+    if isinstance(r, Real) and not isinstance(r, Integral):
+        if not 0 < r <= 0.5:
+            raise ValueError(
+                f"r is {float(r)}; a float is the share of the patches that merge in each block, above 0 and at most "
+                f"0.5; for a number of tokens give an int"
+            )
+        return float(r)
+    return _count(r, "r")
+
+
+def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:
+    """Tokens that merge in each block, as plain integers, so that a forward has static shapes.
+
+    Each entry is clamped to half of the unprotected tokens that enter its block.
+
+    Args:
+        r: an int: that many in every block. (r, inflection): a line through the blocks with mean r, flat at 0, falling
+            from 2r to 0 at -1, rising from 0 to 2r at 1 (`parse_r` in facebookresearch/ToMe). A list: block by block,
+            0 for the blocks it does not reach. A float in (0, 0.5]: that share of the patches entering each block.
+        depth: number of blocks.
+        num_tokens: tokens that enter the first block, prefix included.
+        num_prefix: tokens that are never merged.
+
+    Raises:
+        ValueError: r has none of these forms.
+    """
+    wanted = _per_block(check_schedule(r, depth), depth)
+    patches, merged = num_tokens - num_prefix, []
+    for want in wanted:
+        count = min(math.floor(want * patches) if isinstance(want, float) else want, patches // 2)
+        merged.append(count)
+        patches -= count
+    return tuple(merged)
+
+
+def _per_block(r: Schedule, depth: int) -> Sequence[int | float]:
+    match r:
+        case (mean, inflection):
+            first = int(mean * (1.0 - inflection))
+            step = (2 * mean - 2 * first) / (depth - 1) if depth > 1 else 0.0
+            return [int(first + step * i) for i in range(depth)] if depth > 1 else [mean]
+        case list():
+            return r + [0] * (depth - len(r))
+        case _:
+            return [r] * depth

@@ -1,0 +1,24 @@
+"""Models, from a config."""
+
+from __future__ import annotations
+
+import torch
+
+from tomevit.config import Config, Schedule
+from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
+from tomevit.models.vit import VisionTransformer, init_weights
+
+__all__ = ["DistilledLogits", "DistilledVisionTransformer", "VisionTransformer", "build", "build_meta"]
+
+
+def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:
+    """The model without storage, for weights that are assigned to it."""
+    with torch.device("meta"):
+        return (DistilledVisionTransformer if config.dist_token else VisionTransformer)(config, r)
+
+
+def build(config: Config, r: Schedule = 0) -> VisionTransformer:
+    """The model with fresh weights, drawn once from torch's default generator; in training mode, on the CPU."""
+    model = build_meta(config, r).to_empty(device="cpu")
+    init_weights(model)
+    return model

@@ -1,0 +1,31 @@
+"""DeiT with a distillation token (arXiv:2012.12877, section 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tomevit.config import Config, Schedule
+from tomevit.layers.merge import Tokens
+from tomevit.models.vit import VisionTransformer
+
+
+class DistilledLogits(NamedTuple):
+    """What a distilled model returns in training: the loss treats the two heads differently."""
+
+    cls: Tensor  # (B, num_classes), to compare with the labels
+    dist: Tensor  # (B, num_classes), to compare with the teacher
+
+
+class DistilledVisionTransformer(VisionTransformer):
+    """A second token and a second head beside the class token's; in evaluation the mean of both heads' logits."""
+
+    def __init__(self, config: Config, r: Schedule = 0) -> None:
+        super().__init__(config, r)
+        self.head_dist = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+
+    def forward_head(self, tokens: Tokens) -> Tensor | DistilledLogits:  # type: ignore[override]
+        x = self.fc_norm(tokens.x[:, :2])
+        logits = DistilledLogits(self.head(x[:, 0]), self.head_dist(x[:, 1]))
+        return logits if self.training else (logits.cls + logits.dist) / 2

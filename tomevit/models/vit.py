@@ -1,0 +1,163 @@
+"""The trunk that all families share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tomevit.config import Card, Config, Schedule
+from tomevit.layers.block import Block
+from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
+from tomevit.layers.merge import Tokens
+from tomevit.layers.mlp import LayerScale
+from tomevit.layers.pool import mean_patch
+from tomevit.layers.schedule import check_schedule, resolve_schedule
+
+
+class VisionTransformer(nn.Module):
+    """A vision transformer in which tokens merge.
+
+    Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.
+
+    Attributes:
+        config: the architecture and how it runs, frozen.
+        card: what the weights are, how their images are prepared, who may use them.
+        r: how many tokens merge in each block. Set it at any time, or pass it to a call.
+        num_read: how many tokens the head reads off the front of the last block; None if it reads them all.
+    """
+
+    def __init__(self, config: Config, r: Schedule = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.card = Card(name="", config=config)
+        self.r = r
+        self.num_read = 1 + config.dist_token if config.pool == "token" else None
+        self.grad_checkpointing = False
+
+        dim, eps, norm_pooled = config.embed_dim, config.norm_eps, config.pool_norm == "after"
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if config.dist_token else None
+        self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
+        positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
+        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
+        self.pos_drop = nn.Dropout(config.dropout)
+        self.norm_pre = nn.LayerNorm(dim, eps) if config.pre_norm else nn.Identity()
+        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
+        self.norm = nn.Identity() if norm_pooled else nn.LayerNorm(dim, eps)
+        self.fc_norm = nn.LayerNorm(dim, eps) if norm_pooled else nn.Identity()
+        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+
+    @property
+    def r(self) -> Schedule:
+        return self._r
+
+    @r.setter
+    def r(self, value: Schedule) -> None:
+        self._r = check_schedule(value, self.config.depth)
+
+    def schedule(self, r: Schedule | None = None) -> tuple[int, ...]:
+        """Tokens that merge in each block, for this r or the model's own."""
+        config = self.config
+        return resolve_schedule(self.r if r is None else r, config.depth, config.num_tokens, config.num_prefix)
+
+    def token_counts(self, r: Schedule | None = None) -> tuple[int, ...]:
+        """Tokens entering each block, and leaving the last: depth + 1 numbers."""
+        counts = [self.config.num_tokens]
+        for merged in self.schedule(r):
+            counts.append(counts[-1] - merged)
+        return tuple(counts)
+
+    def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
+        """Classify.
+
+        Args:
+            images: (B, C, H, W) floating, normalised (`tomevit.transform`).
+            r: instead of the model's own.
+
+        Returns:
+            Logits (B, num_classes); with num_classes = 0 the pooled features (B, D).
+
+        Raises:
+            ValueError: images of another size or of integers, or an r of no known form.
+        """
+        return self.forward_head(self._encode(images, r, num_read=self.num_read))
+
+    def forward_features(self, images: Tensor, r: Schedule | None = None, *, trace: bool = True) -> Tokens:
+        """All tokens behind the last block and the final norm.
+
+        Args:
+            images: (B, C, H, W) floating, normalised.
+            r: instead of the model's own.
+            trace: record where each initial token went, as `tomevit.unmerge` needs it.
+
+        Returns:
+            Tokens: x (B, N, D), size (B, N, 1) or None, slots (B, N0) or None.
+        """
+        return self._encode(images, r, trace=trace)
+
+    def forward_intermediates(
+        self, images: Tensor, r: Schedule | None = None, *, norm: bool = False, trace: bool = True
+    ) -> list[Tokens]:
+        """The tokens that leave each block, through the final norm if asked."""
+        tokens, out = self._embed(images, trace), []
+        for block, merged in zip(self.blocks, self.schedule(r), strict=True):
+            tokens = self._run(block, tokens, merged)
+            out.append(tokens._replace(x=self.norm(tokens.x)) if norm else tokens)
+        return out
+
+    def forward_head(self, tokens: Tokens) -> Tensor:
+        """From what `forward_features` returns to what `forward` returns."""
+        pooled = tokens.x[:, 0] if self.config.pool == "token" else mean_patch(tokens, self.config.num_prefix)
+        return self.head(self.fc_norm(pooled))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only what enters each block and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def _encode(
+        self, images: Tensor, r: Schedule | None, *, num_read: int | None = None, trace: bool = False
+    ) -> Tokens:
+        tokens = self._embed(images, trace)
+        *merged, last = self.schedule(r)
+        for block, count in zip(self.blocks[:-1], merged, strict=True):
+            tokens = self._run(block, tokens, count)
+        # Where only prefix tokens are read, a merge in the last block would change nothing that is.
+        tokens = self._run(self.blocks[-1], tokens, last if num_read is None else 0, num_read)
+        return tokens._replace(x=self.norm(tokens.x))
+
+    def _embed(self, images: Tensor, trace: bool) -> Tokens:
+        config = self.config
+        if images.ndim != 4 or tuple(images.shape[1:]) != (config.in_chans, *config.img_size):
+            raise ValueError(
+                f"images are {tuple(images.shape)}, and this model takes (B, {config.in_chans}, {config.img_size[0]}, "
+                f"{config.img_size[1]}); for another size create it with img_size=(height, width)"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
+        prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
+        slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
+        return Tokens(self.norm_pre(self.pos_drop(x)), None, slots)
+
+    def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, r, num_read, use_reentrant=False)
+        return block(tokens, r, num_read)
+
+
+@torch.no_grad()
+def init_weights(model: VisionTransformer) -> None:
+    """Normal weights of standard deviation 0.02, zero biases (timm too: its truncation lies 100 deviations out)."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        elif parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1.0)
+    for module in model.modules():
+        if isinstance(module, LayerScale):
+            module.gamma.fill_(module.init_value)
