@@ -136,6 +136,7 @@ class Card:
 
     name: str  # family_size[_resolution]
     weights: str | None = None  # the tag of one set of weights
+    timm: str | None = None  # timm's name for the same architecture
     title: str = ""
     papers: tuple[str, ...] = ()  # where the architecture is defined
     config: Config = Config()

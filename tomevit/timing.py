@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -65,8 +66,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 def _cpu_name() -> str:
     """The processor, with the widest vector unit that torch uses, which decides more than the name."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        names = []
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"

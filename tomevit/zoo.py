@@ -59,6 +59,7 @@ def _read_family(
             key = size if resolution == resolutions[0] else f"{size}_{resolution}"
             plain = Card(
                 name=f"{family}_{key}",
+                timm=timm and timm.format(resolution),
                 title=data["title"],
                 papers=tuple(data["papers"]),
                 config=Config(img_size=(resolution, resolution), **data.get("config", {}) | fields),
@@ -67,8 +68,8 @@ def _read_family(
             cards[plain.name] = tuple(
                 _with_weights(plain, data["preprocess"], entry) for entry in weights.pop(key, [])
             ) or (plain,)
-            if timm:
-                aliases[timm.format(resolution)] = plain.name
+            if plain.timm:
+                aliases[plain.timm] = plain.name
     assert not weights, f"{family}.toml has weights for unknown models: {sorted(weights)}"
     aliases.update(data.get("aliases", {}))
 
@@ -90,7 +91,8 @@ def _with_weights(card: Card, preprocess: dict[str, Any], entry: dict[str, Any])
 
 
 def _preprocess(fields: dict[str, Any]) -> Preprocess:
-    return Preprocess(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    return Preprocess(**plain)
 
 
 def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
@@ -182,7 +184,7 @@ def create(
         NotImplementedError: pretrained=True for weights that do not ship with tomevit.
     """
     chosen = card(name)
-    changes = {
+    changes: dict[str, Any] = {
         "num_classes": num_classes,
         "img_size": (img_size, img_size) if isinstance(img_size, int) else img_size,
         "in_chans": in_chans,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class PatchEmbed(nn.Module):
 
 
 def add_prefix_and_positions(
-    patches: Tensor, prefix: list[Tensor], pos_embed: Tensor, pos_embed_prefix: bool
+    patches: Tensor, prefix: Sequence[Tensor], pos_embed: Tensor, pos_embed_prefix: bool
 ) -> Tensor:
     """Put the prefix tokens in front and add the positions.
 

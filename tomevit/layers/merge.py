@@ -67,7 +67,7 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
     """The rows of x (B, N, D) that index (B, M) names: (B, M, D)."""
     # One index over the rows of the whole batch copies whole rows; gather would look up every element.
     first = torch.arange(x.shape[0], device=index.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + first).flatten()).unflatten(0, index.shape)
+    return x.flatten(0, 1).index_select(0, (index + first).flatten()).reshape(*index.shape, x.shape[2])
 
 
 def slot_map(merge: Merge) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
@@ -43,6 +45,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        assert config.layer_scale is not None
         self.init_value = config.layer_scale
         self.gamma = nn.Parameter(torch.empty(config.embed_dim))
 

@@ -35,16 +35,18 @@ def check_schedule(r: object, depth: int) -> Schedule:
     if isinstance(r, tuple):
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
             raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
-        if not -1 <= r[1] <= 1:
-            raise ValueError(f"the inflection is {r[1]}, and must lie between -1 (early) and 1 (late)")
-        return _count(r[0], "r[0]"), float(r[1])
+        inflection = float(r[1])
+        if not -1 <= inflection <= 1:
+            raise ValueError(f"the inflection is {inflection}, and must lie between -1 (early) and 1 (late)")
+        return _count(r[0], "r[0]"), inflection
     if isinstance(r, Real) and not isinstance(r, Integral):
-        if not 0 < r <= 0.5:
+        share = float(r)
+        if not 0 < share <= 0.5:
             raise ValueError(
-                f"r is {float(r)}; a float is the share of the patches that merge in each block, above 0 and at most "
+                f"r is {share}; a float is the share of the patches that merge in each block, above 0 and at most "
                 f"0.5; for a number of tokens give an int"
             )
-        return float(r)
+        return share
     return _count(r, "r")
 
 

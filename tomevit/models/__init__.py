@@ -6,7 +6,7 @@ import torch
 
 from tomevit.config import Config, Schedule
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
-from tomevit.models.vit import VisionTransformer, init_weights
+from tomevit.models.vit import VisionTransformer, initial_weights
 
 __all__ = ["DistilledLogits", "DistilledVisionTransformer", "VisionTransformer", "build", "build_meta"]
 
@@ -19,6 +19,6 @@ def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:
 
 def build(config: Config, r: Schedule = 0) -> VisionTransformer:
     """The model with fresh weights, drawn once from torch's default generator; in training mode, on the CPU."""
-    model = build_meta(config, r).to_empty(device="cpu")
-    init_weights(model)
+    model = build_meta(config, r)
+    model.load_state_dict(initial_weights(model), assign=True)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -148,16 +150,21 @@ class VisionTransformer(nn.Module):
         return block(tokens, r, num_read)
 
 
-@torch.no_grad()
-def init_weights(model: VisionTransformer) -> None:
-    """Normal weights of standard deviation 0.02, zero biases (timm too: its truncation lies 100 deviations out)."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.ndim > 1:
-            parameter.normal_(std=0.02)
-        else:
-            parameter.fill_(1.0)
-    for module in model.modules():
-        if isinstance(module, LayerScale):
-            module.gamma.fill_(module.init_value)
+def initial_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Fresh float32 weights: normal of standard deviation 0.02, biases 0, norms 1, LayerScale as configured.
+
+    As timm's, whose truncation lies 100 deviations out. They depend on torch's default generator, and not on the number
+    of threads that draw them.
+    """
+    parameters = model.state_dict()
+    generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (len(parameters),)).tolist()]
+    scales = {f"{name}.gamma": m.init_value for name, m in model.named_modules() if isinstance(m, LayerScale)}
+
+    def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        if len(shape) > 1:
+            return torch.empty(shape).normal_(std=0.02, generator=generator)
+        return torch.full(shape, 0.0 if name.endswith("bias") else scales.get(name, 1.0))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        shapes = (tensor.shape for tensor in parameters.values())
+        return dict(zip(parameters, pool.map(draw, parameters, shapes, generators), strict=True))
