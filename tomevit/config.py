@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, get_args
 
 #: What r may be: an int for every block, (r, inflection), a list with one int per block, or a share of the patches.
 Schedule = int | float | tuple[int, float] | list[int]
+
+
+Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Pool = Literal["token", "avg"]
+PoolNorm = Literal["before", "after"]
+
+CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm)}
+LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class Config:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
-    act: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    act: Act = "gelu"
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False  # LayerNorm on queries and keys, per head
@@ -38,8 +47,8 @@ class Config:
     reg_tokens: int = 0
     pos_embed_prefix: bool = True  # positions cover the prefix tokens too
 
-    pool: Literal["token", "avg"] = "token"  # what the head reads: the class token, or the mean patch
-    pool_norm: Literal["before", "after"] = "before"  # the final norm: on every token, or on the pooled vector (MAE)
+    pool: Pool = "token"  # what the head reads: the class token, or the mean patch
+    pool_norm: PoolNorm = "before"  # the final norm: on every token, or on the pooled vector (MAE)
 
     prop_attn: bool = True  # add log(size) to the attention scores (ToMe, section 3, "tracking token size")
     matching: str | Callable[..., Any] = "bipartite"  # a name in tomevit.layers.MATCHINGS, or a function like those
@@ -48,30 +57,30 @@ class Config:
     attn_dropout: float = 0.0  # on the attention weights
 
     def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(allowed)}")
+        for name, least in LEAST.items():
+            if not _is_int(getattr(self, name)) or getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be an int of at least {least}")
+        if not isinstance(self.img_size, tuple) or len(self.img_size) != 2 or not all(map(_is_int, self.img_size)):
+            raise ValueError(f"img_size is {self.img_size!r}, and must be (height, width) in pixels")
         height, width = self.img_size
         if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
+            near = (max(1, round(pixels / self.patch_size)) * self.patch_size for pixels in self.img_size)
             raise ValueError(
                 f"img_size {height}x{width} does not divide into patches of {self.patch_size} pixels; "
-                f"the nearest that does is {self._fit(height)}x{self._fit(width)}"
+                f"the nearest that does is {'x'.join(map(str, near))}"
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool='token' reads the class token: set class_token=True, or pool='avg'")
-        if self.dist_token and (not self.class_token or self.pool != "token"):
+        if self.dist_token and self.pool != "token":
             raise ValueError("dist_token=True adds a second head beside the class token's: it needs pool='token'")
-        for name in ("in_chans", "embed_dim", "depth", "num_heads", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 1")
-        for name in ("num_classes", "reg_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be at least 0")
         for name in ("drop_path", "dropout", "attn_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}, and must be a probability in [0, 1)")
-
-    def _fit(self, pixels: int) -> int:
-        return max(1, round(pixels / self.patch_size)) * self.patch_size
+            if not isinstance(getattr(self, name), Real) or not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be a probability below 1")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -96,6 +105,10 @@ class Config:
 #: The fields of Config that say how a model runs; all others are its architecture.
 RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout")
 ARCHITECTURE = tuple(f.name for f in fields(Config) if f.name not in RUNTIME)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,9 @@ from dataclasses import replace
 from functools import cache
 from importlib import resources
 from os import PathLike, fspath
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from tomevit.config import ARCHITECTURE, Card, Config, Figure, Preprocess, Schedule, Source
-from tomevit.layers.matching import MATCHINGS
+from tomevit.config import ARCHITECTURE, Card, Config, Figure, Pool, Preprocess, Schedule, Source
 from tomevit.models import VisionTransformer, build
 from tomevit.weights.native import assemble, read
 
@@ -157,7 +156,7 @@ def create(
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     prop_attn: bool | None = None,
-    pool: Literal["token", "avg"] | None = None,
+    pool: Pool | None = None,
     matching: str | Callable[..., Any] | None = None,
     drop_path: float = 0.0,
     dropout: float = 0.0,
@@ -186,16 +185,16 @@ def create(
     chosen = card(name)
     changes: dict[str, Any] = {
         "num_classes": num_classes,
-        "img_size": (img_size, img_size) if isinstance(img_size, int) else img_size,
+        "img_size": tuple(img_size) if isinstance(img_size, list) else img_size,
         "in_chans": in_chans,
         "prop_attn": prop_attn,
         "pool": pool,
         "matching": matching,
     }
+    if isinstance(img_size, int):
+        changes["img_size"] = (img_size, img_size)
     changes = {field: value for field, value in changes.items() if value is not None}
     changes |= {"drop_path": drop_path, "dropout": dropout, "attn_dropout": attn_dropout}
-    if matching is not None and not callable(matching) and matching not in MATCHINGS:
-        raise ValueError(f"there is no matching {matching!r}; there is {_either(list(MATCHINGS))}, or pass a function")
 
     if pretrained is False:
         model = build(replace(chosen.config, **changes), chosen.r)

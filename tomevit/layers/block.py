@@ -6,7 +6,7 @@ from torch import nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attention
-from tomevit.layers.matching import MATCHINGS
+from tomevit.layers.matching import find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_prefix = config.num_prefix
         self.prop_attn = config.prop_attn
-        self.matching = config.matching if callable(config.matching) else MATCHINGS[config.matching]
+        self.matching = find_matching(config.matching)
         self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()

@@ -65,6 +65,19 @@ MATCHINGS: dict[str, Matching] = {
 }
 
 
+def find_matching(matching: str | Matching) -> Matching:
+    """The function of that name, or the function itself.
+
+    Raises:
+        ValueError: no matching has that name.
+    """
+    if callable(matching):
+        return matching
+    if matching not in MATCHINGS:
+        raise ValueError(f"there is no matching {matching!r}; there is {', '.join(MATCHINGS)}, or pass a function")
+    return MATCHINGS[matching]
+
+
 def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: int) -> Merge:
     """Of the tokens at positions src, the r that are most similar (cosine) to one at positions dst join it."""
     batch = key.shape[0]
