@@ -16,6 +16,7 @@ Pool = Literal["token", "avg"]
 PoolNorm = Literal["before", "after"]
 
 CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm)}
+BOOLEAN = ("qkv_bias", "qk_norm", "pre_norm", "class_token", "dist_token", "pos_embed_prefix", "prop_attn")
 LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 
 
@@ -63,6 +64,9 @@ class Config:
         for name, least in LEAST.items():
             if not _is_int(getattr(self, name)) or getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be an int of at least {least}")
+        for name in BOOLEAN:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be True or False")
         if not isinstance(self.img_size, tuple) or len(self.img_size) != 2 or not all(map(_is_int, self.img_size)):
             raise ValueError(f"img_size is {self.img_size!r}, and must be (height, width) in pixels")
         height, width = self.img_size

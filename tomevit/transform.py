@@ -53,8 +53,12 @@ class Transform:
         wanted = [math.floor(pixels / self.preprocess.crop_pct) for pixels in self.size]
         if self.preprocess.resize == "squash":
             return wanted[0], wanted[1]
-        # The edge that is short, measured against the crop, gets the wanted length; the other keeps the ratio.
-        if height * wanted[1] <= width * wanted[0]:
+        # The edge that is short, measured against the crop, gets the wanted length; the other keeps the ratio, rounded
+        # as torchvision does for a square crop and timm for others.
+        if wanted[0] != wanted[1]:
+            ratio = min(height / wanted[0], width / wanted[1])
+            return round(height / ratio), round(width / ratio)
+        if height <= width:
             return wanted[0], int(wanted[0] * width / height)
         return int(wanted[1] * height / width), wanted[1]
 

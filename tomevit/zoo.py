@@ -6,7 +6,7 @@ Everything is data in configs/, one TOML file per family:
     [config]                fields of Config that the whole family shares
     [preprocess]            fields of Preprocess, likewise
     [models.SIZE]           fields of Config for one size; `resolutions`, of which the first needs no suffix in the
-                            name; `timm`, timm's name for it
+                            name; `timm`, timm's names for them
     [[weights]]             model, tag, sources, licence, figures; what they were trained with (r, prop_attn,
                             num_classes, preprocess); the first of a model are its default
     [weights_defaults]      what the weights share
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -53,12 +54,12 @@ def _read_family(
     for entry in data.get("weights", []):
         weights.setdefault(entry.pop("model"), []).append(data.get("weights_defaults", {}) | entry)
     for size, fields in data["models"].items():
-        resolutions, timm = fields.pop("resolutions"), fields.pop("timm", None)
-        for resolution in resolutions:
+        resolutions, timm = fields.pop("resolutions"), fields.pop("timm", [])
+        for resolution, timm_name in itertools.zip_longest(resolutions, timm):
             key = size if resolution == resolutions[0] else f"{size}_{resolution}"
             plain = Card(
                 name=f"{family}_{key}",
-                timm=timm and timm.format(resolution),
+                timm=timm_name,
                 title=data["title"],
                 papers=tuple(data["papers"]),
                 config=Config(img_size=(resolution, resolution), **data.get("config", {}) | fields),
@@ -198,12 +199,23 @@ def create(
 
     if pretrained is False:
         model = build(replace(chosen.config, **changes), chosen.r)
-        model.card = chosen
+        model.card = replace(chosen, config=model.config, preprocess=_for_channels(chosen.preprocess, in_chans))
+    elif pretrained is True:
+        model = _from_file(chosen, changes, _shipped_file(chosen))
+    elif isinstance(pretrained, str | PathLike):
+        model = _from_file(chosen, changes, fspath(pretrained))
     else:
-        model = _from_file(chosen, changes, _shipped_file(chosen) if pretrained is True else fspath(pretrained))
+        raise ValueError(f"pretrained is {pretrained!r}, and must be True, False or a path")
     if r is not None:
         model.r = r
     return model.eval()
+
+
+def _for_channels(preprocess: Preprocess, channels: int | None) -> Preprocess:
+    """Other channels than those the statistics were taken of map to [-1, 1]."""
+    if channels in (None, len(preprocess.mean)):
+        return preprocess
+    return replace(preprocess, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def _shipped_file(chosen: Card) -> str:

@@ -42,6 +42,7 @@ def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) 
     in facebookresearch/ToMe, here with the prefix protected and the patches behind the last k-th one not lost).
     """
     position = torch.arange(num_prefix, key.shape[1], device=key.device)
+    k = min(k, len(position))
     last = torch.arange(len(position), device=key.device) % k == k - 1
     src, dst = position[~last], position[last]
     return _join_most_similar(key, src, dst, len(src) if r is None else r, num_prefix)
@@ -73,7 +74,7 @@ def find_matching(matching: str | Matching) -> Matching:
     """
     if callable(matching):
         return matching
-    if matching not in MATCHINGS:
+    if not isinstance(matching, str) or matching not in MATCHINGS:
         raise ValueError(f"there is no matching {matching!r}; there is {', '.join(MATCHINGS)}, or pass a function")
     return MATCHINGS[matching]
 
@@ -82,13 +83,16 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
     """Of the tokens at positions src, the r that are most similar (cosine) to one at positions dst join it."""
     batch = key.shape[0]
     src, dst = src.expand(batch, -1), dst.expand(batch, -1)  # (B, S), (B, T), positions ascending
+    prefix = torch.arange(num_prefix, device=key.device).expand(batch, -1)
+    if r == 0:
+        return Merge(keep=torch.cat([prefix, src, dst], 1), src=src[:, :0], dst=src[:, :0])
     # float32 before the norm: squares of float16 overflow from 256 on.
     key = F.normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
-    scores = rows(key, src) @ rows(key, dst).mT  # (B, S, T)
+    with torch.autocast(key.device.type, enabled=False):
+        scores = rows(key, src) @ rows(key, dst).mT  # (B, S, T)
     similarity, nearest = scores.max(-1)  # (B, S)
     order = similarity.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the earlier token
     merged, stays = order[:, :r], order[:, r:].sort(-1).values
-    prefix = torch.arange(num_prefix, device=key.device).expand(batch, -1)
     return Merge(
         keep=torch.cat([prefix, src.gather(1, stays), dst], 1),
         src=src.gather(1, merged),

@@ -57,10 +57,9 @@ def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
     size_out = size_keep + (joins * size_src.mT).sum(2, keepdim=True)  # (B, M, 1)
     # Weights that sum to one: a sum over x itself could overflow float16. The few rows that join are spread by a small
     # one-hot product, which needs no scatter, and so is deterministic on every device and exports everywhere.
-    unit = size_out.to(dtype).reciprocal()
-    weights = joins * (size_src.mT.to(dtype) * unit)  # (B, M, N - M)
-    kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) * unit)
-    return kept.baddbmm_(weights, rows(x, src).to(dtype)).to(x.dtype), size_out
+    weights = joins * (size_src.mT.to(dtype) / size_out)  # (B, M, N - M)
+    kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) / size_out)
+    return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
 
 def _per_block(r: Schedule, depth: int) -> Sequence[int | float]:
     match r:
-        case (mean, inflection):
+        case tuple((mean, inflection)):
             first = int(mean * (1.0 - inflection))
             step = (2 * mean - 2 * first) / (depth - 1) if depth > 1 else 0.0
             return [int(first + step * i) for i in range(depth)] if depth > 1 else [mean]

@@ -1,7 +1,7 @@
 """tomevit's own file: safetensors that describe themselves.
 
-Tensors have the names of the model's parameters. The metadata holds `format` ("tomevit"), `version`, and `card`: the
-Card as JSON, with the whole Config, so that nothing else is needed to build the model.
+Tensors have the names of the model's parameters. The metadata has one entry, `tomevit`: as JSON the version of the
+format and the Card, with the whole Config, so that nothing else is needed to build the model.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tomevit.config import Card, Config, Figure, Preprocess, Schedule, Source
+from tomevit.layers.matching import find_matching
+from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer, build_meta
 
-FORMAT = "tomevit"
+KEY = "tomevit"
 VERSION = 1
 
 
@@ -44,12 +46,16 @@ def save(model: VisionTransformer, path: str | os.PathLike[str], *, card: Card |
             f"and pass the function to create() when loading"
         )
     card = replace(card or model.card, config=model.config, r=model.r)
-    metadata = {"format": FORMAT, "version": str(VERSION), "card": json.dumps(_card_to_json(card))}
+    # One entry: safetensors writes several in any order, and equal models should make equal files.
+    metadata = {KEY: json.dumps({"version": VERSION, "card": _card_to_json(card)})}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     path = Path(path)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
+        draft.touch(exist_ok=False)
+        permissions = draft.stat().st_mode  # the user's usual ones; safetensors 0.8 makes files private
         save_file(tensors, draft, metadata)
+        draft.chmod(permissions)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -109,15 +115,16 @@ def _check_fit(
 
 def _read_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Card:
     path = os.fspath(path)
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by tomevit: its metadata has no format {FORMAT!r}")
-    version = metadata.get("version", "")
-    if not version.isdecimal() or int(version) > VERSION:
-        raise ValueError(f"{path} is of format version {version!r}, this tomevit reads up to {VERSION}: upgrade it")
+    if KEY not in metadata:
+        raise ValueError(f"{path} was not written by tomevit: its metadata has no entry {KEY!r}")
     try:
-        return _card_from_json(json.loads(metadata["card"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a damaged card: {error}") from error
+        described = json.loads(metadata[KEY])
+        version = described["version"]
+        if version not in range(1, VERSION + 1):
+            raise ValueError(f"it is of format version {version!r}, and this tomevit reads up to {VERSION}: upgrade it")
+        return _card_from_json(described["card"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _card_to_json(card: Card) -> dict[str, Any]:
@@ -125,10 +132,12 @@ def _card_to_json(card: Card) -> dict[str, Any]:
 
 
 def _card_from_json(data: dict[str, Any]) -> Card:
+    config = Config(**_tuples(data["config"]))
+    find_matching(config.matching)
     nested = {
-        "config": Config(**_tuples(data["config"])),
+        "config": config,
         "preprocess": Preprocess(**_tuples(data["preprocess"])),
-        "r": _schedule_from_json(data["r"]),
+        "r": check_schedule(_schedule_from_json(data["r"]), config.depth),
         "sources": tuple(Source(**source) for source in data["sources"]),
         "figures": tuple(Figure(**figure) for figure in data["figures"]),
     }

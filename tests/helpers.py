@@ -1,0 +1,49 @@
+"""What several test files need: a small model with nothing trivial in it, and how far apart two tensors are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tomevit.config import Config, Schedule
+from tomevit.models import VisionTransformer, build
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest deviation, as a share of the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Fill every parameter with noise at a scale that keeps activations near 1: no zero bias, no norm that is 1."""
+    # The same 2^17 + 1 draws over and over, from another place for each parameter: drawing 300 million takes long.
+    noise = torch.randn(2**17 + 1, generator=torch.Generator().manual_seed(seed))
+    for i, (name, parameter) in enumerate(module.named_parameters()):
+        if parameter.ndim == 1:
+            centre, deviation = (0.0 if name.endswith("bias") else 1.0), 0.2
+        elif name.endswith(("_token", "pos_embed", "pos_embedding")):
+            centre, deviation = 0.0, 0.5
+        else:
+            centre, deviation = 0.0, parameter[0].numel() ** -0.5
+        repeats = -(-parameter.numel() // len(noise))
+        values = noise.roll(7919 * i).repeat(repeats)[: parameter.numel()]
+        parameter.copy_(values.view_as(parameter).mul_(deviation).add_(centre))
+
+
+def tiny(r: Schedule = 0, *, seed: int = 0, **fields: Any) -> VisionTransformer:
+    """A model of a few thousand parameters in evaluation mode: 64 patches, of which half can merge per block."""
+    small = {"img_size": (32, 32), "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": 7}
+    model = build(Config(**small | fields), r)
+    randomise(model, seed)
+    return model.eval()
+
+
+def images_for(model: VisionTransformer, batch: int = 3, *, seed: int = 1, dtype: torch.dtype | None = None) -> Tensor:
+    """Noise that a model accepts, in its dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, model.config.in_chans, *model.config.img_size, generator=generator)
+    return images.to(dtype or model.pos_embed.dtype)
