@@ -45,7 +45,7 @@ def main() -> None:
     images = torch.randn(args.batch, config.in_chans, *config.img_size, device=args.device, dtype=dtype)
 
     calls = {"timm": partial(theirs, images)} | {f"r={r}": partial(ours, images, r) for r in [0, *args.r]}
-    with torch.inference_mode(), tqdm(total=len(calls) * (args.rounds + 2), delay=2, unit="call") as bar:
+    with torch.inference_mode(), tqdm(total=len(calls) * (args.rounds + 2), delay=2, unit="call", disable=None) as bar:
         seconds = interleave(calls, rounds=args.rounds, device=args.device, progress=bar.update)
 
     gflops = {"timm": tomevit.flops(config) / 1e9} | {f"r={r}": tomevit.flops(config, r) / 1e9 for r in [0, *args.r]}

@@ -4,6 +4,7 @@ Here torch's own encoder layer gets a merge between attention and MLP. Run: pyth
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.layers import Tokens, bipartite_soft_matching, merge_tokens, unmerge
@@ -26,7 +27,7 @@ class MergingLayer(nn.TransformerEncoderLayer):
         """The attention keys averaged over the heads, (B, N, d): what similarity is measured on."""
         weight, bias = self.self_attn.in_proj_weight.chunk(3)[1], self.self_attn.in_proj_bias.chunk(3)[1]
         heads = self.self_attn.num_heads
-        return nn.functional.linear(x, weight, bias).unflatten(-1, (heads, -1)).mean(2)
+        return rearrange(nn.functional.linear(x, weight, bias), "b n (h d) -> b n h d", h=heads).mean(2)
 
 
 def main() -> None:
@@ -36,6 +37,7 @@ def main() -> None:
     tokens = Tokens(x, slots=torch.arange(50).expand(2, -1))
     for layer in layers:
         tokens = layer.merge(tokens, r=8, num_prefix=1)
+        assert tokens.size is not None
         print(f"{tokens.x.shape[1]} tokens, the largest of {int(tokens.size.max())}")
     print("back on the grid:", tuple(unmerge(tokens).shape))
 

@@ -114,6 +114,7 @@ def test_bench_compiled_prints_a_table(capsys):
         (["info", "vit_b16", "--r", "eight"], "8,-1"),
         (["info", "vit_b16", "--r", "[1,2"], "[20,0,7]"),
         (["bench", "deit_ti16", "--r", "[1,1,1,1,1,1,1,1,1,1,1,1,1]"], "the model has 12"),
+        (["bench", "deit_ti16", "--compile", "--r", *"123456789"], "several runs"),
         (["bench", "--dtype", "int8"], "bfloat16"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--device", "abacus"], "abacus"),

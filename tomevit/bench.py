@@ -14,6 +14,8 @@ from tomevit.flops import flops
 from tomevit.models import VisionTransformer
 from tomevit.timing import interleave
 
+COMPILED_AT_ONCE = 8  # torch._dynamo.config.recompile_limit
+
 
 class Row(NamedTuple):
     """One r."""
@@ -51,9 +53,14 @@ def bench(
         progress: called after every call, two rounds of warm-up included.
 
     Raises:
-        ValueError: an r of no known form.
+        ValueError: an r of no known form, or too many to compile.
     """
     values: list[Schedule] = [0, *(r for r in r_values if r != 0)]
+    if compiled and len(values) > COMPILED_AT_ONCE:
+        raise ValueError(
+            f"{len(values)} values of r, 0 included, are more than the {COMPILED_AT_ONCE} programs that torch.compile "
+            f"keeps of one model: measure them in several runs"
+        )
     parameter = next(model.parameters())
     config = model.config
     images = torch.randn(batch, config.in_chans, *config.img_size, device=parameter.device, dtype=parameter.dtype)

@@ -259,7 +259,7 @@ def bench(
         torch.set_num_threads(threads)
     model = tomevit.create(name, img_size=img_size).to(_device(device), DTYPES[dtype])
     distinct = {str(r) for r in r_values} | {"0"}
-    with tqdm(total=len(distinct) * (rounds + 2), delay=2, unit="call", file=sys.stderr, leave=False) as bar:
+    with tqdm(total=len(distinct) * (rounds + 2), delay=2, unit="call", leave=False, disable=None) as bar:
         rows = run_bench(model, _distinct(r_values), batch=batch, rounds=rounds, compiled=compiled, progress=bar.update)
     setting = {
         "model": name,

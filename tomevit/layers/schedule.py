@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 
@@ -69,7 +68,10 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
     wanted = _per_block(check_schedule(r, depth), depth)
     patches, merged = num_tokens - num_prefix, []
     for want in wanted:
-        count = min(math.floor(want * patches) if isinstance(want, float) else want, patches // 2)
+        count = min(int(want * patches) if isinstance(want, float) else want, patches // 2)
+        # torch.compile takes an r that it has seen change for a symbol, and a dozen merges in one symbol are hours of
+        # algebra. The length of a range is a constant to it.
+        count = len(range(count))
         merged.append(count)
         patches -= count
     return tuple(merged)

@@ -1,0 +1,164 @@
+"""The digits models that ship, the images they are measured on, and the script that made both."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import tomevit
+from tomevit import zoo
+from tomevit.demo import PLAIN, TRAINED, accuracy, held_out
+from tomevit.weights.native import read
+
+pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+try:
+    import train_digits
+finally:
+    sys.path.pop(0)
+
+SHIPPED = (PLAIN, TRAINED)
+
+
+def shipped_file(name: str) -> Path:
+    (source,) = zoo.card(name).sources
+    return Path(str(resources.files("tomevit"))) / source.package
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: tomevit.create(name, pretrained=True) for name in SHIPPED}
+
+
+def test_the_plain_weights_are_the_default():
+    assert zoo.card("digits_p1").full_name == PLAIN
+    assert [card.full_name for card in zoo.cards("digits_p1")] == list(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_are_accurate_without_merging(models, name):
+    assert accuracy(models[name], *held_out(), r=0) >= 97.0
+
+
+def test_training_with_merging_recovers_most_of_what_merging_costs(models):
+    r = models[TRAINED].r
+    unmerged, off_the_shelf = (accuracy(models[PLAIN], *held_out(), r=value) for value in (0, r))
+    trained = accuracy(models[TRAINED], *held_out())
+    assert unmerged - off_the_shelf > 3
+    assert unmerged - trained < (unmerged - off_the_shelf) / 2
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_are_small_and_say_where_they_come_from(models, name):
+    path, card = shipped_file(name), models[name].card
+    assert path.stat().st_size < 1_000_000
+    assert f"python examples/train_digits.py --r {card.r} " in card.notes
+    assert "CC BY 4.0" in card.notes
+    assert card.licence == "apache-2.0"
+    assert card.class_names == tuple("0123456789")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_listed_card_is_the_files_card(name):
+    listed, (filed, _) = zoo.card(name), read(shipped_file(name))
+    for field in ("full_name", "config", "preprocess", "r", "licence", "class_names", "notes"):
+        assert getattr(listed, field) == getattr(filed, field), field
+
+
+def test_r_is_what_the_weights_were_trained_with(models):
+    assert models[PLAIN].r == 0
+    assert models[TRAINED].r == int(TRAINED.removeprefix("digits_p1.tome_r")) > 0
+
+
+def test_shipped_images_are_the_held_out_split():
+    _, wanted = train_digits.load_split()
+    images, labels = held_out()
+    assert torch.equal(images, wanted.images)
+    assert torch.equal(labels, wanted.labels)
+    assert images.shape == (360, 1, 8, 8)
+    assert images.dtype == torch.uint8
+    assert images.max() == 255  # 16 of 16
+
+
+def test_shipped_images_are_written_by_the_script(tmp_path):
+    train_digits.main(["--heldout", str(tmp_path / "images.safetensors")])
+    shipped = Path(str(resources.files("tomevit"))) / "data" / "digits_heldout.safetensors"
+    assert (tmp_path / "images.safetensors").read_bytes() == shipped.read_bytes()
+    with safe_open(shipped, framework="pt") as file:
+        about = json.loads(file.metadata()["about"])
+    assert about["licence"] == "CC BY 4.0"
+    assert "doi:10.24432/C50P49" in about["source"]
+
+
+def test_no_image_is_on_both_sides_of_a_split():
+    train, held = train_digits.load_split()
+    fit, validation = train_digits.load_split(validate=True)
+    assert (len(train.labels), len(held.labels)) == (1437, 360)
+    assert (len(fit.labels), len(validation.labels)) == (1149, 288)
+    images = {name: _multiset(digits) for name, digits in (("train", train), ("held", held))}
+    assert _multiset(fit, validation) == images["train"]
+    assert not set(images["train"]) & set(images["held"])
+    assert held.labels.bincount().min() >= 34
+
+
+def _multiset(*several: train_digits.Digits) -> list[bytes]:
+    return sorted(bytes(image.flatten().tolist()) for digits in several for image in digits.images)
+
+
+def test_preprocessing_normalises_the_training_images():
+    train, _ = train_digits.load_split()
+    prepared = tomevit.transform(tomevit.create("digits_p1"))(train.images)
+    assert prepared.mean().abs() < 0.01
+    assert prepared.std() == pytest.approx(1, abs=0.01)
+
+
+def test_augmentation_moves_images_but_keeps_them_the_same_digits():
+    images = held_out()[0]
+    moved = train_digits.augment(images, torch.Generator().manual_seed(0))
+    assert moved.dtype == torch.uint8
+    assert moved.shape == images.shape
+    assert (moved != images).flatten(1).any(1).all()
+    close = torch.nn.functional.cosine_similarity(moved.flatten(1).float(), images.flatten(1).float())
+    assert close.min() > 0.5
+    assert close.mean() > 0.85
+
+
+def train_a_little(directory: Path, r: int, *more: str) -> Path:
+    directory.mkdir()
+    path = directory / "digits.safetensors"
+    train_digits.main(["--r", str(r), "--epochs", "1", "--limit", "64", "--batch", "32", "--out", str(path), *more])
+    return path
+
+
+def test_training_is_reproducible(tmp_path):
+    first, again = (train_a_little(tmp_path / name, 8) for name in ("first", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_training_depends_on_the_seed(tmp_path):
+    first, other = (read(train_a_little(tmp_path / seed, 8, "--seed", seed))[1] for seed in "01")
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_what_training_writes_loads_and_says_how_it_was_made(tmp_path, capsys):
+    model = tomevit.load(train_a_little(tmp_path / "run", 8, "--validate"))
+    assert model.r == 8
+    assert model.card.full_name == "digits_p1.tome_r8"
+    assert "--r 8 --epochs 1 --batch 32 --lr 0.003 --seed 0 --limit 64 --validate" in model.card.notes
+    images = held_out()[0][:2]
+    assert model(tomevit.transform(model)(images)).shape == (2, 10)
+    assert "of 288 validation images" in capsys.readouterr().out
+
+
+def test_training_learns(tmp_path):
+    # 64 images, 160 steps: far from good, and far above the 10 % of chance.
+    model = tomevit.load(train_a_little(tmp_path / "run", 16, "--epochs", "40", "--batch", "16"))
+    train = train_digits.load_split()[0]
+    assert accuracy(model, train.images[:64], train.labels[:64]) > 40

@@ -1,0 +1,213 @@
+"""Pictures. Matplotlib is imported when one is drawn, and written to without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1f2430"
+GREY = "#8a8f98"
+COLOURS = ("#c8553d", "#2b6cb0", "#3a7d44", "#7b4fa3")
+DPI = 160
+
+
+def require_matplotlib() -> None:
+    """Say so before any work is done, if pictures cannot be drawn.
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise ValueError("drawing pictures needs matplotlib: pip install 'tomevit[plot]'")
+
+
+def paint_groups(image: Tensor, groups: Tensor) -> Tensor:
+    """Every group of patches in its mean colour.
+
+    Args:
+        image: (C, H, W).
+        groups: (rows, columns) int64, the group of each patch; H and W are multiples of them.
+
+    Returns:
+        (C, H, W) float32
+    """
+    channels, height, width = image.shape
+    names, index = torch.unique(_enlarge(groups, height, width).flatten(), return_inverse=True)
+    pixels = image.flatten(1).to(torch.float32)
+    sums = pixels.new_zeros(channels, len(names)).index_add_(1, index, pixels)
+    return (sums / index.bincount())[:, index].view(channels, height, width)
+
+
+def outline(groups: Tensor, scale: int, width: int) -> Tensor:
+    """Where a line runs inside each group's edge, in an image with `scale` pixels to a patch.
+
+    Args:
+        groups: (rows, columns) int64 from 0, the group of each patch.
+        scale: pixels along a patch.
+        width: of the line, in pixels.
+
+    Returns:
+        (rows * scale, columns * scale) bool
+    """
+    fine = _enlarge(groups, groups.shape[0] * scale, groups.shape[1] * scale)
+    # Nothing is the last group's successor, so the image's own edge is an edge too.
+    around = F.pad(fine[None, None].to(torch.float32), [width] * 4, value=-1.0)
+    highest = F.max_pool2d(around, 2 * width + 1, stride=1)[0, 0]
+    lowest = -F.max_pool2d(-around, 2 * width + 1, stride=1)[0, 0]
+    return (highest != fine) | (lowest != fine)
+
+
+def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:
+    """Every group in its mean colour, with a line inside its edge: grey around a single patch, else a hue of its own.
+
+    Args:
+        image: (C, H, W) uint8, with one or three channels.
+        groups: (rows, columns) int64 from 0, the group of each patch.
+        scale: pixels along a patch.
+        width: of the line, in pixels.
+
+    Returns:
+        (3, rows * scale, columns * scale) float32 in [0, 1]
+    """
+    height, across = groups.shape[0] * scale, groups.shape[1] * scale
+    _, index, count = torch.unique(groups.flatten(), return_inverse=True, return_counts=True)
+    # The hue follows the group's first patch: it stays when the group grows. Steps of the golden ratio spread hues.
+    position = torch.arange(len(index))
+    first = torch.full_like(count, len(index)).scatter_reduce(0, index, position, "amin")
+    colours = torch.tensor([hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95) for i in first.tolist()])
+    colours[count == 1] = 0.32
+    lines = colours[_enlarge(index.view(groups.shape), height, across)].permute(2, 0, 1)
+    painted = paint_groups(image, groups) / 255
+    painted = torch.stack([_enlarge(channel, height, across) for channel in painted]).expand(3, -1, -1)
+    return torch.where(outline(groups, scale, width), lines, painted)
+
+
+def _enlarge(values: Tensor, height: int, width: int) -> Tensor:
+    """(rows, columns) to (height, width), multiples of them, by repetition."""
+    rows, columns = values.shape
+    return values.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
+
+
+def merged_tokens(
+    path: Path,
+    images: Sequence[Tensor],
+    groups: Sequence[Sequence[Tensor]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    title: str,
+) -> None:
+    """Images in rows; beside each, what is left of it as its patches merge (as in the ToMe paper, figure 4).
+
+    Args:
+        path: the PNG to write.
+        images: (C, H, W) uint8, with one or three channels.
+        groups: for each image and each column but the first, (rows, columns) int64, the group of each patch.
+        columns: headings; the first is the untouched image's.
+        labels: one for each image.
+        title: above everything.
+    """
+    figure = _figure(1.45 * len(columns) + 0.6, 1.45 * len(images) + 0.95)
+    axes = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    for row, (image, steps, label) in enumerate(zip(images, groups, labels, strict=True)):
+        _show(axes[row][0], image / 255)
+        for axis, step in zip(axes[row][1:], steps, strict=True):
+            _show(axis, draw_groups(image, step))
+        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8)
+    for axis, heading in zip(axes[0], columns, strict=True):
+        axis.set_title(heading, fontsize=10, color=INK, pad=6)
+    figure.suptitle(title, fontsize=12.5, color=INK)
+    figure.supxlabel(
+        "Patches of one token share their mean colour and the hue of their border; grey borders hold one patch.",
+        fontsize=9,
+        color=GREY,
+    )
+    _save(figure, path)
+
+
+def accuracy_throughput(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    labels: Sequence[str],
+    title: str,
+    note: str,
+) -> None:
+    """Accuracy against throughput, one line for each model, each point labelled.
+
+    Args:
+        path: the PNG to write.
+        lines: for each model's name, points (images per second, per cent right), in the order of `labels`.
+        labels: one for each point of a line.
+        title: above the plot.
+        note: below it, what the figures must be read with.
+    """
+    from matplotlib.patheffects import withStroke
+
+    figure = _figure(7.6, 4.9)
+    axis = figure.subplots()
+    for (name, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
+        across, up = zip(*points, strict=True)
+        axis.plot(across, up, color=colour, marker=marker, markersize=6, linewidth=1.8, label=name, clip_on=False)
+    for i, label in enumerate(labels):
+        points = [line[i] for line in lines.values()]
+        axis.plot(*zip(*points, strict=True), color="#c9ccd2", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+        # The first point, without merging, is the highest: its label stands above, clear of those that follow.
+        below = i > 0
+        point = (min if below else max)(points, key=lambda point: point[1])
+        text = axis.annotate(
+            label,
+            point,
+            (0, -9 if below else 9),
+            textcoords="offset points",
+            ha="center",
+            va="top" if below else "bottom",
+            fontsize=9,
+            color=INK,
+        )
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])
+    axis.margins(x=0.07, y=0.14)
+    axis.set_xlabel("throughput, images/s", fontsize=10.5, color=INK)
+    axis.set_ylabel("held-out accuracy, %", fontsize=10.5, color=INK)
+    axis.set_title(title, fontsize=12.5, color=INK, pad=12)
+    axis.grid(color="#e4e6ea", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=INK, labelsize=9.5, length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+    figure.supxlabel(note, fontsize=9, color=GREY)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07))
+
+
+def _show(axis: Axes, picture: Tensor) -> None:
+    """A picture (C, H, W) in [0, 1], with one or three channels."""
+    axis.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.15)
