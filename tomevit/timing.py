@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -25,7 +26,7 @@ def interleave(
     """The median time of each candidate, in seconds.
 
     In every round each candidate runs once, so that whatever slows the machine for a while slows all of them. The
-    order turns by one from round to round, so that none always follows the same other.
+    order is drawn anew each round, since what ran before decides what memory is at hand.
 
     Args:
         candidates: what to time, without arguments.
@@ -34,11 +35,10 @@ def interleave(
         device: waited for after every run.
         progress: called after every run, warm-up included.
     """
-    names = list(candidates)
-    seconds: dict[Key, list[float]] = {name: [] for name in names}
+    draw = random.Random(0)
+    seconds: dict[Key, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
+        for name in draw.sample(list(candidates), len(candidates)):
             _wait_for(device)
             start = time.perf_counter()
             candidates[name]()
