@@ -37,9 +37,9 @@ class Block(nn.Module):
         Returns:
             x (B, N - r, D), or (B, num_read, D).
         """
-        x, size, _ = tokens
-        x, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
-        tokens = tokens._replace(x=tokens.x[:, :num_read] + self.drop_path(self.ls1(x)))
+        attended, key = self.attn(self.norm1(tokens.x), tokens.size if self.prop_attn else None, num_read)
+        tokens = tokens._replace(x=tokens.x[:, :num_read] + self.drop_path(self.ls1(attended)))
         if r > 0:
             tokens = merge_tokens(tokens, self.matching(key.mean(1), r, self.num_prefix))
+        del attended, key  # the keys hold all of qkv, which need not be there when memory peaks
         return tokens._replace(x=tokens.x + self.drop_path(self.ls2(self.mlp(self.norm2(tokens.x)))))
