@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,9 +161,11 @@ def test_the_transform_fits_a_model_of_other_channels() -> None:
         torch.zeros(64, 64, 3, dtype=torch.uint8),
         torch.zeros(1, 64, 64, dtype=torch.uint8),
         torch.zeros(3, 64, 64, dtype=torch.int64),
+        np.zeros((64, 64, 3), dtype=np.uint8),
+        "photograph.jpg",
     ],
-    ids=lambda image: f"{image.dtype}{tuple(image.shape)}",
+    ids=lambda image: f"{getattr(image, 'dtype', image)}{tuple(getattr(image, 'shape', ()))}",
 )
-def test_wrong_tensors_are_value_errors(image: Tensor) -> None:
+def test_wrong_images_are_value_errors(image: Any) -> None:
     with pytest.raises(ValueError, match=r"uint8|channels"):
         transform(tiny())(image)

@@ -63,8 +63,12 @@ class Transform:
         return int(wanted[1] * height / width), wanted[1]
 
     def _resize_pil(self, image: Image) -> Tensor:
-        from PIL.Image import Resampling
+        from PIL.Image import Image, Resampling
 
+        if not isinstance(image, Image):
+            raise ValueError(
+                f"the image is a {type(image).__name__}; give a PIL image or a uint8 tensor (..., C, H, W)"
+            )
         mode = "L" if len(self.preprocess.mean) == 1 else "RGB"
         image = image.convert(mode)
         height, width = self._target(image.height, image.width)
