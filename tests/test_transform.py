@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from torch import Tensor
 
 from benchmarks.peers import timm, torchvision
 from tests.helpers import tiny
