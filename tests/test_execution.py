@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
 from tomevit.config import Schedule
-from tomevit.layers import Tokens
+from tomevit.layers import MATCHINGS, Tokens
 from tomevit.models import VisionTransformer
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -129,6 +129,21 @@ def test_exported_features_trace_alike(strict: bool) -> None:
     torch.testing.assert_close(answer.x, expected.x, rtol=0, atol=1e-5)
     assert torch.equal(answer.size, expected.size)
     assert torch.equal(answer.slots, expected.slots)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("matching", MATCHINGS)
+def test_every_matching_compiles_and_exports(matching: str) -> None:
+    model = tiny(7, depth=2, matching=matching)
+    images = images_for(model, 2)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), strict=True).module()
+        answers = []
+        for run in (model, torch.compile(model, fullgraph=True, backend="eager"), program):
+            torch.manual_seed(0)
+            answers.append(run(images))
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers[2], answers[0], rtol=0, atol=1e-5)
 
 
 def test_an_exported_program_survives_a_file() -> None:

@@ -41,16 +41,18 @@ def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) 
     Up to a share 1 - 1/k can merge at once, at a coarser match than the bipartite one (`kth_bipartite_soft_matching`
     in facebookresearch/ToMe, here with the prefix protected and the patches behind the last k-th one not lost).
     """
+    patches = key.shape[1] - num_prefix
+    k = min(k, patches)
     position = torch.arange(num_prefix, key.shape[1], device=key.device)
-    k = min(k, len(position))
-    last = torch.arange(len(position), device=key.device) % k == k - 1
-    src, dst = position[~last], position[last]
+    whole = patches // k * k  # behind the last k-th patch others may remain
+    groups = position[:whole].view(-1, k)
+    src, dst = torch.cat([groups[:, :-1].flatten(), position[whole:]]), groups[:, -1]
     return _join_most_similar(key, src, dst, len(src) if r is None else r, num_prefix)
 
 
 @torch.no_grad()
 def random_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
-    """R patches drawn at random, image by image, join the most similar of the rest: the baseline for a matching.
+    """Patches drawn at random, r in each image, join the most similar of the rest: the baseline for a matching.
 
     Draws from torch's default generator: seed it for equal results.
     """

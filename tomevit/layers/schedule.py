@@ -78,12 +78,11 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
 
 
 def _per_block(r: Schedule, depth: int) -> Sequence[int | float]:
-    match r:
-        case tuple((mean, inflection)):
-            first = int(mean * (1.0 - inflection))
-            step = (2 * mean - 2 * first) / (depth - 1) if depth > 1 else 0.0
-            return [int(first + step * i) for i in range(depth)] if depth > 1 else [mean]
-        case list():
-            return r + [0] * (depth - len(r))
-        case _:
-            return [r] * depth
+    if isinstance(r, list):
+        return r + [0] * (depth - len(r))
+    if isinstance(r, tuple) and depth > 1:
+        mean, inflection = r
+        first = int(mean * (1.0 - inflection))
+        step = (2 * mean - 2 * first) / (depth - 1)
+        return [int(first + step * i) for i in range(depth)]
+    return [r[0] if isinstance(r, tuple) else r] * depth
