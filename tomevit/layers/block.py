@@ -37,9 +37,11 @@ class Block(nn.Module):
         Returns:
             x (B, N - r, D), or (B, num_read, D).
         """
-        attended, key = self.attn(self.norm1(tokens.x), tokens.size if self.prop_attn else None, num_read)
-        tokens = tokens._replace(x=tokens.x[:, :num_read] + self.drop_path(self.ls1(attended)))
+        x, size, slots = tokens
+        attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
+        tokens = Tokens(x[:, :num_read] + self.drop_path(self.ls1(attended)), size, slots)
         if r > 0:
             tokens = merge_tokens(tokens, self.matching(key.mean(1), r, self.num_prefix))
         del attended, key  # the keys hold all of qkv, which need not be there when memory peaks
-        return tokens._replace(x=tokens.x + self.drop_path(self.ls2(self.mlp(self.norm2(tokens.x)))))
+        x, size, slots = tokens
+        return Tokens(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), size, slots)

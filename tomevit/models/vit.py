@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module):
         tokens, out = self._embed(images, trace), []
         for block, merged in zip(self.blocks, self.schedule(r), strict=True):
             tokens = self._run(block, tokens, merged)
-            out.append(tokens._replace(x=self.norm(tokens.x)) if norm else tokens)
+            out.append(Tokens(self.norm(tokens.x), tokens.size, tokens.slots) if norm else tokens)
         return out
 
     def forward_head(self, tokens: Tokens) -> Tensor:
@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
             tokens = self._run(block, tokens, count)
         # Where only prefix tokens are read, a merge in the last block would change nothing that is.
         tokens = self._run(self.blocks[-1], tokens, last if num_read is None else 0, num_read)
-        return tokens._replace(x=self.norm(tokens.x))
+        return Tokens(self.norm(tokens.x), tokens.size, tokens.slots)
 
     def _embed(self, images: Tensor, trace: bool) -> Tokens:
         config = self.config
