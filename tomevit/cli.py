@@ -196,8 +196,8 @@ def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_jso
         f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the "
         f"{'class token' if config.pool == 'token' else 'mean patch'}\n"
         f"parameters     {cost['params'] / 1e6:.2f} M, {config.num_classes} classes\n"
-        f"r = {r!s:<11}{cost['gflops']:.2f} GFLOPs, {cost['gflops_unmerged'] / cost['gflops']:.2f} times fewer than "
-        f"the {cost['gflops_unmerged']:.2f} of r = 0\n"
+        f"r = {r!s:<11}{cost['gflops']:.4g} GFLOPs, {cost['gflops_unmerged'] / cost['gflops']:.2f} times fewer than "
+        f"the {cost['gflops_unmerged']:.4g} of r = 0\n"
         f"               tokens {' '.join(map(str, counts))}"
     )
     prepare = card.preprocess
