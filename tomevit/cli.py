@@ -222,7 +222,13 @@ def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_jso
 
 
 @cli.command(cls=ManyR)
-@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("demo"), help="Directory for the pictures.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo"),
+    help="Directory for the pictures.",
+)
 @click.option("--r", "r_values", type=R(), multiple=True, help="Values to compare with r = 0.")
 def demo(out: Path, r_values: tuple[Schedule, ...]) -> None:
     """Classify held-out images with a small model that ships with tomevit, at several r; needs no network."""
