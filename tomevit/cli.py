@@ -20,7 +20,7 @@ from tomevit.bench import Row
 from tomevit.bench import bench as run_bench
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
-from tomevit.layers.schedule import check_schedule, resolve_schedule
+from tomevit.layers.schedule import check_schedule, token_counts
 from tomevit.models import build_meta
 from tomevit.timing import environment
 
@@ -170,9 +170,7 @@ def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_jso
     card = zoo.card(name)
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
     r = card.r if r is None else r
-    counts = [config.num_tokens]
-    for merged in resolve_schedule(r, config.depth, config.num_tokens, config.num_prefix):
-        counts.append(counts[-1] - merged)
+    counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
     cost: dict[str, Any] = {
         "params": sum(p.numel() for p in build_meta(config).parameters()),
         "r": r,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tomevit.config import Config, Schedule
-from tomevit.layers.schedule import resolve_schedule
+from tomevit.layers.schedule import token_counts
 
 
 def flops(config: Config, r: Schedule = 0) -> int:
@@ -13,10 +15,9 @@ def flops(config: Config, r: Schedule = 0) -> int:
     and 8N'D² for an MLP of ratio 4. Heads, norms, the merge itself, and what is saved where only the class token is
     read, are not counted.
     """
-    dim, tokens = config.embed_dim, config.num_tokens
+    dim = config.embed_dim
     total = config.num_patches * config.patch_size**2 * config.in_chans * dim
-    for merged in resolve_schedule(r, config.depth, tokens, config.num_prefix):
-        total += 4 * tokens * dim**2 + 2 * tokens**2 * dim
-        tokens -= merged
-        total += 2 * tokens * dim * int(dim * config.mlp_ratio)
+    for entering, leaving in pairwise(token_counts(r, config.depth, config.num_tokens, config.num_prefix)):
+        total += 4 * entering * dim**2 + 2 * entering**2 * dim
+        total += 2 * leaving * dim * int(dim * config.mlp_ratio)
     return total

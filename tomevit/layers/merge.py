@@ -35,7 +35,7 @@ def merge_tokens(tokens: Tokens, merge: Merge) -> Tokens:
         size = x.new_ones((x.shape[0], x.shape[1], 1), dtype=torch.float32)
     x, size = merge_mean(x, size, merge)
     if slots is not None:
-        slots = slot_map(merge).gather(1, slots)
+        slots = compose(slots, slot_map(merge))
     return Tokens(x, size, slots)
 
 

@@ -77,6 +77,14 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
     return tuple(merged)
 
 
+def token_counts(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:
+    """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `resolve_schedule`."""
+    counts = [num_tokens]
+    for merged in resolve_schedule(r, depth, num_tokens, num_prefix):
+        counts.append(counts[-1] - merged)
+    return tuple(counts)
+
+
 def _per_block(r: Schedule, depth: int) -> Sequence[int | float]:
     if isinstance(r, list):
         return r + [0] * (depth - len(r))

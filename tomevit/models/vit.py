@@ -14,7 +14,7 @@ from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.pool import mean_patch
-from tomevit.layers.schedule import check_schedule, resolve_schedule
+from tomevit.layers.schedule import check_schedule, resolve_schedule, token_counts
 
 
 class VisionTransformer(nn.Module):
@@ -62,15 +62,15 @@ class VisionTransformer(nn.Module):
 
     def schedule(self, r: Schedule | None = None) -> tuple[int, ...]:
         """Tokens that merge in each block, for this r or the model's own."""
-        config = self.config
-        return resolve_schedule(self.r if r is None else r, config.depth, config.num_tokens, config.num_prefix)
+        return resolve_schedule(self.r if r is None else r, *self._shape)
 
     def token_counts(self, r: Schedule | None = None) -> tuple[int, ...]:
         """Tokens entering each block, and leaving the last: depth + 1 numbers."""
-        counts = [self.config.num_tokens]
-        for merged in self.schedule(r):
-            counts.append(counts[-1] - merged)
-        return tuple(counts)
+        return token_counts(self.r if r is None else r, *self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.config.depth, self.config.num_tokens, self.config.num_prefix
 
     def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
         """Classify.
