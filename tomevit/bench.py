@@ -33,6 +33,11 @@ class Row(NamedTuple):
         return self.speed_up / self.flop_ratio
 
 
+def with_zero(r_values: Sequence[Schedule]) -> list[Schedule]:
+    """What a comparison runs over: 0 first, then each other r once."""
+    return list({str(r): r for r in (0, *r_values)}.values())
+
+
 def bench(
     model: VisionTransformer,
     r_values: Sequence[Schedule],
@@ -55,7 +60,7 @@ def bench(
     Raises:
         ValueError: an r of no known form, or too many to compile.
     """
-    values: list[Schedule] = [0, *(r for r in r_values if r != 0)]
+    values = with_zero(r_values)
     if compiled and len(values) > COMPILED_AT_ONCE:
         raise ValueError(
             f"{len(values)} values of r, 0 included, are more than the {COMPILED_AT_ONCE} programs that torch.compile "

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import tomevit
 from tomevit import zoo
-from tomevit.bench import Row
+from tomevit.bench import Row, with_zero
 from tomevit.bench import bench as run_bench
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
@@ -262,9 +262,9 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     model = tomevit.create(name, img_size=img_size).to(_device(device), DTYPES[dtype])
-    distinct = {str(r) for r in r_values} | {"0"}
-    with tqdm(total=len(distinct) * (rounds + 2), delay=2, unit="call", leave=False, disable=None) as bar:
-        rows = run_bench(model, _distinct(r_values), batch=batch, rounds=rounds, compiled=compiled, progress=bar.update)
+    values = with_zero(r_values)
+    with tqdm(total=len(values) * (rounds + 2), delay=2, unit="call", leave=False, disable=None) as bar:
+        rows = run_bench(model, values, batch=batch, rounds=rounds, compiled=compiled, progress=bar.update)
     setting = {
         "model": name,
         "img_size": model.config.img_size,
@@ -292,10 +292,6 @@ def _bench_cells(row: Row) -> list[Any]:
         f"{row.flop_ratio:.2f}",
         f"{row.efficiency:.2f}",
     ]
-
-
-def _distinct(r_values: Sequence[Schedule]) -> list[Schedule]:
-    return list({str(r): r for r in r_values}.values())
 
 
 def _device(name: str) -> torch.device:

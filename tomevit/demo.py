@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import tomevit
 from tomevit import plot
-from tomevit.bench import bench
+from tomevit.bench import bench, with_zero
 from tomevit.config import Schedule
 from tomevit.models import VisionTransformer
 from tomevit.timing import environment
@@ -78,7 +78,7 @@ def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds
     """
     plot.require_matplotlib()
     plain, trained = (tomevit.create(name, pretrained=True) for name in (PLAIN, TRAINED))
-    values = list({str(r): r for r in (0, *(r_values or R_VALUES))}.values())
+    values = with_zero(r_values or R_VALUES)
     for r in values:
         plain.schedule(r)  # a wrong r ends here, before anything is measured or written
     out.mkdir(parents=True, exist_ok=True)
