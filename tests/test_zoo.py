@@ -13,11 +13,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
-from benchmarks.peers import timm
+from benchmarks.peers import timm, torchvision
 from tests.helpers import images_for
-from tomevit.config import Card, Config, Schedule
+from tomevit.config import Card, Config, Schedule, Source
 from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta
+from tomevit.transform import Transform
 from tomevit.zoo import _zoo, cards
 
 ALIASES = _zoo().aliases
@@ -29,7 +30,7 @@ PARAMETERS = {  # facebookresearch/SWAG: the weights as published
     "swag_h14.trunk": 630764800,
     "swag_h14_518.ft_in1k": 633470440,
 }
-GFLOPS = [  # ToMe, tables 1 to 5 and the appendix: what is published, to all its digits
+GFLOPS = [  # ToMe, tables 1 to 5 and the appendix, and DeiT III's README: what is published, to all its digits
     ("deit_ti16", 0, "1.25"),
     ("deit_ti16", 8, "0.92"),
     ("deit_ti16", 13, "0.73"),
@@ -47,6 +48,10 @@ GFLOPS = [  # ToMe, tables 1 to 5 and the appendix: what is published, to all it
     ("vit_l16", 8, "31.0"),
     ("mae_h14", 0, "167.3"),
     ("mae_h14", 7, "92.8"),
+    ("deit3_s16", 0, "4.6"),
+    ("deit3_s16_384", 0, "15.5"),
+    ("deit3_m16", 0, "8.0"),
+    ("deit3_b16_384", 0, "55.5"),
 ]
 
 
@@ -66,7 +71,8 @@ def timm_on_meta(name: str, **arguments: Any) -> torch.nn.Module:
 def test_every_model_constructs_at_full_size(name: str) -> None:
     found = tomevit.card(name)
     model = build_meta(found.config, found.r)
-    assert model.pos_embed.shape == (1, found.config.num_tokens, found.config.embed_dim)
+    positions = found.config.num_tokens if found.config.pos_embed_prefix else found.config.num_patches
+    assert model.pos_embed.shape == (1, positions, found.config.embed_dim)
     assert len(model.blocks) == found.config.depth
     tokens = model.token_counts()
     assert tokens[0] == found.config.num_tokens
@@ -110,6 +116,27 @@ def test_weights_of_timms_are_prepared_as_timm_does(card: Card, name: str) -> No
     assert (ours.mean, ours.std) == (tuple(theirs.mean), tuple(theirs.std))
     assert (ours.interpolation, ours.crop_pct) == (theirs.interpolation, theirs.crop_pct)
     assert ours.resize == {"center": "shorter", "squash": "squash"}[theirs.crop_mode]
+
+
+TORCHVISION = {
+    entry.url: entry
+    for name in ("B_16", "B_32", "L_16", "L_32", "H_14")
+    for entry in getattr(torchvision.models, f"ViT_{name}_Weights")
+}
+TORCHVISION_SOURCES = [(card, source) for card in WEIGHTS for source in card.sources if source.format == "torchvision"]
+
+
+@pytest.mark.parametrize(
+    ("card", "source"), TORCHVISION_SOURCES, ids=[card.full_name for card, _ in TORCHVISION_SOURCES]
+)
+def test_weights_of_torchvisions_are_prepared_as_torchvision_does(card: Card, source: Source) -> None:
+    entry = TORCHVISION[source.url]
+    theirs, ours = entry.transforms(), card.preprocess
+    assert len(entry.meta["categories"]) == card.config.num_classes
+    assert card.config.img_size == tuple(theirs.crop_size * 2)
+    assert Transform(ours, card.config.img_size)._target(1000, 1000) == tuple(theirs.resize_size * 2)
+    assert (ours.mean, ours.std) == (tuple(theirs.mean), tuple(theirs.std))
+    assert (ours.interpolation, ours.resize) == (theirs.interpolation.value, "shorter")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -315,11 +342,6 @@ def test_wrong_arguments_are_value_errors(arguments: dict[str, Any]) -> None:
 def test_a_distilled_model_cannot_average() -> None:
     with pytest.raises(ValueError, match="dist_token"):
         tomevit.create("deit_distilled_ti16", pool="avg")
-
-
-def test_weights_that_do_not_ship_say_so() -> None:
-    with pytest.raises(NotImplementedError, match=r"deit_ti16\.fb_in1k"):
-        tomevit.create("deit_ti16", pretrained=True)
 
 
 @pytest.mark.parametrize("change", [{"patch_size": 0}, {"num_heads": 0}, {"embed_dim": 100}, {"depth": 0}], ids=repr)

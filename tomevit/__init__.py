@@ -7,29 +7,40 @@ logits = model(images)                       # (B, 3, 224, 224) normalised -> (B
 """
 
 from tomevit.config import Card, Config, Preprocess
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError
+from tomevit.factory import create
 from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
 from tomevit.models import DistilledLogits, VisionTransformer
 from tomevit.transform import transform
+from tomevit.weights.convert import convert
+from tomevit.weights.export import export
 from tomevit.weights.native import load, save
-from tomevit.zoo import card, create, list_models
+from tomevit.weights.verify import verify
+from tomevit.zoo import card, list_models
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AmbiguousCheckpointError",
     "Card",
+    "CheckpointError",
     "Config",
     "DistilledLogits",
+    "DownloadError",
     "Merge",
     "Preprocess",
     "Tokens",
     "VisionTransformer",
     "card",
+    "convert",
     "create",
+    "export",
     "flops",
     "list_models",
     "load",
     "save",
     "transform",
     "unmerge",
+    "verify",
 ]

@@ -130,12 +130,14 @@ class Preprocess:
 class Source:
     """Where a checkpoint file lies, and in which format."""
 
-    format: str
+    format: str  # a name in tomevit.weights.formats.FORMATS
     url: str | None = None
     hub: str | None = None  # owner/repo on the Hugging Face hub
+    revision: str | None = None  # commit, branch or tag on the hub; None: the main branch
+    file: str | None = None  # name in the hub's repository; None: the usual ones
     package: str | None = None  # a file that ships with tomevit
-    sha256: str | None = None  # a prefix of the file's hash, where one is published
-    md5: str | None = None  # likewise
+    sha256: str | None = None  # of the file: a prefix where one is published, whole where the file was read
+    md5: str | None = None  # a prefix, where one is published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,8 @@ class Card:
     preprocess: Preprocess = Preprocess()
     r: Schedule = 0  # what the weights were trained with
     licence: str | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...] = ()  # where these weights are published, the first preferred
+    origin: Source | None = None  # the very file that these tensors were read from, with its whole sha256
     figures: tuple[Figure, ...] = ()
     class_names: tuple[str, ...] = ()
     notes: str = ""

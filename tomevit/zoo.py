@@ -1,4 +1,4 @@
-"""What models there are: the cards read from configs/, and the models made from them.
+"""What models there are: the cards read from configs/.
 
 Everything is data in configs/, one TOML file per family:
 
@@ -19,36 +19,39 @@ import difflib
 import fnmatch
 import itertools
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import resources
-from os import PathLike, fspath
 from typing import Any, NamedTuple
 
-from tomevit.config import ARCHITECTURE, Card, Config, Figure, Pool, Preprocess, Schedule, Source
-from tomevit.models import VisionTransformer, build
-from tomevit.weights.native import assemble, read
+from tomevit.config import Card, Config, Figure, Preprocess, Source
 
 
 class _Zoo(NamedTuple):
+    architectures: Mapping[str, Card]  # by model name, without weights
     cards: Mapping[str, tuple[Card, ...]]  # by model name; the default weights first
     aliases: Mapping[str, str]
 
 
 @cache
 def _zoo() -> _Zoo:
+    architectures: dict[str, Card] = {}
     cards: dict[str, tuple[Card, ...]] = {}
     aliases: dict[str, str] = {}
     for file in sorted(resources.files("tomevit.configs").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".toml"):
             family = tomllib.loads(file.read_text(encoding="utf-8"))
-            _read_family(file.name.removesuffix(".toml"), family, cards, aliases)
-    return _Zoo(cards, aliases)
+            _read_family(file.name.removesuffix(".toml"), family, architectures, cards, aliases)
+    return _Zoo(architectures, cards, aliases)
 
 
 def _read_family(
-    family: str, data: dict[str, Any], cards: dict[str, tuple[Card, ...]], aliases: dict[str, str]
+    family: str,
+    data: dict[str, Any],
+    architectures: dict[str, Card],
+    cards: dict[str, tuple[Card, ...]],
+    aliases: dict[str, str],
 ) -> None:
     weights: dict[str, list[dict[str, Any]]] = {}
     for entry in data.get("weights", []):
@@ -65,6 +68,7 @@ def _read_family(
                 config=Config(img_size=(resolution, resolution), **data.get("config", {}) | fields),
                 preprocess=_preprocess(data["preprocess"]),
             )
+            architectures[plain.name] = plain
             cards[plain.name] = tuple(
                 _with_weights(plain, data["preprocess"], entry) for entry in weights.pop(key, [])
             ) or (plain,)
@@ -143,100 +147,27 @@ def card(name: str) -> Card:
     raise ValueError(f"{model} has no weights {tag!r}; it has {_either(tags) if tags else 'none'}")
 
 
+def architecture(name: str) -> Card:
+    """The card of an architecture alone, whatever weights there are.
+
+    Raises:
+        ValueError: as `card`.
+    """
+    return _zoo().architectures[card(name).name]
+
+
+def architectures() -> tuple[Card, ...]:
+    """The cards of all architectures, without weights."""
+    return tuple(_zoo().architectures.values())
+
+
+def published() -> Iterator[tuple[Card, Source]]:
+    """Every source of every set of weights."""
+    for found in itertools.chain.from_iterable(_zoo().cards.values()):
+        for source in found.sources:
+            yield found, source
+
+
 def _either(names: list[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
-
-
-def create(
-    name: str,
-    *,
-    r: Schedule | None = None,
-    pretrained: bool | str | PathLike[str] = False,
-    num_classes: int | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    in_chans: int | None = None,
-    prop_attn: bool | None = None,
-    pool: Pool | None = None,
-    matching: str | Callable[..., Any] | None = None,
-    drop_path: float = 0.0,
-    dropout: float = 0.0,
-    attn_dropout: float = 0.0,
-) -> VisionTransformer:
-    """A model by name, in evaluation mode, on the CPU, in float32, ready to use.
-
-    Args:
-        name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same.
-        r: tokens to merge in each block: an int, (r, inflection), a list with one int per block, or a float up to 0.5,
-            the share of the patches entering each block. None: what the weights were trained with, 0 for most.
-        pretrained: False: fresh weights from torch's default generator. True: the name's weights. A path: a file that
-            `tomevit.save` wrote.
-        num_classes: outputs of the head; 0 leaves it out.
-        img_size: pixels, one number or (height, width), divisible by the patch size.
-        in_chans: image channels.
-        prop_attn: proportional attention; None: as the weights ask.
-        pool: what the head reads, the class token or the mean patch.
-        matching: a name in `tomevit.layers.MATCHINGS`, or a function (key, r, num_prefix) -> Merge.
-        drop_path, dropout, attn_dropout: probabilities, for training.
-
-    Raises:
-        ValueError: there is no such model, or an argument does not fit; the message says what would.
-        NotImplementedError: pretrained=True for weights that do not ship with tomevit.
-    """
-    chosen = card(name)
-    changes: dict[str, Any] = {
-        "num_classes": num_classes,
-        "img_size": tuple(img_size) if isinstance(img_size, list) else img_size,
-        "in_chans": in_chans,
-        "prop_attn": prop_attn,
-        "pool": pool,
-        "matching": matching,
-    }
-    if isinstance(img_size, int):
-        changes["img_size"] = (img_size, img_size)
-    changes = {field: value for field, value in changes.items() if value is not None}
-    changes |= {"drop_path": drop_path, "dropout": dropout, "attn_dropout": attn_dropout}
-
-    if pretrained is False:
-        model = build(replace(chosen.config, **changes), chosen.r)
-        model.card = replace(chosen, config=model.config, preprocess=_for_channels(chosen.preprocess, in_chans))
-    elif pretrained is True:
-        model = _from_file(chosen, changes, _shipped_file(chosen))
-    elif isinstance(pretrained, str | PathLike):
-        model = _from_file(chosen, changes, fspath(pretrained))
-    else:
-        raise ValueError(f"pretrained is {pretrained!r}, and must be True, False or a path")
-    if r is not None:
-        model.r = r
-    return model.eval()
-
-
-def _for_channels(preprocess: Preprocess, channels: int | None) -> Preprocess:
-    """Other channels than those the statistics were taken of map to [-1, 1]."""
-    if channels in (None, len(preprocess.mean)):
-        return preprocess
-    return replace(preprocess, mean=(0.5,) * channels, std=(0.5,) * channels)
-
-
-def _shipped_file(chosen: Card) -> str:
-    for source in chosen.sources:
-        if source.package:
-            return str(resources.files("tomevit") / source.package)
-    raise NotImplementedError(
-        f"{chosen.full_name} does not ship with tomevit, and downloading weights is not built yet; "
-        f"pretrained='file.safetensors' loads a file that tomevit.save wrote"
-    )
-
-
-def _from_file(chosen: Card, changes: dict[str, Any], path: str) -> VisionTransformer:
-    found, tensors = read(path)
-    # Weights may have another head, another resolution or other channels than the name's, and bring their own.
-    differ = [
-        f"{field} {getattr(found.config, field)} where {chosen.name} has {getattr(chosen.config, field)}"
-        for field in ARCHITECTURE
-        if field not in ("num_classes", "img_size", "in_chans")
-        and getattr(found.config, field) != getattr(chosen.config, field)
-    ]
-    if differ:
-        raise ValueError(f"{path} holds {found.full_name}, with {'; '.join(differ)}")
-    return assemble(replace(found, config=replace(found.config, **changes)), tensors, path)

@@ -8,7 +8,14 @@ from tomevit.config import Config, Schedule
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
 from tomevit.models.vit import VisionTransformer, initial_weights
 
-__all__ = ["DistilledLogits", "DistilledVisionTransformer", "VisionTransformer", "build", "build_meta"]
+__all__ = [
+    "DistilledLogits",
+    "DistilledVisionTransformer",
+    "VisionTransformer",
+    "build",
+    "build_meta",
+    "initial_weights",
+]
 
 
 def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:

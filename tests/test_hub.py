@@ -1,0 +1,1068 @@
+"""Weights from the network: a real server, real processes, and everything that goes wrong between them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from itertools import pairwise
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from tests.server import Fault, Server
+from tomevit.config import Card, Source
+from tomevit.errors import CheckpointError, DownloadError
+from tomevit.weights import hub
+from tomevit.weights.hub import Fetched, cached, fetch, home
+
+DATA = random.Random(0).randbytes(300_000)
+OTHER = random.Random(1).randbytes(250_000)
+CUT = 100_000
+ENVIRONMENT = ("TOMEVIT_", "HF_", "HUGGING", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def convert(fetched: Fetched, draft: Path) -> None:
+    """Stands in for the conversion: the file's bytes, as a safetensors file."""
+    save_file({"bytes": np.fromfile(fetched.path, dtype=np.uint8)}, draft)
+
+
+def converted_from(path: Path) -> bytes:
+    return load_file(path)["bytes"].tobytes()
+
+
+def card(*sources: Source, licence: str = "apache-2.0") -> Card:
+    return Card(name="vit_x1", weights="tag", licence=licence, sources=sources)
+
+
+def at(url: str, **fields: Any) -> Source:
+    return Source(format="timm", url=url, **fields)
+
+
+def on_hub(repo: str = "owner/repo", **fields: Any) -> Source:
+    return Source(format="timm", hub=repo, **fields)
+
+
+def kept(directory: str = "") -> list[str]:
+    """All files under a directory of ours, locks aside."""
+    root = home() / directory
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return [name for name in files if not name.endswith(".lock")]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(server: Server, tmp_path: Path) -> dict[str, str]:
+    return {
+        "TOMEVIT_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+    }
+
+
+@pytest.fixture(autouse=True)
+def set_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Call it to change variables during a test: huggingface_hub reads them when it is imported."""
+    import huggingface_hub.constants
+
+    def change(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        importlib.reload(huggingface_hub.constants)
+
+    for name in os.environ:
+        if name.upper().startswith(ENVIRONMENT):
+            monkeypatch.delenv(name)
+    change(**environment)
+    yield change
+    monkeypatch.undo()
+    importlib.reload(huggingface_hub.constants)
+
+
+@pytest.fixture(autouse=True)
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were asked for; they are cut short."""
+    asked: list[float] = []
+    sleep = time.sleep
+
+    def nap(seconds: float) -> None:
+        asked.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(time, "sleep", nap)
+    return asked
+
+
+# Other processes: forked from one that has imported nearly everything, so that they start in no time, but not
+# huggingface_hub, so that they read the environment as a fresh process does.
+
+FORK = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+if sys.platform != "win32":
+    FORK.set_forkserver_preload(["tomevit.weights.hub", "hypothesis", "numpy", "pytest", "safetensors.numpy"])
+
+
+class Elsewhere:
+    """A function called in another process."""
+
+    def __init__(self, environment: dict[str, str], function: Callable[..., Any], *args: Any) -> None:
+        self.receiver, sender = FORK.Pipe(duplex=False)
+        self.process = FORK.Process(target=self.main, args=(sender, environment, function, args), daemon=True)
+        self.process.start()
+        sender.close()
+
+    @staticmethod
+    def main(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
+        for name in list(os.environ):
+            if name.upper().startswith(ENVIRONMENT):
+                del os.environ[name]
+        os.environ.update(environment)
+        try:
+            sender.send((function(*args), None))
+        except BaseException as error:
+            sender.send((None, error))
+
+    def result(self) -> Any:
+        with self.receiver:
+            assert self.receiver.poll(60), "the other process hangs"
+            value, error = self.receiver.recv()
+        self.process.join(10)
+        if error is not None:
+            raise error
+        return value
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+        self.receiver.close()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    wait = threading.Event()
+    for _ in range(3000):
+        if condition():
+            return
+        wait.wait(0.01)
+    raise AssertionError("it never happened")
+
+
+# Plain URLs.
+
+
+def test_first_use_fetches_and_converts_and_the_second_reads_only_our_file(server: Server) -> None:
+    given = card(at(server.put("/a/weights.pth", DATA)))
+    seen: list[Fetched] = []
+
+    def look(fetched: Fetched, draft: Path) -> None:
+        seen.append(fetched)
+        assert fetched.path.name == "weights.pth"
+        convert(fetched, draft)
+
+    path = cached(given, look)
+    assert converted_from(path) == DATA
+    assert path == home() / "weights" / f"vit_x1.tag-{sha256(DATA)[:16]}.safetensors"
+    assert seen[0].ours
+    assert seen[0].source == at(server.url + "/a/weights.pth", sha256=sha256(DATA), file="weights.pth")
+    assert kept() == ["records/vit_x1.tag.json", f"weights/{path.name}"]
+    record = json.loads((home() / "records/vit_x1.tag.json").read_text())[server.url + "/a/weights.pth"]
+    assert (record["source"]["sha256"], record["size"]) == (sha256(DATA), len(DATA))
+
+    server.requests.clear()
+    assert cached(given, look) == path
+    assert not server.requests
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410])
+def test_a_refusal_is_final_and_named(server: Server, status: int) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.faults["/w.pth"] = [Fault(status=status)]
+    with pytest.raises(DownloadError, match=rf"{server.url}/w.pth answered {status} ") as caught:
+        cached(given, convert)
+    assert str(home() / "downloads" / "vit_x1.tag" / "w.pth") in str(caught.value)
+    assert len(server.requests) == 1
+    assert kept() == []
+    assert converted_from(cached(given, convert)) == DATA
+
+
+PASSING = {
+    "500, 503": [Fault(status=500), Fault(status=503)],
+    "408, 429": [Fault(status=408), Fault(status=429)],
+    "cut": [Fault(cut=CUT)],
+    "cut at once": [Fault(cut=0)],
+    "cut again and again": [Fault(cut=40_000)] * 6,
+    "hang": [Fault(hang=2)],
+    "hang in mid-body": [Fault(cut=CUT, hang=2)],
+    "trickle": [Fault(trickle=100_000)],
+}
+
+
+@pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
+def test_what_passes_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
+    given = card(at(server.put("/w.pth", DATA), sha256=sha256(DATA)[:8]))
+    server.faults["/w.pth"] = list(faults)
+    assert converted_from(cached(given, convert)) == DATA
+    assert server.faults["/w.pth"] == []
+    assert len(kept()) == 2
+
+
+def test_a_cut_download_is_resumed(server: Server) -> None:
+    server.faults["/w.pth"] = [Fault(cut=CUT), Fault(cut=CUT)]
+    cached(card(at(server.put("/w.pth", DATA))), convert)
+    assert [request.range for request in server.requests] == [None, f"bytes={CUT}-", f"bytes={2 * CUT}-"]
+
+
+@pytest.mark.parametrize("switch", ["ranges", "etags"])
+def test_without_ranges_or_without_etags_a_cut_download_begins_again(server: Server, switch: str) -> None:
+    setattr(server, switch, False)
+    server.faults["/w.pth"] = [Fault(cut=CUT)]
+    assert converted_from(cached(card(at(server.put("/w.pth", DATA))), convert)) == DATA
+
+
+def test_without_etags_the_date_tells_whether_the_file_is_the_same(server: Server) -> None:
+    server.etags = False
+    date = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    server.faults["/w.pth"] = [Fault(cut=CUT, headers=date)]
+    assert converted_from(cached(card(at(server.put("/w.pth", DATA))), convert)) == DATA
+    assert server.requests[-1].range == f"bytes={CUT}-"
+
+
+def test_a_file_that_changes_between_two_parts_is_never_mixed(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.faults["/w.pth"] = [Fault(cut=CUT)] + [Fault(status=500)] * 4
+    with pytest.raises(DownloadError, match="500"):
+        cached(given, convert)
+    assert any(name.endswith(".part") for name in kept("unfinished"))
+    server.put("/w.pth", OTHER)
+    assert converted_from(cached(given, convert)) == OTHER
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Content-Range": "bytes 99999-299999/300000"}, {"ETag": '"of another file"'}, {"Content-Range": "?"}]
+)
+def test_a_part_that_was_not_asked_for_is_not_taken(server: Server, headers: dict[str, str]) -> None:
+    server.faults["/w.pth"] = [Fault(cut=CUT), Fault(headers=headers)]
+    assert converted_from(cached(card(at(server.put("/w.pth", DATA))), convert)) == DATA
+    assert [request.range for request in server.requests] == [None, f"bytes={CUT}-", None]
+
+
+def test_a_range_that_cannot_be_satisfied_begins_again(server: Server) -> None:
+    server.faults["/w.pth"] = [Fault(cut=CUT), Fault(status=416)]
+    assert converted_from(cached(card(at(server.put("/w.pth", DATA))), convert)) == DATA
+    assert [request.range for request in server.requests] == [None, f"bytes={CUT}-", None]
+
+
+def test_a_whole_part_needs_no_request(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.forever["/w.pth"] = Fault(cut=CUT)
+    server.ranges = False
+    with pytest.raises(DownloadError):
+        cached(given, convert)
+    (part,) = home().rglob("*.part")
+    part.write_bytes(DATA)  # as if killed before the last rename
+    server.requests.clear()
+    assert converted_from(cached(given, convert)) == DATA
+    assert not server.requests
+
+
+HOPELESS = {
+    "500": (Fault(status=500), "answered 500"),
+    "429": (Fault(status=429, headers={"Retry-After": "7"}), "answered 429"),
+    "cut": (Fault(cut=0), "ended after 0 of 300000 bytes"),
+    "hang": (Fault(hang=2), "timed out"),
+}
+
+
+@pytest.mark.parametrize(("fault", "reason"), HOPELESS.values(), ids=HOPELESS)
+def test_what_does_not_pass_is_given_up(
+    server: Server, naps: list[float], fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault.hang:  # the variable takes whole seconds only
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    given = card(at(server.put("/w.pth", DATA)))
+    server.forever["/w.pth"] = fault
+    with pytest.raises(DownloadError, match=f"{reason}.*gave up after 5 attempts"):
+        cached(given, convert)
+    assert len(server.requests) == 5
+    pauses = [nap for nap in naps if nap > 0.2]
+    assert len(pauses) == 4
+    if fault.headers:
+        assert min(pauses) >= 7
+    else:
+        assert all(later > earlier for earlier, later in pairwise(pauses))
+    del server.forever["/w.pth"]
+    assert converted_from(cached(given, convert)) == DATA
+
+
+def test_a_server_without_ranges_that_always_cuts_is_given_up(server: Server) -> None:
+    server.ranges = False
+    server.forever["/w.pth"] = Fault(cut=CUT)
+    with pytest.raises(DownloadError, match="ended after 100000 of 300000 bytes"):
+        cached(card(at(server.put("/w.pth", DATA))), convert)
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "most"), [("3", 3, 3), (formatdate(time.time() + 40), 20, 41), ("86400", 60, 60), ("soon", 0, 2)]
+)
+def test_a_server_may_ask_for_a_pause(server: Server, naps: list[float], value: str, least: float, most: float) -> None:
+    server.faults["/w.pth"] = [Fault(status=429, headers={"Retry-After": value})]
+    cached(card(at(server.put("/w.pth", DATA))), convert)
+    assert least <= max(naps) <= most
+
+
+def test_nobody_listens() -> None:
+    with Server() as closed:
+        url = closed.url
+    with pytest.raises(DownloadError, match=r"/w\.pth cannot be reached .*gave up after 5 attempts"):
+        cached(card(at(f"{url}/w.pth")), convert)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(headers={"Content-Type": "text/html; charset=utf-8"}),
+        Fault(body=b"\n<!DOCTYPE html>\n<html>log in first</html>"),
+        Fault(body=b"<html>" + b" " * 10_000),
+    ],
+)
+def test_a_web_page_is_not_weights(server: Server, fault: Fault) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.faults["/w.pth"] = [fault]
+    with pytest.raises(DownloadError, match=rf"{server.url}/w.pth answered with a web page"):
+        cached(given, convert)
+    assert kept() == []
+    assert converted_from(cached(given, convert)) == DATA
+
+
+@pytest.mark.parametrize(
+    "published", [{"sha256": sha256(DATA)[:8]}, {"sha256": sha256(DATA)}, {"md5": hashlib.md5(DATA).hexdigest()[:6]}]
+)
+def test_a_wrong_hash_is_refused_and_the_file_removed(server: Server, published: dict[str, str]) -> None:
+    elsewhere = at(server.put("/second.pth", DATA))
+    given = card(at(server.put("/w.pth", DATA), **published), elsewhere)
+    server.faults["/w.pth"] = [Fault(body=OTHER)]
+    kind = next(iter(published))
+    found = hashlib.new(kind, OTHER).hexdigest()
+    with pytest.raises(CheckpointError, match=f"has {kind} {found}, published is {published[kind]}"):
+        cached(given, convert)
+    assert kept() == []
+    assert converted_from(cached(given, convert)) == DATA
+    assert server.paths() == ["/w.pth", "/w.pth"]  # and no other source, which would hide it
+
+
+def test_a_published_hash_may_have_capitals(server: Server) -> None:
+    cached(card(at(server.put("/w.pth", DATA), sha256=sha256(DATA)[:8].upper())), convert)
+
+
+def test_a_file_that_changes_after_its_first_use_is_reported(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    cached(given, convert).unlink()
+    server.put("/w.pth", OTHER)
+    with pytest.raises(CheckpointError, match="has changed") as caught:
+        cached(given, convert)
+    record = home() / "records" / "vit_x1.tag.json"
+    assert sha256(DATA) in str(caught.value)
+    assert sha256(OTHER) in str(caught.value)
+    assert f"delete {record}" in str(caught.value)
+    assert kept() == ["records/vit_x1.tag.json"]
+    record.unlink()
+    assert converted_from(cached(given, convert)) == OTHER
+
+
+def test_other_published_weights_are_fetched_anew(server: Server) -> None:
+    url = server.put("/w.pth", DATA)
+    old = cached(card(at(url, sha256=sha256(DATA))), convert)
+    server.put("/w.pth", OTHER)
+    new = cached(card(at(url, sha256=sha256(OTHER))), convert)
+    assert converted_from(old) == DATA
+    assert converted_from(new) == OTHER
+
+
+def test_a_cached_file_that_lost_its_end_is_made_again(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    path = cached(given, convert)
+    os.truncate(path, 1000)
+    assert converted_from(cached(given, convert)) == DATA
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"a": {"source": {}, "size": 1}}', "\x00"])
+def test_a_damaged_record_is_named(server: Server, text: str) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    cached(given, convert)
+    record = home() / "records" / "vit_x1.tag.json"
+    record.write_text(text)
+    with pytest.raises(CheckpointError, match=r"tag\.json is damaged: delete it"):
+        cached(given, convert)
+    record.unlink()
+    assert converted_from(cached(given, convert)) == DATA
+
+
+def test_a_failed_conversion_leaves_nothing(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+
+    def fail(fetched: Fetched, draft: Path) -> None:
+        draft.write_bytes(b"half")
+        draft.with_name(".draft.123").write_bytes(b"half")
+        raise CheckpointError("no weights")
+
+    with pytest.raises(CheckpointError, match="no weights"):
+        cached(given, fail)
+    assert kept() == []
+    assert converted_from(cached(given, convert)) == DATA
+
+
+def test_redirects_are_followed_but_not_to_less_safe_places(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.put("/moved.pth", DATA)
+    for location in ("ftp://127.0.0.1/w.pth", "file:///etc/passwd"):
+        server.faults["/w.pth"] = [Fault(status=302, headers={"Location": location})]
+        with pytest.raises(DownloadError, match=location):
+            cached(given, convert)
+    server.faults["/w.pth"] = [Fault(status=302, headers={"Location": f"{server.storage}/moved.pth"})]
+    assert converted_from(cached(given, convert)) == DATA
+    assert server.paths()[-1] == "/moved.pth"
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1/w.pth", "file:///etc/passwd", "w.pth"])
+def test_only_http(url: str) -> None:
+    with pytest.raises(DownloadError, match="neither http:// nor https://"):
+        cached(card(at(url)), convert)
+
+
+def test_an_impossible_url_is_not_tried_again(naps: list[float]) -> None:
+    with pytest.raises(DownloadError, match="nonnumeric port"):
+        cached(card(at("http://127.0.0.1:port/w.pth")), convert)
+    assert not [nap for nap in naps if nap > 0.2]
+
+
+def test_a_mirror_takes_the_place_of_every_host(server: Server, set_environment: Callable[..., None]) -> None:
+    set_environment(TOMEVIT_MIRROR=f"{server.url}/mirror/")
+    server.put("/mirror/dl.example.org/x/big file.pth", DATA)
+    given = card(at("https://dl.example.org/x/big%20file.pth", sha256=sha256(DATA)[:8]))
+    assert converted_from(cached(given, convert)) == DATA
+    assert "https://dl.example.org/x/big%20file.pth" in (home() / "records/vit_x1.tag.json").read_text()
+
+
+# Several sources, licences, names.
+
+
+def test_the_next_source_is_taken_and_named(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    server.put("/second.pth", DATA)
+    given = card(at(f"{server.url}/first.pth"), at(f"{server.url}/second.pth"))
+    assert converted_from(cached(given, convert)) == DATA
+    (record,) = [record for record in caplog.records if record.name == "tomevit"]
+    assert record.levelno == logging.WARNING
+    assert f"vit_x1.tag is read from {server.url}/second.pth" in record.message
+    assert "first.pth answered 404" in record.message
+    server.requests.clear()
+    cached(given, convert)
+    assert not server.requests
+
+
+def test_sources_do_not_mix(server: Server) -> None:
+    first, second = server.put("/first/w.pth", DATA), server.put("/second/w.pth", OTHER)
+    server.faults["/first/w.pth"] = [Fault(cut=CUT)] + [Fault(status=500)] * 4
+    assert converted_from(cached(card(at(first), at(second)), convert)) == OTHER
+    assert server.requests[-1].range is None
+
+
+def test_what_is_left_of_one_source_goes_once_another_served(server: Server) -> None:
+    first, second = server.put("/first.pth", DATA), server.put("/second.pth", OTHER)
+    given = card(at(first), at(second, sha256=sha256(OTHER)))
+    server.faults["/first.pth"] = [Fault(cut=CUT), *[Fault(status=500)] * 4, Fault(status=404), Fault(status=404)]
+    server.faults["/second.pth"] = [Fault(body=DATA)]
+    with pytest.raises(CheckpointError, match="published is"):
+        cached(given, convert)
+    assert "vit_x1.tag/second.pth" not in kept("unfinished")
+    assert "vit_x1.tag/first.pth.part" in kept("unfinished")
+    assert converted_from(cached(given, convert)) == OTHER
+    assert kept("unfinished") == []
+
+
+def test_when_no_source_answers_all_are_listed(server: Server) -> None:
+    with pytest.raises(DownloadError) as caught:
+        cached(card(at(f"{server.url}/first.pth"), on_hub("nobody/nothing"), at(f"{server.url}/third.pth")), convert)
+    first, *reasons = str(caught.value).splitlines()
+    assert f"download {server.url}/first.pth elsewhere and put it at {home()}" in first
+    assert [next(word for word in ("first", "nobody", "third") if word in line) for line in reasons] == [
+        "first",
+        "nobody",
+        "third",
+    ]
+
+
+def test_the_licence_of_non_commercial_weights_is_shown_once(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    given = card(at(server.put("/w.pth", DATA)), licence="cc-by-nc-4.0")
+    cached(given, convert)
+    cached(given, convert)
+    (record,) = [record for record in caplog.records if record.name == "tomevit"]
+    for word in ("vit_x1.tag", "cc-by-nc-4.0", "not for commercial use", f"{server.url}/w.pth"):
+        assert word in record.message
+
+
+def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("TOMEVIT_HOME", "~/mine")
+    assert home() == tmp_path / "mine"
+    monkeypatch.delenv("TOMEVIT_HOME")
+    assert home() == tmp_path / ".cache" / "tomevit"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert home() == tmp_path / "xdg" / "tomevit"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert home() == tmp_path / ".cache" / "tomevit"
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.one_of(st.text(max_size=300), st.sampled_from(["con", "NUL.pth", "../a", "a/b", "a\\b", "..", ""]))))
+def test_any_name_becomes_a_file_name(names: list[str]) -> None:
+    safe = {name: hub._safe(name) for name in names}
+    assert len(set(safe.values())) == len(safe)
+    for name in safe.values():
+        assert name.isascii()
+        assert 0 < len(name) <= 128
+        assert not set(name) & set('/\\:*?"<>| ')
+        assert name[0] != "."
+        assert name[-1] != "."
+        assert name.partition(".")[0].lower() not in {"con", "prn", "aux", "nul", "com1", "lpt9"}
+        assert hub._safe(name) == name
+
+
+def test_a_card_without_sources_says_so() -> None:
+    with pytest.raises(DownloadError, match=r"vit_x1\.tag is not published"):
+        cached(card(), convert)
+
+
+def test_what_ships_with_tomevit_is_used_in_place() -> None:
+    source = Source(format="tomevit", package="data/digits_p1_plain.safetensors")
+    path = cached(card(source), convert)
+    assert path.name == "digits_p1_plain.safetensors"
+    with fetch(card(source)) as fetched:
+        assert (fetched.path, fetched.ours) == (path, False)
+        assert fetched.source.sha256 == sha256(path.read_bytes())
+    assert path.exists()
+
+
+def test_fetch_lends_a_file(server: Server) -> None:
+    server.put("/w.pth", DATA)
+    given = card(at(f"{server.url}/no.pth"), at(f"{server.url}/w.pth"))
+    with fetch(given) as fetched:
+        assert fetched.path.read_bytes() == DATA
+        assert fetched.ours
+    assert not fetched.path.exists()
+    assert kept() == []
+    cached(given, convert)
+    server.put("/w.pth", OTHER)
+    with pytest.raises(CheckpointError, match="has changed"):
+        fetch(given).__enter__()
+    assert not kept("unfinished")
+
+
+def test_errors_of_others_are_left_alone(server: Server, tmp_path: Path) -> None:
+    url = server.put("/w.pth", DATA)
+    with pytest.raises(PermissionError, match="theirs"), fetch(card(at(url))):
+        raise PermissionError(13, "theirs")
+    with pytest.raises(FileNotFoundError):
+        cached(card(at(url)), lambda fetched, draft: (tmp_path / "none" / "x").write_bytes(b""))  # type: ignore[arg-type,return-value]
+
+
+# Without a network.
+
+
+@pytest.mark.parametrize("source", [at("https://example.org/w.pth"), on_hub(file="w.pth"), on_hub(file="sub/w.pth")])
+def test_offline_one_sentence_says_what_to_bring_and_bringing_it_helps(
+    server: Server, set_environment: Callable[..., None], source: Source
+) -> None:
+    set_environment(HF_HUB_OFFLINE="1")
+    place = home() / "downloads" / "vit_x1.tag" / "w.pth"
+    with pytest.raises(DownloadError) as caught:
+        cached(card(source), convert)
+    address = source.url or f"{server.url}/owner/repo/resolve/main/{source.file}"
+    assert str(caught.value) == (
+        f"vit_x1.tag is not in the cache, and HF_HUB_OFFLINE is set: download {address} elsewhere and put it at {place}"
+    )
+    place.parent.mkdir(parents=True)
+    place.write_bytes(DATA)
+    assert converted_from(cached(card(source), convert)) == DATA
+    assert place.read_bytes() == DATA
+    assert not server.requests
+
+
+def test_a_file_that_was_brought_comes_first_and_is_checked(server: Server) -> None:
+    given = card(at(f"{server.url}/first.pth"), at(server.put("/w.pth", OTHER), sha256=sha256(DATA)[:8]))
+    place = home() / "downloads" / "vit_x1.tag" / "w.pth"
+    place.parent.mkdir(parents=True)
+    for wrong, message in ((OTHER, "published is"), (b"<!doctype html><title>w.pth", "is a web page")):
+        place.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=message) as caught:
+            cached(given, convert)
+        assert str(place) in str(caught.value)
+        assert place.read_bytes() == wrong
+    place.write_bytes(DATA)
+    assert converted_from(cached(given, convert)) == DATA
+    assert not server.requests
+
+
+def test_hugging_faces_cache_is_read_offline(server: Server, set_environment: Callable[..., None]) -> None:
+    server.put_hub("owner/repo", "pytorch_model.bin", DATA)
+    cached(card(on_hub()), convert)
+    shutil.rmtree(home())
+    server.requests.clear()
+    set_environment(HF_HUB_OFFLINE="1")
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+    assert not server.requests
+
+
+def test_hugging_faces_cache_is_read_when_nobody_listens(
+    server: Server, set_environment: Callable[..., None], naps: list[float]
+) -> None:
+    server.put_hub("owner/repo", "pytorch_model.bin", DATA)
+    cached(card(on_hub()), convert)
+    shutil.rmtree(home())
+    with Server() as closed:
+        set_environment(HF_ENDPOINT=closed.url)
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+    naps.clear()
+    with pytest.raises(DownloadError, match="owner/other cannot be reached"):
+        cached(card(on_hub("owner/other")), convert)
+    assert sum(naps) < 30  # huggingface_hub tried for 23 seconds, once and not for each file name
+
+
+# The hub.
+
+
+@pytest.mark.parametrize("data", [DATA, DATA[:500]], ids=["large", "small"])
+def test_the_hub(server: Server, data: bytes) -> None:
+    server.put_hub("owner/repo", "pytorch_model.bin", OTHER)
+    commit = server.put_hub("owner/repo", "model.safetensors", data)
+    seen: list[Fetched] = []
+
+    def look(fetched: Fetched, draft: Path) -> None:
+        seen.append(fetched)
+        convert(fetched, draft)
+
+    path = cached(card(on_hub()), look)
+    assert converted_from(path) == data
+    assert seen[0].source == on_hub(file="model.safetensors", revision=commit, sha256=sha256(data))
+    assert not seen[0].ours
+    assert seen[0].path.exists()
+    server.requests.clear()
+    assert cached(card(on_hub()), look) == path
+    assert not server.requests
+
+
+def test_a_pinned_revision_stays(server: Server) -> None:
+    commit = server.put_hub("owner/repo", "weights/w.pth", DATA)
+    server.put_hub("owner/repo", "weights/w.pth", OTHER)
+    pinned = on_hub(revision=commit, file="weights/w.pth")
+    with fetch(card(pinned)) as fetched:
+        assert fetched.path.read_bytes() == DATA
+        assert fetched.source.revision == commit
+    assert converted_from(cached(card(pinned), convert)) == DATA
+    assert converted_from(cached(card(on_hub(file="weights/w.pth")), convert)) == OTHER
+
+
+def test_what_the_hub_does_not_have_is_named(server: Server, set_environment: Callable[..., None]) -> None:
+    server.put_hub("owner/repo", "README.md", b"nothing here")
+    server.put_hub("owner/private", "model.safetensors", DATA, token="hf_secret")
+    server.put_hub("owner/gated", "model.safetensors", DATA, token="hf_secret", gated=True)
+    for source, message in {
+        on_hub(): "owner/repo on the hub has no model.safetensors and no pytorch_model.bin",
+        on_hub(file="w.pth"): r"owner/repo on the hub has no w\.pth",
+        on_hub(revision="v2"): "owner/repo on the hub has no revision v2",
+        on_hub("owner/none"): "there is no owner/none on the hub, or it is private: .* HF_TOKEN",
+        on_hub("owner/private"): "there is no owner/private on the hub, or it is private: .* HF_TOKEN",
+        on_hub("owner/gated"): f"owner/gated on the hub is gated: accept its conditions at {server.url}/owner/gated",
+        on_hub("a/b/c"): "'a/b/c' is no name on the hub, which has the form owner/repo",
+    }.items():
+        with pytest.raises(DownloadError, match=message) as caught:
+            cached(card(source), convert)
+        assert len(str(caught.value).splitlines()) == 1
+    set_environment(HF_TOKEN="hf_secret")
+    for repo in ("owner/private", "owner/gated"):
+        assert converted_from(cached(card(on_hub(repo)), convert)) == DATA
+
+
+def test_the_token_goes_to_the_endpoint_only(server: Server, set_environment: Callable[..., None]) -> None:
+    set_environment(HF_TOKEN="hf_secret")
+    server.put_hub("owner/repo", "model.safetensors", DATA, token="hf_secret")
+    cached(card(on_hub()), convert)
+    cached(card(at(server.put("/w.pth", DATA))), convert)
+    endpoint = server.url.removeprefix("http://")
+    for request in server.requests:
+        resolves = "/resolve/" in request.path
+        assert request.authorization == ("Bearer hf_secret" if resolves else None)
+        assert (request.host == endpoint) == (resolves or request.path == "/w.pth")
+    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET"]
+
+
+@pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
+def test_what_passes_on_the_hub_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    queue: list[Fault | None] = list(faults)
+    server.faults[f"/storage/{sha256(DATA)}"] = queue
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+    assert queue == []
+    assert not list(Path(os.environ["HF_HOME"]).rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_hub_that_stays_down_is_given_up_and_the_next_source_taken(server: Server, status: int) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    server.forever["/owner/repo/resolve/main/model.safetensors"] = Fault(status=status)
+    with pytest.raises(DownloadError, match=f"owner/repo cannot be reached .*{status}"):
+        cached(card(on_hub()), convert)
+    server.forever = {f"/storage/{sha256(DATA)}": Fault(status=status)}
+    with pytest.raises(DownloadError, match=f"owner/repo on the hub answered {status}"):
+        cached(card(on_hub()), convert)
+    given = card(on_hub(), at(server.put("/w.pth", OTHER)))
+    assert converted_from(cached(given, convert)) == OTHER
+
+
+def test_damage_on_the_way_from_the_hub_is_found_and_mended(server: Server) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    damaged = bytearray(DATA)
+    damaged[1234] ^= 1
+    server.faults[f"/storage/{sha256(DATA)}"] = [Fault(body=bytes(damaged))]
+    with pytest.raises(CheckpointError, match=r"model.safetensors of owner/repo came damaged"):
+        cached(card(on_hub()), convert)
+    assert kept() == []
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+
+
+def test_a_published_hash_counts_on_the_hub_too(server: Server) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    with pytest.raises(CheckpointError, match=f"from hf-hub:owner/repo, has sha256 {sha256(DATA)}, published is 1234"):
+        cached(card(on_hub(sha256="1234")), convert)
+
+
+def test_files_beside_the_weights(server: Server, set_environment: Callable[..., None]) -> None:
+    commit = server.put_hub("owner/repo", "config.json", b"{}")
+    commit = server.put_hub("owner/repo", "model.safetensors", DATA)
+    server.put_hub("owner/repo", "other.json", b"later")
+    names = ("other.json", "config.json")
+    with fetch(card(on_hub(revision=commit))) as fetched:
+        found = hub.beside(fetched.source, names)
+    assert {name: path.read_bytes() for name, path in found.items()} == {"config.json": b"{}"}
+    set_environment(HF_HUB_OFFLINE="1")
+    assert hub.beside(fetched.source, names) == found
+    set_environment(HF_HUB_OFFLINE="0")
+    with pytest.raises(DownloadError, match="no revision"):
+        hub.beside(on_hub(revision="none"), names)
+
+
+def read_anew(url: str) -> tuple[bytes, bool]:
+    before = "huggingface_hub" in sys.modules
+    return converted_from(cached(card(on_hub("owner/repo")), convert)), before
+
+
+def test_a_fresh_process_reads_the_environment(server: Server, environment: dict[str, str]) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA, token="hf_secret")
+    token = {"HF_TOKEN": "hf_secret"}
+    assert Elsewhere(environment | token, read_anew, server.url).result() == (DATA, False)
+    assert kept("weights")
+    shutil.rmtree(home())
+    server.requests.clear()
+    offline = environment | {"HF_HUB_OFFLINE": "1"}
+    assert Elsewhere(offline, read_anew, server.url).result() == (DATA, False)
+    assert not server.requests
+    shutil.rmtree(home())
+    nothing = offline | {"HF_HOME": environment["HF_HOME"] + "2"}
+    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set: download"):
+        Elsewhere(nothing, read_anew, server.url).result()
+
+
+# Several processes, and such as die.
+
+
+def convert_and_count(fetched: Fetched, draft: Path) -> None:
+    with (home() / "conversions").open("a") as file:
+        file.write(".")
+    convert(fetched, draft)
+    threading.Event().wait(0.1)
+
+
+def read_counting(source: Source) -> tuple[str, bytes]:
+    path = cached(card(source), convert_and_count)
+    return str(path), converted_from(path)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("kind", ["url", "hub"])
+def test_processes_at_once_share_one_download(
+    server: Server, environment: dict[str, str], count: int, kind: str
+) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    source = on_hub() if kind == "hub" else at(server.put("/w.pth", DATA))
+    path = f"/storage/{sha256(DATA)}" if kind == "hub" else "/w.pth"
+    server.faults[path] = [Fault(cut=CUT, hang=0.5)]  # time for all to arrive
+    processes = [Elsewhere(environment, read_counting, source) for _ in range(count)]
+    results = [process.result() for process in processes]
+    assert len(set(results)) == 1
+    assert results[0][1] == DATA
+    assert server.paths().count(path) == 2
+    assert (home() / "conversions").read_text() == "."
+    assert len(kept()) == 3
+
+
+def test_threads_at_once_share_one_download(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)))
+    server.faults["/w.pth"] = [Fault(trickle=100_000)]
+    paths: list[Path] = []
+    threads = [threading.Thread(target=lambda: paths.append(cached(given, convert))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(paths) == 4
+    assert len(set(paths)) == 1
+    assert len(server.requests) == 1
+
+
+def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> None:
+    source = at(server.put("/w.pth", DATA))
+    server.faults["/w.pth"] = [Fault(cut=CUT, hang=30)]
+    process = Elsewhere(environment, read_counting, source)
+    part = home() / "unfinished" / "vit_x1.tag" / "w.pth.part"
+    until(lambda: part.exists() and part.stat().st_size)
+    process.kill()
+    assert kept("weights") == kept("records") == []
+    size = part.stat().st_size
+    assert converted_from(cached(card(source), convert)) == DATA
+    assert server.requests[-1].range == f"bytes={size}-"
+    assert len(kept()) == 2
+
+
+def stop_halfway(fetched: Fetched, draft: Path) -> None:
+    draft.write_bytes(b"half")
+    draft.with_name(".another").write_bytes(b"half")
+    (home() / "halfway").touch()
+    threading.Event().wait(60)
+
+
+def convert_half(source: Source) -> None:
+    cached(card(source), stop_halfway)
+
+
+@pytest.mark.parametrize("kind", ["url", "hub"])
+def test_killed_in_mid_conversion(server: Server, environment: dict[str, str], kind: str) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    source = on_hub() if kind == "hub" else at(server.put("/w.pth", DATA))
+    process = Elsewhere(environment, convert_half, source)
+    until(lambda: (home() / "halfway").exists())
+    process.kill()
+    assert kept("weights") == kept("records") == []
+    server.requests.clear()
+    assert converted_from(cached(card(source), convert)) == DATA
+    assert server.paths() == []  # what the other had downloaded still serves
+    assert len(kept()) == 3
+
+
+def test_killed_in_mid_download_from_the_hub(server: Server, environment: dict[str, str]) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    server.faults[f"/storage/{sha256(DATA)}"] = [Fault(cut=CUT, hang=30)]
+    process = Elsewhere(environment, read_counting, on_hub())
+    until(lambda: list(Path(environment["HF_HOME"]).rglob("*.incomplete")))
+    process.kill()
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+
+
+def test_who_waits_long_is_told(server: Server, environment: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    source = at(server.put("/w.pth", DATA))
+    process = Elsewhere(environment, convert_half, source)
+    until(lambda: (home() / "halfway").exists())
+    timer = threading.Timer(2.5, process.kill)
+    timer.start()
+    assert converted_from(cached(card(source), convert)) == DATA
+    timer.join()
+    assert "waiting for another process, which is fetching vit_x1.tag" in caplog.text
+
+
+# Full and unwritable disks.
+
+
+def test_too_little_space_is_known_before_anything_is_written(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA)), at(server.put("/second.pth", DATA)))
+    server.faults["/w.pth"] = [Fault(headers={"Content-Length": str(10**18)})]
+    with pytest.raises(DownloadError, match=r"1000000000000\.0 MB do not fit into .*set TOMEVIT_HOME to a directory"):
+        cached(given, convert)
+    assert kept() == []
+    assert len(server.requests) == 1  # another source would need as much
+    assert converted_from(cached(given, convert)) == DATA
+
+
+def test_too_little_space_for_the_hub(server: Server) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    path = "/owner/repo/resolve/main/model.safetensors"
+    headers = {
+        "X-Repo-Commit": "0" * 40,
+        "X-Linked-Size": str(10**18),
+        "X-Linked-ETag": f'"{sha256(DATA)}"',
+        "Location": f"{server.storage}/storage/{sha256(DATA)}",
+    }
+    server.forever[path] = Fault(status=302, headers=headers)
+    with pytest.raises(DownloadError, match=r"1000000000000\.0 MB do not fit into .*set HF_HOME to a directory"):
+        cached(card(on_hub()), convert)
+    del server.forever[path]
+    assert converted_from(cached(card(on_hub()), convert)) == DATA
+
+
+def convert_large(fetched: Fetched, draft: Path) -> None:
+    save_file({"bytes": np.zeros(10**6, dtype=np.uint8)}, draft)
+
+
+def with_file_limit(source: Source, limit: int, converter: Callable[[Fetched, Path], None]) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    cached(card(source), converter)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
+@pytest.mark.parametrize("kind", ["download", "conversion", "hub"])
+def test_a_disk_that_fills_up(server: Server, environment: dict[str, str], kind: str) -> None:
+    old = cached(card(at(server.put("/w.pth", OTHER), sha256=sha256(OTHER))), convert)
+    commit = server.put_hub("owner/repo", "model.safetensors", DATA)
+    source = at(server.put("/w.pth", DATA), sha256=sha256(DATA))
+    if kind == "hub":
+        source = on_hub(revision=commit)
+    limit, converter = (500_000, convert_large) if kind == "conversion" else (200_000, convert)
+    with pytest.raises(DownloadError, match=r"MB are left: free some space, or set (TOMEVIT|HF)_HOME to") as caught:
+        Elsewhere(environment, with_file_limit, source, limit, converter).result()
+    assert environment["HF_HOME" if kind == "hub" else "TOMEVIT_HOME"] in str(caught.value)
+    assert kept() == ["records/vit_x1.tag.json", f"weights/{old.name}"]
+    assert not list(Path(environment["HF_HOME"]).rglob("*.incomplete"))
+    assert converted_from(old) == OTHER
+    assert converted_from(cached(card(source), convert)) == DATA
+
+
+def on_small_disk(sources: list[Source], directory: str) -> list[str]:
+    """What is said on a disk of 400 kB, in a mount namespace of our own, which needs no privileges on most Linuxes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_mounts, new_users, private = 0x00020000, 0x10000000, 0x44000
+    users = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+    Path(directory).mkdir()
+    if libc.unshare(new_mounts | new_users) == 0:
+        try:
+            for name, text in users.items():
+                Path("/proc/self", name).write_text(text)
+        except PermissionError as error:
+            return [f"no namespace: {error}"]
+    elif libc.unshare(new_mounts):
+        return [f"no namespace: {os.strerror(ctypes.get_errno())}"]
+    mount = libc.mount(b"none", b"/", None, private, None)
+    if mount or libc.mount(b"tmpfs", directory.encode(), b"tmpfs", 0, b"size=400k"):
+        return [f"no mount: {os.strerror(ctypes.get_errno())}"]
+    said = []
+    for source in sources:
+        try:
+            cached(card(source), convert)
+        except DownloadError as error:
+            said.append(str(error))
+        said.append(" ".join(kept()))
+    return said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces are Linux's")
+def test_a_small_disk(server: Server, environment: dict[str, str]) -> None:
+    large = random.Random(2).randbytes(600_000)
+    sources = [at(server.put("/early.pth", large)), at(server.put("/late.pth", large)), at(server.put("/w.pth", DATA))]
+    server.faults["/late.pth"] = [Fault(headers={"Transfer-Encoding": "identity", "Content-Length": "unknown"})]
+    result = Elsewhere(environment, on_small_disk, sources, environment["TOMEVIT_HOME"]).result()
+    if result[0].startswith("no "):
+        pytest.skip(result[0])
+    early, after_early, late, after_late, conversion, after_conversion = result
+    assert early.startswith("0.6 MB do not fit into")
+    assert late.startswith("the file does not fit into")
+    assert conversion.startswith("0.3 MB do not fit into")
+    assert after_early == after_late == after_conversion == ""
+
+
+def without_privileges(source: Source) -> str:
+    if os.geteuid() == 0:  # without its capabilities even root heeds permissions
+        version, process, none = 0x20080522, 0, (ctypes.c_uint32 * 6)()
+        assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version, process), none) == 0
+    return str(cached(card(source), convert))
+
+
+@pytest.fixture
+def seal() -> Iterator[Callable[[Path], None]]:
+    """Take the right to write from a directory and all in it, until the test is over."""
+    sealed: list[Path] = []
+
+    def seal(directory: Path) -> None:
+        sealed.extend((directory, *directory.rglob("*")))
+        for path in sealed:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+
+    yield seal
+    for path in sealed:
+        path.chmod(0o755)
+
+
+READ_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no read-only directories")
+
+
+@READ_ONLY
+def test_a_read_only_cache_can_be_read(
+    server: Server, environment: dict[str, str], seal: Callable[[Path], None]
+) -> None:
+    source = at(server.put("/w.pth", DATA))
+    path = cached(card(source), convert)
+    seal(home())
+    server.requests.clear()
+    assert Elsewhere(environment, without_privileges, source).result() == str(path)
+    assert not server.requests
+    other = at(server.put("/other.pth", OTHER))
+    with pytest.raises(DownloadError, match=rf"cannot write to {home()}.* set TOMEVIT_HOME to a directory"):
+        Elsewhere(environment, without_privileges, other).result()
+    assert not server.requests
+
+
+@READ_ONLY
+@pytest.mark.parametrize("variable", ["TOMEVIT_HOME", "HF_HOME"])
+def test_a_cache_that_cannot_be_made(
+    server: Server, environment: dict[str, str], seal: Callable[[Path], None], variable: str
+) -> None:
+    server.put_hub("owner/repo", "model.safetensors", DATA)
+    place = Path(environment[variable]).parent / "sealed"
+    place.mkdir()
+    seal(place)
+    changed = environment | {variable: str(place / "cache")}
+    with pytest.raises(DownloadError, match=rf"cannot write to {place}/cache.* set {variable} to a directory"):
+        Elsewhere(changed, without_privileges, on_hub()).result()
+    assert list(place.iterdir()) == []
+    assert Elsewhere(environment, without_privileges, on_hub()).result()
+
+
+def test_a_file_in_the_cache_directorys_place(server: Server, environment: dict[str, str]) -> None:
+    Path(environment["TOMEVIT_HOME"]).write_text("")
+    with pytest.raises(DownloadError, match=r"cannot write to .* set TOMEVIT_HOME to"):
+        cached(card(at(server.put("/w.pth", DATA))), convert)

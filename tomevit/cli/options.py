@@ -1,0 +1,74 @@
+"""What several commands share: kinds of options, and how they print."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+import torch
+
+from tomevit.layers.schedule import check_schedule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
+    """8, or 8,-1 for (r, inflection), or [20,0,7] for single blocks, or 0.08 for a share."""
+
+    name = "r"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            if value.startswith("["):
+                return check_schedule(json.loads(value), depth=10**6)
+            parts = value.split(",")
+            number = float(parts[0]) if re.search(r"[.e]", parts[0]) else int(parts[0])
+            r = number if len(parts) == 1 else (number, *(float(part) for part in parts[1:]))
+        except ValueError:
+            self.fail(f"{value!r} is none of 8, 8,-1, [20,0,7] and 0.08", param, ctx)
+        try:
+            return check_schedule(r, depth=10**6)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """224, or 224x320 for height x width."""
+
+    name = "pixels"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+        if found is None:
+            self.fail(f"{value!r} is neither 224 nor 224x320 (height x width)", param, ctx)
+        return int(found[1]), int(found[2] or found[1])
+
+
+class ManyR(click.Command):
+    """A command whose --r takes several values: --r 0 8 13 means --r 0 --r 8 --r 13."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        follows = False
+        for argument in args:
+            if follows and re.match(r"[\d\[.]", argument) and spread[-1] != "--r":
+                spread.append("--r")
+            follows = argument == "--r" or (follows and re.match(r"[\d\[.]", argument) is not None)
+            spread.append(argument)
+        return super().parse_args(ctx, spread)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print aligned: the first column to the left, the others to the right."""
+    cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    for first, *others in cells:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        click.echo("  ".join([first.ljust(widths[0]), *right]))

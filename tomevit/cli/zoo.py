@@ -1,0 +1,126 @@
+"""What there is: `tomevit list`, `tomevit info`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+import click
+
+from tomevit import zoo
+from tomevit.cli.options import R, Size, table
+from tomevit.config import Card, Schedule
+from tomevit.flops import flops
+from tomevit.layers.schedule import token_counts
+from tomevit.models import build_meta
+
+
+@click.command("list")
+@click.argument("pattern", default="*")
+@click.option("--weights", is_flag=True, help="One line for each set of weights.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_command(pattern: str, weights: bool, as_json: bool) -> None:
+    """What models there are; PATTERN takes wildcards, as in 'deit*'."""
+    names = zoo.list_models(pattern, weights=weights)
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
+    rows = [_summary(zoo.card(name)) | {"name": name} for name in names]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    columns = ["name", "image", "params M", "GFLOPs", "classes"]
+    columns += ["top-1", "r", "licence"] if weights else ["weights"]
+    table(
+        columns,
+        [
+            [
+                row["name"],
+                "x".join(map(str, row["img_size"])),
+                f"{row['params'] / 1e6:.2f}",
+                f"{row['gflops']:.2f}",
+                row["num_classes"],
+                *([_top1(row), row["r"], row["licence"] or "—"] if weights else [len(row["weights"])]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _summary(card: Card) -> dict[str, Any]:
+    return {
+        "name": card.name,
+        "title": card.title,
+        "img_size": card.config.img_size,
+        "params": sum(p.numel() for p in build_meta(card.config).parameters()),
+        "gflops": flops(card.config) / 1e9,
+        "num_classes": card.config.num_classes,
+        "default_weights": card.weights,
+        "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
+        "figures": [asdict(figure) for figure in card.figures],
+        "r": card.r,
+        "licence": card.licence,
+    }
+
+
+def _top1(row: dict[str, Any]) -> str:
+    return f"{row['figures'][0]['top1']:.2f}" if row["figures"] else "—"
+
+
+@click.command()
+@click.argument("name")
+@click.option("--r", type=R(), help="Tokens to merge per block: 8, or 8,-1, or [20,0,7], or 0.08.")
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_json: bool) -> None:
+    """One model: architecture, cost and tokens at an r, preprocessing, weights, licence."""
+    card = zoo.card(name)
+    config = card.config if img_size is None else replace(card.config, img_size=img_size)
+    r = card.r if r is None else r
+    counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
+    cost: dict[str, Any] = {
+        "params": sum(p.numel() for p in build_meta(config).parameters()),
+        "r": r,
+        "tokens": counts,
+        "gflops": flops(config, r) / 1e9,
+        "gflops_unmerged": flops(config) / 1e9,
+    }
+    weights = [other for other in zoo.cards(name) if other.weights and ("." not in name or other == card)]
+    if as_json:
+        described = asdict(replace(card, config=config)) | cost
+        described["all_weights"] = [asdict(other) for other in weights]
+        click.echo(json.dumps(described, indent=2))
+        return
+    click.echo(f"{card.name}: {card.title}{f' ({card.timm} in timm)' if card.timm else ''}")
+    for paper in card.papers:
+        click.echo(f"  {paper}")
+    height, width = config.img_size
+    click.echo(
+        f"\narchitecture   {config.depth} blocks, width {config.embed_dim}, {config.num_heads} heads, "
+        f"MLP x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}\n"
+        f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the "
+        f"{'class token' if config.pool == 'token' else 'mean patch'}\n"
+        f"parameters     {cost['params'] / 1e6:.2f} M, {config.num_classes} classes\n"
+        f"r = {r!s:<11}{cost['gflops']:.4g} GFLOPs, {cost['gflops_unmerged'] / cost['gflops']:.2f} times fewer than "
+        f"the {cost['gflops_unmerged']:.4g} of r = 0\n"
+        f"               tokens {' '.join(map(str, counts))}"
+    )
+    prepare = card.preprocess
+    how = "shorter edge" if prepare.resize == "shorter" else "both edges"
+    click.echo(
+        f"preprocessing  {how} to {int(min(height, width) / prepare.crop_pct)} pixels ({prepare.interpolation}), "
+        f"centre crop {height}x{width}, mean {prepare.mean}, std {prepare.std}"
+    )
+    click.echo(f"\nweights{'' if weights else '        none are published; create() draws fresh ones'}")
+    for other in weights:
+        attention = "proportional" if other.config.prop_attn else "plain"
+        click.echo(
+            f"  {other.full_name}  {other.config.num_classes} classes, {other.licence}, "
+            f"trained at r = {other.r}, {attention} attention"
+        )
+        for figure in other.figures:
+            click.echo(f"      top-1 {figure.top1:.2f} % at r = {figure.r} ({figure.source})")
+        for source in other.sources:
+            click.echo(f"      {source.url or source.hub or source.package} [{source.format}]")
+        if other.notes:
+            click.echo(f"      {other.notes}")

@@ -1,0 +1,25 @@
+"""What can go wrong with weights, beside wrong arguments (ValueError)."""
+
+from __future__ import annotations
+
+
+class CheckpointError(ValueError):
+    """A file is damaged, hostile, or not what it was taken for. Nothing of it was loaded, nothing written."""
+
+
+class AmbiguousCheckpointError(CheckpointError):
+    """A file can be read in several ways, and only the user knows which is meant.
+
+    Attributes:
+        option: what to say: "format", "model" or "key".
+        choices: the values it can have.
+    """
+
+    def __init__(self, message: str, option: str, choices: list[str]) -> None:
+        super().__init__(message)
+        self.option = option
+        self.choices = choices
+
+
+class DownloadError(OSError):
+    """A file could not be had, from the network or from the cache."""

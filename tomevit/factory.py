@@ -1,0 +1,83 @@
+"""Models by name: a card from the zoo, and weights fresh or read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+from tomevit import zoo
+from tomevit.config import Config, Pool, Schedule
+from tomevit.models import VisionTransformer, build
+from tomevit.weights import convert, native
+from tomevit.weights.adapt import for_channels
+
+
+def create(
+    name: str,
+    *,
+    r: Schedule | None = None,
+    pretrained: bool | str | PathLike[str] = False,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    prop_attn: bool | None = None,
+    pool: Pool | None = None,
+    matching: str | Callable[..., Any] | None = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    attn_dropout: float = 0.0,
+) -> VisionTransformer:
+    """A model by name, in evaluation mode, on the CPU, in float32, ready to use.
+
+    Args:
+        name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same.
+        r: tokens to merge in each block: an int, (r, inflection), a list with one int per block, or a float up to 0.5,
+            the share of the patches entering each block. None: what the weights were trained with, 0 for most.
+        pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
+            converted on first use. Else a checkpoint of any known format: a file, a URL, or
+            hf-hub:owner/repo[@revision].
+        num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
+            for another number.
+        img_size: pixels, one number or (height, width), divisible by the patch size. Pretrained positions are
+            resampled as the project does it that they come from.
+        in_chans: image channels; a pretrained patch embedding is summed or repeated over them.
+        prop_attn: proportional attention; None: as the weights ask.
+        pool: what the head reads, the class token or the mean patch.
+        matching: a name in `tomevit.layers.MATCHINGS`, or a function (key, r, num_prefix) -> Merge.
+        drop_path, dropout, attn_dropout: probabilities, for training.
+
+    Raises:
+        ValueError: there is no such model, or an argument does not fit; the message says what would.
+        CheckpointError: pretrained weights are damaged, hostile, or of another model.
+        DownloadError: they could not be had; the message says how to bring them.
+    """
+    chosen = zoo.card(name)
+    size: Any = tuple(img_size) if isinstance(img_size, list) else img_size
+    if isinstance(img_size, int):
+        size = (img_size, img_size)
+    shape: dict[str, Any] = {"img_size": size, "num_classes": num_classes, "in_chans": in_chans}
+    run: dict[str, Any] = {"prop_attn": prop_attn, "pool": pool, "matching": matching}
+    run |= {"drop_path": drop_path, "dropout": dropout, "attn_dropout": attn_dropout}
+
+    if pretrained is False:
+        config = _with(chosen.config, shape | run)
+        model = build(config, chosen.r)
+        model.card = replace(chosen, config=config, preprocess=for_channels(chosen.preprocess, config.in_chans))
+    elif pretrained is True or isinstance(pretrained, str | PathLike):
+        if pretrained is True:
+            weights = convert.published(chosen)
+        else:
+            weights = convert.pretrained(pretrained, name, img_size=size)
+        card, tensors, report = convert.fit(weights, shape)
+        model = native.assemble(replace(card, config=_with(card.config, run)), tensors, report.source).float()
+    else:
+        raise ValueError(f"pretrained is {pretrained!r}, and must be True, False, a file, a URL or hf-hub:owner/repo")
+    if r is not None:
+        model.r = r
+    return model.eval()
+
+
+def _with(config: Config, fields: dict[str, Any]) -> Config:
+    return replace(config, **{name: value for name, value in fields.items() if value is not None})

@@ -1,0 +1,113 @@
+"""The lossy steps, each of which says what it did: positions for another grid, image channels, new heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tomevit.config import Card, Config, Preprocess
+from tomevit.models import initial_weights
+from tomevit.weights.rules import Resampling
+
+#: The fields of an architecture that may differ between weights and the model that takes them.
+ADAPTABLE = ("img_size", "num_classes", "in_chans")
+
+
+def adapt(
+    card: Card, tensors: dict[str, Tensor], wanted: Config, resampling: Resampling
+) -> tuple[Card, dict[str, Tensor], list[str]]:
+    """Make weights fit a config of another image size, class count or number of channels.
+
+    Args:
+        card: what the tensors are.
+        tensors: by native name.
+        wanted: of the architecture, it differs from the card's config in fields of `ADAPTABLE` alone.
+        resampling: of the positions, as the source has it.
+
+    Returns:
+        Card and tensors of the result, and one sentence for each change. New heads are drawn from torch's default
+        generator.
+    """
+    found, changes = card.config, []
+    tensors = dict(tensors)
+    if wanted.grid != found.grid:
+        prefix = found.num_prefix if found.pos_embed_prefix else 0
+        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], found.grid, wanted.grid, prefix, resampling)
+        changes.append(f"positions resampled from {_by(found.grid)} to {_by(wanted.grid)} patches, {resampling}")
+    if wanted.in_chans != found.in_chans:
+        weight = tensors["patch_embed.proj.weight"]
+        tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
+        card = replace(card, preprocess=for_channels(card.preprocess, wanted.in_chans))
+        changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
+    if wanted.num_classes != found.num_classes:
+        changes.append(_replace_heads(tensors, found, wanted))
+        card = replace(card, class_names=(), figures=())
+    return replace(card, config=wanted), tensors, changes
+
+
+def resample_positions(
+    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int, resampling: Resampling
+) -> Tensor:
+    """Positions for another grid; those of prefix tokens stay as they are.
+
+    Args:
+        pos_embed: (1, P + H * W, D), floating; computed in float32 at least.
+        old, new: (H, W) and (H', W'), patches along height and width.
+        prefix: P, the rows in front that belong to no patch.
+
+    Returns:
+        (1, P + H' * W', D) in the same dtype.
+    """
+    grid = rearrange(pos_embed[:, prefix:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    grid = F.interpolate(
+        grid.to(torch.promote_types(grid.dtype, torch.float32)),
+        size=new,
+        mode=resampling.mode,
+        antialias=resampling.antialias,
+        align_corners=resampling.align_corners,
+    )
+    patches = rearrange(grid, "1 d h w -> 1 (h w) d").to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :prefix], patches], 1)
+
+
+def convert_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch embedding (D, C, p, p) for other channels: their sum for one, else repeated and scaled by C / channels.
+
+    As timm does it (timm/models/_manipulate.py, adapt_input_conv).
+    """
+    old = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
+
+
+def for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
+    """Other channels than those the statistics were taken of map to [-1, 1]."""
+    if channels == len(preprocess.mean):
+        return preprocess
+    return replace(preprocess, mean=(0.5,) * channels, std=(0.5,) * channels)
+
+
+def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) -> str:
+    names = ["head", "head_dist"] if wanted.dist_token else ["head"]
+    for name in names:
+        tensors.pop(f"{name}.weight", None)
+        tensors.pop(f"{name}.bias", None)
+    plural, both = ("s", "both ") if wanted.dist_token else ("", "")
+    if not wanted.num_classes:
+        return f"{both}head{plural} for {found.num_classes} classes left out"
+    with torch.device("meta"):
+        heads = nn.ModuleDict({name: nn.Linear(wanted.embed_dim, wanted.num_classes) for name in names})
+    dtype = tensors["pos_embed"].dtype
+    tensors |= {name: tensor.to(dtype) for name, tensor in initial_weights(heads).items()}
+    if not found.num_classes:
+        return f"{both}head{plural} added for {wanted.num_classes} classes, with fresh weights"
+    return f"{both}head{plural} replaced: fresh weights for {wanted.num_classes} classes instead of {found.num_classes}"
+
+
+def _by(grid: tuple[int, int]) -> str:
+    return f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,425 @@
+"""From a checkpoint of any known format to ours: open, recognise, rename by table, adapt, check, write."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomevit import zoo
+from tomevit.config import Card, Config, Source
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.models import build_meta
+from tomevit.weights import files, hub, native, rules
+from tomevit.weights.adapt import adapt
+from tomevit.weights.formats import FORMATS, TIMM
+from tomevit.weights.recognise import differences, find_format, observe, what_was_seen, with_observed
+from tomevit.weights.rules import Format, Resampling, enumerate_names
+from tomevit.weights.sidecars import read_sidecars
+
+#: Files that lie beside a checkpoint and describe it, as timm and transformers write them.
+SIDECARS = ("config.json", "preprocessor_config.json")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was done to a checkpoint.
+
+    Attributes:
+        source: the file, URL or repository.
+        sha256: of the source's file.
+        recognised: its format, and by what.
+        model: what it was taken for.
+        names: for each parameter, the source's tensors that it was made of.
+        left_out: for all else in the source, why it is not in the result.
+        changes: what was resampled, replaced or rounded: sentences.
+        out: the file written.
+    """
+
+    source: str
+    sha256: str
+    recognised: str
+    model: str
+    names: Mapping[str, tuple[str, ...]]
+    left_out: Mapping[str, str]
+    changes: tuple[str, ...] = ()
+    out: str | None = None
+
+
+class Weights(NamedTuple):
+    """Tensors that fit their card's config, and how they came about."""
+
+    card: Card
+    tensors: dict[str, Tensor]
+    report: Report
+
+
+class Located(NamedTuple):
+    """A checkpoint on this machine, and what is known of it beforehand."""
+
+    path: Path
+    origin: Source  # with the whole sha256, unless the file is ours
+    card: Card | None = None  # as published, or as the files beside it describe it
+    format: str | None = None  # as published
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    model: str | Card | None = None,
+    format: str | None = None,  # noqa: A002
+    key: str | None = None,
+    num_classes: int | None = None,
+    img_size: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Report:
+    """Write a checkpoint of any known format as a file of tomevit's own.
+
+    Args:
+        source: a file; a directory with model.safetensors and config.json; a URL; hf-hub:owner/repo[@revision]; or a
+            name of the zoo, whose weights are then downloaded.
+        out: the file to write, which appears whole or not at all; None: MODEL.safetensors, where there is none yet.
+        model: what the checkpoint is, as a name of the zoo or a card of your own; None: as recognised.
+        format: a name in `tomevit.weights.formats.FORMATS`; None: as recognised.
+        key: where in the file the state dict lies, if it holds several.
+        num_classes: another class count puts fresh weights into the head, or into both heads of a distilled model.
+        img_size: (height, width) in pixels; positions are resampled as the source's project does it.
+        dtype: floating; None: the source's.
+
+    Raises:
+        CheckpointError: the file is damaged or hostile, fits no model, or not the one that was named.
+        AmbiguousCheckpointError: it fits several formats or models.
+        DownloadError: it could not be had.
+        ValueError: a name or an option that does not exist.
+    """
+    with locate(source) as located, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # new heads: equal sources make equal files
+        weights = read(located, model=model, format=format, key=key, img_size=img_size)
+        weights = fit(weights, {"num_classes": num_classes, "img_size": img_size})
+        changes, stored = weights.report.changes, weights.tensors["pos_embed"].dtype
+        if dtype is not None and dtype != stored:
+            changes += (f"{_short(stored)} rounded to {_short(dtype)}",)
+        path = Path(out or f"{weights.card.full_name}.safetensors")
+        if out is None and path.exists():
+            raise ValueError(f"{path} exists already: name the file to write")
+        native.write(path, weights.card, weights.tensors, dtype=dtype)
+    return replace(weights.report, changes=changes, out=str(path))
+
+
+def published(card: Card) -> Weights:
+    """The card's weights, downloaded and converted on first use; from then on only our own file is read.
+
+    Raises:
+        ValueError: none are published.
+        CheckpointError, DownloadError: as `convert`.
+    """
+    if not card.sources:
+        raise ValueError(f"no weights are published for {card.full_name}: pretrained= takes a file of your own")
+    return read_native(_cached(card, card))
+
+
+def pretrained(
+    source: str | os.PathLike[str], model: str | Card, *, img_size: tuple[int, int] | None = None
+) -> Weights:
+    """Weights that a user names, for a model of that name. What a URL gave is cached.
+
+    Args, Raises: as `convert`.
+    """
+    if (url := os.fspath(source)).startswith(("http://", "https://")):
+        return read_native(_cached(_reference(url), model, img_size), model)
+    with locate(source) as located:
+        return read(located, model=model, img_size=img_size)
+
+
+def _cached(card: Card, model: str | Card, img_size: tuple[int, int] | None = None) -> Path:
+    def write(fetched: hub.Fetched, draft: Path) -> None:
+        located = (
+            _known(fetched.path, fetched.source, {})
+            if card is not model
+            else Located(fetched.path, fetched.source, card, fetched.source.format)
+        )
+        weights = read(located, model=None if card is model else model, img_size=img_size)
+        native.write(draft, weights.card, weights.tensors)
+
+    return hub.cached(card, write)
+
+
+@contextmanager
+def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
+    """The file that a user means, downloaded if need be; a download lasts as long as the context."""
+    name = os.fspath(source)
+    path = Path(name)
+    if name.startswith(("http://", "https://", "hf-hub:")):
+        with hub.fetch(_reference(name)) as fetched:
+            beside = hub.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
+            yield _known(fetched.path, fetched.source, beside)
+    elif path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{name} is a directory without model.safetensors: name the checkpoint file")
+        yield _known(path / "model.safetensors", _local(path / "model.safetensors"), _beside(path))
+    elif native.is_ours(path):
+        yield Located(path, Source(format="tomevit", file=path.name))
+    elif path.exists():
+        yield _known(path, _local(path), _beside(path.parent) if path.name in hub.HUB_FILES else {})
+    elif path.suffix in SUFFIXES or len(path.parts) > 1:
+        raise FileNotFoundError(f"there is no file {name}")
+    else:
+        card = zoo.card(name)
+        with hub.fetch(card) as fetched:
+            yield Located(fetched.path, fetched.source, card, fetched.source.format)
+
+
+def _reference(name: str) -> Card:
+    """What is known of a URL or hf-hub:owner/repo[@revision] beforehand: where it is."""
+    if not name.startswith("hf-hub:"):
+        return Card(
+            name=f"url-{hashlib.sha256(name.encode()).hexdigest()[:16]}", sources=(Source(format="", url=name),)
+        )
+    repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ValueError(f"{name} names no repository: it must be hf-hub:owner/repo or hf-hub:owner/repo@revision")
+    return Card(name=repo.replace("/", "--"), sources=(Source(format="", hub=repo, revision=revision or None),))
+
+
+def _local(path: Path) -> Source:
+    return Source(format="", file=path.name, sha256=files.sha256(path))
+
+
+def _beside(directory: Path) -> dict[str, Path]:
+    return {name: directory / name for name in SIDECARS if (directory / name).is_file()}
+
+
+def _known(path: Path, origin: Source, beside: Mapping[str, Path]) -> Located:
+    """What the zoo knows of a file by its address or hash, or else the files beside it."""
+    assert origin.sha256 is not None
+    for card, source in zoo.published():
+        same_hash = source.sha256 is not None and origin.sha256.startswith(source.sha256)
+        same_url = source.url is not None and source.url == origin.url
+        same_repo = source.hub is not None and source.hub == origin.hub
+        if same_hash or same_url or same_repo:
+            origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
+            return Located(path, origin, card, source.format)
+    return Located(path, origin, read_sidecars(beside) if beside else None)
+
+
+def read(
+    located: Located,
+    *,
+    model: str | Card | None = None,
+    format: str | None = None,  # noqa: A002
+    key: str | None = None,
+    img_size: tuple[int, int] | None = None,
+) -> Weights:
+    """Tensors under native names, checked against the architecture: as they are, nothing resampled or replaced.
+
+    Args, Raises: as `convert`; img_size helps only to read positions of a grid that is not square.
+    """
+    with _naming(located.path):
+        if native.is_ours(located.path):
+            return read_native(located.path, model)
+        checkpoint = files.open_checkpoint(located.path, key=key)
+        names = list(checkpoint.tensors)
+        form = find_format(names, checkpoint.key, format or located.format)
+        heads = form.count_heads(checkpoint.tensors)
+        tensors, sources, left_out = rules.read(form, checkpoint.tensors)
+        left_out |= dict.fromkeys(checkpoint.beside, "it is no part of a model")
+        if any(reason == rules.PRE_LOGITS for reason in left_out.values()):
+            left_out |= _drop_heads(tensors, sources, rules.PRE_LOGITS)
+
+        observed = observe(tensors)
+        card = _choose(located, model, form, observed)
+        if card.weights and not card.config.num_classes and observed["num_classes"]:
+            left_out |= _drop_heads(tensors, sources, f"{card.full_name} is published without a classifier")
+            observed = observe(tensors)
+        if heads not in (None, card.config.num_heads):
+            raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
+        config = with_observed(card.config, observed, img_size)
+        wanted = build_meta(config).state_dict()
+        native.check_fit({name: tuple(tensor.shape) for name, tensor in wanted.items()}, tensors, "it")
+        changes = _check_values(tensors)
+
+    if config.num_classes != card.config.num_classes:
+        card = replace(card, class_names=(), figures=())
+    origin = replace(located.origin, format=form.name)
+    card = replace(card, config=config, origin=origin)
+    report = Report(
+        source=origin.url or (origin.hub and f"hf-hub:{origin.hub}@{origin.revision}") or str(located.path),
+        sha256=origin.sha256 or "",
+        recognised=what_was_seen(form, names, checkpoint.key),
+        model=card.full_name,
+        names=sources,
+        left_out=left_out,
+        changes=changes,
+    )
+    return Weights(card, tensors, report)
+
+
+def fit(weights: Weights, wanted: Mapping[str, Any]) -> Weights:
+    """Weights adapted to fields of the config that are not None, by the rule of the project that they come from.
+
+    Raises:
+        ValueError: a field has no such value.
+    """
+    card, tensors, report = weights
+    config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
+    card, tensors, changes = adapt(card, tensors, config, resampling(card))
+    return Weights(card, tensors, replace(report, changes=(*report.changes, *changes)))
+
+
+def resampling(card: Card) -> Resampling:
+    """How positions are resampled: as the project does that the weights come from, timm's way for our own."""
+    return FORMATS.get(card.origin.format if card.origin else "", TIMM).resampling
+
+
+def read_native(path: Path, model: str | Card | None = None) -> Weights:
+    """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
+    card, tensors, _ = native.read(path)
+    named = zoo.architecture(model) if isinstance(model, str) else model
+    if named is not None and (wrong := differences(observe(tensors), named.config)):
+        raise CheckpointError(f"{path} holds {card.full_name}, which is no {named.name}: {'; '.join(wrong)}")
+    report = Report(
+        source=str(path),
+        sha256=card.origin.sha256 or "" if card.origin else "",
+        recognised="tomevit: its metadata describes it",
+        model=card.full_name,
+        names={name: (name,) for name in tensors},
+        left_out={},
+    )
+    return Weights(card, tensors, report)
+
+
+def _choose(located: Located, model: str | Card | None, form: Format, observed: Mapping[str, Any]) -> Card:
+    """The card of what was observed: the one that was named, the one that is known, or the only one that fits."""
+    if model is not None:
+        card = _named(model, located.card)
+    elif located.card is not None:
+        card = located.card
+    else:
+        return _only(located, form, observed)
+    if wrong := differences(observed, card.config):
+        fits = _fitting(observed)
+        instead = f"it fits {_or(card.name for card in fits)}" if fits else _nearest(observed)
+        raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
+    return card
+
+
+def _named(model: str | Card, known: Card | None) -> Card:
+    """The user's word; where it leaves the weights open, what is known of the file completes it."""
+    if isinstance(model, Card):
+        return model
+    card = zoo.card(model) if "." in model else zoo.architecture(model)
+    if known is None or not known.weights:
+        return card
+    if card.name != known.name or card.weights not in (None, known.weights):
+        raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {model}")
+    return known
+
+
+def _only(located: Located, form: Format, observed: Mapping[str, Any]) -> Card:
+    """The one architecture that was observed, of the families that are published in this format."""
+    published = {(card.title, source.format) for card, source in zoo.published()}
+    fits = [
+        card for card in _fitting(observed) if {(card.title, form.name), (card.title, form.variant_of)} & published
+    ] or _fitting(observed)
+    if not fits:
+        raise CheckpointError(f"it fits no model here. {_nearest(observed)}, or describe yours by a Card as model=")
+    # One per family: other resolutions of the same differ in nothing that weights have.
+    families = {card.title: card for card in reversed(fits)}
+    families |= {card.title: card for card in fits if _positions(card.config) == observed["positions"]}
+    same_file = [
+        card.full_name
+        for card, source in zoo.published()
+        if located.origin.file and (source.url or "").endswith(f"/{located.origin.file}") and not source.sha256
+    ]
+    choices = [*same_file, *sorted(card.name for card in families.values())]
+    if len(choices) > 1:
+        named = " (by its name it is the first)" if same_file else ""
+        raise AmbiguousCheckpointError(
+            f"it fits {_or(choices)}{named}, which differ in preprocessing, merging or licence: "
+            f"say which it is with model=, or --model",
+            "model",
+            choices,
+        )
+    return next(iter(families.values()))
+
+
+def _fitting(observed: Mapping[str, Any]) -> list[Card]:
+    return [card for card in zoo.architectures() if not differences(observed, card.config)]
+
+
+def _nearest(observed: Mapping[str, Any]) -> str:
+    def distance(card: Card) -> tuple[int, float]:
+        config = card.config
+        sizes = abs(config.embed_dim - observed["embed_dim"]) / config.embed_dim
+        sizes += abs(config.depth - observed["depth"]) / config.depth
+        return len(differences(observed, config)), sizes
+
+    card = min(zoo.architectures(), key=distance)
+    return f"The nearest is {card.name}: {'; '.join(differences(observed, card.config))}"
+
+
+def _positions(config: Config) -> int:
+    return config.num_tokens if config.pos_embed_prefix else config.num_patches
+
+
+def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:
+    heads = [name for name in tensors if name.startswith(("head.", "head_dist."))]
+    dropped = {source: reason for name in heads for source in sources.pop(name)}
+    for name in heads:
+        del tensors[name]
+    return dropped
+
+
+def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """All floating, of one dtype, finite; a mixture of dtypes becomes the widest.
+
+    Raises:
+        CheckpointError: naming the tensors that are not.
+    """
+    if integers := [name for name, tensor in tensors.items() if tensor.dtype not in native.DTYPES]:
+        kinds = {_short(tensors[name].dtype) for name in integers}
+        raise CheckpointError(f"weights must be floating point: {enumerate_names(integers)} are {_or(kinds)}")
+    bad = [name for name, tensor in tensors.items() if not finite(tensor)]
+    if bad:
+        raise CheckpointError(f"it holds NaN or infinity, in {enumerate_names(bad)}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        return ()
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(widest)
+    return (f"a mixture of {_or(sorted(map(_short, dtypes)))} made {_short(widest)} throughout, without loss",)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it; without a copy of its size."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors about a file begin with its name."""
+    try:
+        yield
+    except CheckpointError as error:
+        if not str(error).startswith(str(path)):
+            error.args = (f"{path}: {error}",)
+        raise
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _or(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,519 @@
+"""Open any checkpoint file safely: safetensors, npz, and what torch.save writes.
+
+A file is recognised by its bytes, never by its name. No code of a checkpoint ever runs, and there is no flag to allow
+it. Before any data is read, a file must show that it asks for no more memory than its size warrants. What comes out is
+plain: names and dense tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import io
+import math
+import mmap
+import os
+import re
+import stat
+import struct
+import threading
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.weights.pickles import MAX_DIMS, NUMPY_ARRAY, NUMPY_SCALAR, Walk
+
+#: Under these names a state dict lies in a torch checkpoint, also one in another.
+STATE_DICTS = (
+    "model",
+    "state_dict",
+    "model_state",
+    "model_state_dict",
+    "module",
+    "network",
+    "teacher",
+    "student",
+    # exponential moving averages
+    "model_ema",
+    "model_ema_state_dict",
+    "state_dict_ema",
+    "ema",
+    "ema_model",
+    "ema_state_dict",
+)
+#: What wrappers put in front of every name: DataParallel, torch.compile, trainers.
+PREFIXES = ("module.", "model.", "_orig_mod.")
+#: Where the weights lie in a JAX archive. Other names are beside them: the optimizer, a text tower.
+NPZ_PREFIXES = ("opt/target/", "params/img/", "params/")
+
+#: The element types of .npy files that hold weights. numpy has no bfloat16: JAX writes it as two bytes of anything.
+NPY_DTYPES = {
+    "b1": torch.bool,
+    "i1": torch.int8,
+    "i2": torch.int16,
+    "i4": torch.int32,
+    "i8": torch.int64,
+    "u1": torch.uint8,
+    "f2": torch.float16,
+    "f4": torch.float32,
+    "f8": torch.float64,
+    "V2": torch.bfloat16,
+}
+# numpy always writes the header in this form. Its own reader takes more, by evaluating Python literals.
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|=])(\w{2,4})', 'fortran_order': (True|False), 'shape': \(((?:\d+, ?)*\d*)\), \}\s*"
+)
+
+#: The first bytes of files that are no checkpoints.
+OTHER_FILES = {
+    b"version https://git-lfs": "a git-lfs pointer, which only names the file: run `git lfs pull`",
+    b"\x1f\x8b": "gzip-compressed: unpack it first",
+    b"BZh": "bzip2-compressed: unpack it first",
+    b"\xfd7zXZ": "xz-compressed: unpack it first",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
+    b"Rar!": "a rar archive: unpack it first",
+    b"\x89HDF": "an HDF5 file (Keras, TensorFlow), which tomevit does not read",
+    b"\x93NUMPY": "a single numpy array, not a state dict",
+    b"GGUF": "a GGUF file, which tomevit does not read",
+    b"%PDF": "a PDF document",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
+MAX_ENTRIES = 2**14  # of a zip archive
+HEADER = 30  # bytes in front of a zip entry, at least
+CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's weights, and what was seen on the way to them."""
+
+    path: str
+    container: str  # "safetensors", "npz" or "torch"
+    key: str  # where in the file the state dict lay: "" for a flat one, "model", "model_ema.module"
+    prefix: str  # what was stripped off every name: "", "module.", "model._orig_mod.", "opt/target/"
+    tensors: dict[str, Tensor]  # dense, on the CPU; mapped from the file where the format allows
+    beside: tuple[str, ...] = ()  # what lay beside the tensors: "optimizer", "epoch", "args"
+    metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
+    """Read the state dict of a checkpoint file, without running anything in it.
+
+    Mapped tensors are copied when written to, and need the file to stay as it is.
+
+    Args:
+        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle.
+        key: which state dict, as a dotted path ("model_ema"), where a file has several; for npz files with slashes
+            ("params/txt"). "" is the top level. None: the only one there is.
+
+    Returns:
+        Tensors in their own dtypes, float16 to float64 and integer buffers, under their names without common prefix.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: there is no such file.
+        CheckpointError: the file is damaged, hostile, or no checkpoint; it asks for more memory than its size warrants;
+            it holds no weights at `key`. The message says which.
+        AmbiguousCheckpointError: it has several state dicts, and `key` is None.
+    """
+    path = os.fspath(path)
+    with _open(path) as file:
+        try:
+            return _read(path, file, key)
+        except AmbiguousCheckpointError as error:
+            raise AmbiguousCheckpointError(f"{path} {_sentence(error)}", error.option, error.choices) from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} {_sentence(error)}") from error.__cause__
+        except MemoryError:  # what the file asks for is warranted, but not to be had
+            raise
+        # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
+        except Exception as error:
+            raise CheckpointError(f"{path} is damaged: {_sentence(error)}") from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def md5(path: str | os.PathLike[str]) -> str:
+    """The MD5 of a file, as 32 hexadecimal digits: to compare with published ones, not for security."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        mode = Path(path).stat().st_mode
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"there is no file {path}") from error
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{path} is a directory, not a checkpoint file")
+    if not stat.S_ISREG(mode):  # a pipe would wait for ever
+        raise CheckpointError(f"{path} is not a regular file")
+    return Path(path).open("rb")
+
+
+def _read(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+    head = file.read(2**16)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        with _open_zip(file) as archive:
+            names = archive.namelist()
+            if names and all(name.endswith(".npy") for name in names):
+                return _read_npz(path, archive, key)
+            if any(re.search(r"(^|/)(constants\.pkl|code/|model\.json)", name) for name in names):
+                raise CheckpointError(
+                    "is a TorchScript archive: load it with torch.jit.load, and torch.save its state_dict()"
+                )
+            if any(name.endswith("/data.pkl") for name in names):
+                return _read_torch_zip(path, file, archive, key)
+            raise CheckpointError(f"is a zip archive of {_some(names)}: neither torch's nor numpy's")
+    if head.startswith(LEGACY):
+        return _read_torch_legacy(path, file, key)
+    if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
+        return _read_safetensors(path, key)
+    raise CheckpointError(_describe(head))
+
+
+def _describe(head: bytes) -> str:
+    """What a file is that is no checkpoint."""
+    if not head:
+        return "is empty"
+    for magic, description in OTHER_FILES.items():
+        if head.startswith(magic):
+            return f"is {description}"
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it first"
+    if head.startswith(b"\x80") or re.match(rb"c[\w.]+\n[\w.]+\n", head):
+        Walk(_limit(len(head))).load(io.BytesIO(head))  # says what it wants to run
+        return "is a pickle, but not one of torch.save's"
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = head[: error.start].decode("utf-8-sig", "ignore") if error.start > len(head) - 4 else "\0"
+    text = text.strip()[:4096]
+    if text.startswith("<"):
+        title = re.search(r"<title[^>]*>(.*?)</title|<message>(.*?)</message", text, re.IGNORECASE | re.DOTALL)
+        words = html.unescape(title[1] or title[2]) if title else re.sub(r"<[^>]*>", " ", text)
+        return f'is a web page ("{_shorten(words)}"): the download went wrong'
+    if text.isprintable() or re.fullmatch(r"[^\x00-\x08\x0e-\x1f\x7f]*", text):
+        return f'is text ("{_shorten(text)}"), not weights: the download went wrong'
+    return f"is no checkpoint: it begins with {head[:8].hex(' ')}, as neither safetensors, npz nor torch files do"
+
+
+# safetensors
+
+
+def _read_safetensors(path: str, key: str | None) -> Checkpoint:
+    if key:
+        raise CheckpointError(f"has no state dict at {key!r}: safetensors files are flat")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
+    return _checkpoint(path, "safetensors", "", tensors, (), metadata)
+
+
+# zip archives
+
+
+@contextlib.contextmanager
+def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
+    """An archive whose entries lie side by side in the file and unpack to no more than its size warrants."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"is a damaged or truncated zip archive: {error}") from error
+    with archive:
+        entries = archive.infolist()
+        size = os.fstat(file.fileno()).st_size
+        if len(entries) > MAX_ENTRIES:
+            raise CheckpointError(f"is a zip archive of {len(entries):,} entries; weights have fewer")
+        if len({entry.filename.lower() for entry in entries}) < len(entries):
+            raise CheckpointError("is a zip archive that has an entry twice")
+        end = 0
+        for entry in sorted(entries, key=lambda entry: entry.header_offset):
+            # Readers of zip disagree about archives that begin later than their file.
+            if entry.header_offset < end or (end == 0 < entry.header_offset):
+                raise CheckpointError(
+                    f"is a damaged zip archive: entry {entry.filename!r} overlaps another, or the end"
+                )
+            end = entry.header_offset + HEADER + entry.compress_size
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            if entry.flag_bits & 1 or not (stored or entry.compress_type == zipfile.ZIP_DEFLATED):
+                raise CheckpointError(
+                    f"is a zip archive whose entry {entry.filename!r} is encrypted, or packed unusually"
+                )
+            if stored and entry.compress_size != entry.file_size:
+                raise CheckpointError(f"is a damaged zip archive: entry {entry.filename!r} has two sizes")
+        if end > archive.start_dir:
+            raise CheckpointError("is a damaged zip archive: its entries overlap its directory")
+        if (total := sum(entry.file_size for entry in entries)) > _limit(size):
+            raise CheckpointError(f"is an archive bomb: {total:,} bytes packed into {size:,}")
+        if not any(entry.CRC for entry in entries):
+            # torch.serialization.set_crc32_options(False) writes 0 for every entry: there is nothing to compare with.
+            for entry in entries:
+                entry.CRC = None  # type: ignore[assignment]
+        yield archive
+
+
+def _limit(size: int) -> int:
+    """Bytes of memory that a file of this size may ask for."""
+    return 8 * size + 64 * 2**20
+
+
+# npz
+
+
+def _read_npz(path: str, archive: zipfile.ZipFile, key: str | None) -> Checkpoint:
+    names = [name.removesuffix(".npy") for name in archive.namelist()]
+    prefixes = NPZ_PREFIXES if key is None else (f"{key.rstrip('/')}/" if key else "",)
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), "")
+    if key and not prefix:
+        raise CheckpointError(f"has no weights at {key!r}; it has {_some(names)}")
+    chosen = [name for name in names if name.startswith(prefix)]
+    # As much of the other names as tells them from ours: "opt/state", "params/txt".
+    depth = prefix.count("/")
+    beside = dict.fromkeys("/".join(name.split("/")[:depth]) for name in names if not name.startswith(prefix))
+    tensors = {name.removeprefix(prefix): _read_npy(archive, f"{name}.npy") for name in chosen}
+    return _checkpoint(path, "npz", "", tensors, tuple(beside), {}, prefix)
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str) -> Tensor:
+    with archive.open(name) as file:
+        start = file.read(10)
+        if start[:6] != b"\x93NUMPY" or len(start) < 10:
+            raise CheckpointError(f"is damaged: its entry {name!r} is no numpy array")
+        length = struct.unpack("<H", start[8:])[0]
+        header = NPY_HEADER.fullmatch(file.read(length))
+        if start[6:8] != b"\x01\x00" or header is None:
+            raise CheckpointError(
+                f"holds {name!r}, which is no plain array of numbers (tomevit reads no Python objects)"
+            )
+        order, code, fortran, dims = (part.decode() for part in header.groups())
+        shape = tuple(int(n) for n in dims.split(",") if n.strip())
+        dtype = NPY_DTYPES.get(code)
+        if dtype is None or (order == ">" and dtype.itemsize > 1):
+            raise CheckpointError(f"holds {name!r} of numpy's type {order + code!r}, which tomevit does not read")
+        size = math.prod(shape) * dtype.itemsize
+        absurd = len(shape) > MAX_DIMS or max(shape, default=0) > _limit(size)
+        if absurd or size != archive.getinfo(name).file_size - 10 - length:
+            raise CheckpointError(f"is damaged: {name!r} should be {dtype} of shape {shape}, but has another size")
+        data = _fill(file, size)
+    values = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
+    return values.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran == "True" else values.view(shape)
+
+
+def _fill(file: Any, size: int) -> bytearray:
+    """The rest of an entry; reading to its end checks its sum."""
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while count := file.readinto(view[filled : filled + CHUNK] if filled < size else bytearray(1)):
+        filled += count
+    if filled != size:
+        raise CheckpointError(f"is truncated: {filled:,} of {size:,} bytes of {file.name!r}")
+    return data
+
+
+# torch
+
+
+def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: str | None) -> Checkpoint:
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    root = archive.namelist()[0].split("/")[0]  # torch takes the first entry's
+    if f"{root}/data.pkl" not in entries:
+        raise CheckpointError(f"is a zip archive of {_some(entries)}, without {root}/data.pkl")
+    if packed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
+        raise CheckpointError(f"was packed anew: torch.save stores, and {packed[0]!r} is compressed")
+    walk = Walk(_limit(os.fstat(file.fileno()).st_size))
+    walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    for storage in walk.storages.values():
+        entry = entries.get(f"{root}/data/{storage.key}")
+        if entry is None or entry.file_size < storage.numel * storage.itemsize:
+            raise CheckpointError(f"is damaged: {storage.numel} values are not in {root}/data/{storage.key}")
+    for name in entries:
+        with archive.open(name) as member:
+            while member.read(CHUNK):  # to the end: that checks the sum
+                pass
+    # By the name ".safetensors" torch.load would take it for another format.
+    source, mapped = (file, False) if path.endswith(".safetensors") else (path, True)
+    file.seek(0)
+    return _select(path, _torch_load(source, walk, mapped=mapped), key)
+
+
+def _read_torch_legacy(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        walk = Walk(_limit(len(stream)))
+        for _ in range(4):  # magic number, protocol version, system, object
+            walk.load(stream)
+        keys = walk.load(stream)
+        if type(keys) is not list or sorted(map(str, keys)) != sorted(walk.storages):
+            raise CheckpointError("is damaged: its list of storages does not fit its tensors")
+        for name in keys:
+            storage = walk.storages[name]
+            if (count := stream.read(8)) and count != struct.pack("<q", storage.numel):
+                raise CheckpointError(f"is damaged: storage {name!r} has not the {storage.numel} values it should have")
+            end = stream.tell() + storage.numel * storage.itemsize
+            if not count or end > len(stream):
+                raise CheckpointError(
+                    f"is truncated: it has {len(stream):,} bytes, and storage {name!r} ends at {end:,}"
+                )
+            stream.seek(end)
+    with _NoDescriptor(io.FileIO(path)) as source:
+        return _select(path, _torch_load(source, walk, mapped=False), key)
+
+
+class _NoDescriptor(io.BufferedReader):
+    """A file that torch.load does not try as a tar archive first, as it does with all that have a descriptor."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
+
+
+_LOCK = threading.Lock()
+
+
+def _torch_load(source: Any, walk: Walk, *, mapped: bool) -> Any:
+    """torch.load of a file that was walked; its settings, which are the process's, are left as found."""
+    allowed = [Namespace, *(_numpy_globals() if walk.numpy else ())]
+    with _LOCK, contextlib.ExitStack() as stack:
+        known = torch.serialization.get_safe_globals()
+        stack.enter_context(torch.serialization.safe_globals([item for item in allowed if item not in known]))
+        if mapped and os.name != "nt":
+            stack.enter_context(torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE))
+        return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
+
+
+def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
+    try:
+        import numpy as np
+    except ImportError as error:
+        raise CheckpointError("holds numpy values: install numpy to read it") from error
+    # The functions, whatever module this numpy has them in, under the names that any numpy gave them.
+    scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    names: list[Any] = [(scalar, name) for name in NUMPY_SCALAR] + [(reconstruct, name) for name in NUMPY_ARRAY]
+    return [*names, np.ndarray, np.dtype, *dtypes]
+
+
+def _select(path: str, tree: Any, key: str | None) -> Checkpoint:
+    """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"holds a {type(tree).__name__}, not a state dict")
+    found = list(_find(tree))
+    if key is None:
+        if not found:
+            raise CheckpointError(
+                f"has no state dict where tomevit looks; it has {_some(tree)}: name one with key= (--key)"
+            )
+        if len(found) > 1:
+            message = f"has several state dicts, {_some(found)}: name one with key= (--key)"
+            raise AmbiguousCheckpointError(message, "key", found)
+        key = found[0]
+    node, beside = _at(tree, key)
+    state = {name: _as_tensor(value) for name, value in node.items()} if isinstance(node, Mapping) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(name, str) and value is not None}
+    if not tensors:
+        raise CheckpointError(f"has no state dict at {key!r}; it has {_some(found or tree)}")
+    beside += [_join(key, name) for name in state if name not in tensors]
+    return _checkpoint(path, "torch", key, tensors, tuple(beside), {})
+
+
+def _find(tree: Mapping[Any, Any], key: str = "", depth: int = 4) -> Iterator[str]:
+    """The dotted paths of the state dicts; a dict that has some inside is none itself."""
+    inside = [
+        path
+        for name in STATE_DICTS
+        if depth and isinstance(tree.get(name), Mapping)  # no deeper: a pickle's dict can contain itself
+        for path in _find(tree[name], _join(key, name), depth - 1)
+    ]
+    if not inside and any(isinstance(name, str) and _as_tensor(value) is not None for name, value in tree.items()):
+        inside = [key]
+    yield from inside
+
+
+def _at(tree: Any, key: str) -> tuple[Any, list[str]]:
+    """What lies at a dotted path, and the paths beside it; names may have dots themselves."""
+    above, beside = "", []
+    while key:
+        parts = key.split(".")
+        heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        head = next((head for head in heads if isinstance(tree, Mapping) and head in tree), None)
+        if head is None:
+            there = _some(tree) if isinstance(tree, Mapping) else "a value"
+            raise CheckpointError(
+                f"has nothing at {_join(above, key)!r}; {f'at {above!r} ' if above else ''}it has {there}"
+            )
+        beside += [_join(above, name) for name in tree if name != head]
+        above, tree, key = _join(above, head), tree[head], key[len(head) + 1 :]
+    return tree, beside
+
+
+def _as_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if (type(value).__module__, type(value).__name__) == ("numpy", "ndarray") and value.dtype.isnative:
+        return torch.from_numpy(value)
+    return None
+
+
+# all containers
+
+
+def _checkpoint(
+    path: str,
+    container: str,
+    key: str,
+    tensors: dict[str, Tensor],
+    beside: tuple[str, ...],
+    metadata: dict[str, str],
+    prefix: str = "",
+) -> Checkpoint:
+    if not tensors:
+        raise CheckpointError("has no tensors")
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise CheckpointError(f"has {name!r} as {tensor.dtype}, {tensor.layout}; tomevit reads dense real tensors")
+    # AveragedModel counts beside its module.
+    counter = {"n_averaged"} if container == "torch" and len(tensors) > 1 else set()
+    beside += tuple(_join(key, name) for name in tensors if name in counter)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in counter}
+    while common := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), ""):
+        tensors = {name.removeprefix(common): tensor for name, tensor in tensors.items()}
+        prefix += common
+    return Checkpoint(path, container, key, prefix, tensors, beside, metadata)
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _some(names: Iterable[Any]) -> str:
+    texts = [repr(name) if len(repr(name)) < 80 else f"{repr(name)[:80]}…" for name in names]
+    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
+    return (", ".join(texts[:8]) or "nothing") + more
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, in one line that a hostile file cannot make long or colourful."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return "".join(char if char.isprintable() else "?" for char in _shorten(lines[0], 600))
+
+
+def _shorten(text: str, length: int = 100) -> str:
+    text = " ".join(text.split())
+    return f"{text[:length]}…" if len(text) > length else text

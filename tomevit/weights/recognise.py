@@ -1,0 +1,146 @@
+"""Which format a checkpoint has, and which architecture, from the names and shapes of its tensors alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from tomevit.config import Config
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.weights.formats import FORMATS
+from tomevit.weights.rules import Format, enumerate_names
+
+
+def find_format(names: Collection[str], key: str = "", told: str | None = None) -> Format:
+    """The one format that the tensors are of.
+
+    Args:
+        names: of the tensors.
+        key: where in its file the state dict lay.
+        told: the user's word; the variants of a format count as it.
+
+    Raises:
+        ValueError: told is no format.
+        CheckpointError: no format fits, or not the one that was told.
+        AmbiguousCheckpointError: several fit.
+    """
+    fits = [form for form in FORMATS.values() if any(s.fits(names, key) for s in form.signatures)]
+    if told is not None:
+        if told not in FORMATS:
+            raise ValueError(f"there is no format {told!r}; there are {', '.join(FORMATS)}")
+        named = [form for form in FORMATS.values() if told in (form.name, form.variant_of)]
+        for form in named:
+            if any(not signature.misses(names) for signature in form.signatures):
+                return form
+        why = "; ".join(dict.fromkeys(" and ".join(s.misses(names)) for s in named[0].signatures))
+        looks = f"; it looks like {_or(fits)}" if fits else ""
+        raise CheckpointError(f"not of the format {told}: it has {why}{looks}")
+    if not fits:
+        raise CheckpointError(
+            f"of no known format: it holds {len(names)} tensors such as {enumerate_names(names, 4)}; "
+            f"known are {', '.join(form.name for form in FORMATS.values() if not form.variant_of)}"
+        )
+    if len(fits) > 1:
+        raise AmbiguousCheckpointError(
+            f"its names fit {' and '.join(form.name for form in fits)}, which treat positions of another size "
+            f"differently: say which it is with format=, or --format",
+            "format",
+            [form.name for form in fits],
+        )
+    return fits[0]
+
+
+def what_was_seen(form: Format, names: Collection[str], key: str) -> str:
+    """The tensors by which a format was recognised."""
+    signature = next(s for s in form.signatures if not s.misses(names))
+    place = f" under {key!r}" if key else ""
+    return f"{form.name}{place}: it has {', '.join(signature.has)}"
+
+
+def observe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The fields of Config that native names and shapes tell.
+
+    The number of heads cannot be seen; nor can, of `layer_scale`, more than whether it is there.
+
+    Raises:
+        CheckpointError: a parameter that every model has is missing, or of another rank.
+    """
+    ranks = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.attn.qkv.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+    for name, rank in ranks.items():
+        if name not in tensors:
+            raise CheckpointError(f"it has no {name}, which every vision transformer here has")
+        if tensors[name].ndim != rank or 0 in tensors[name].shape:
+            raise CheckpointError(
+                f"its {name} is {tuple(tensors[name].shape)}, and must have {rank} dimensions, none 0"
+            )
+    dim, channels, _, patch = tensors["patch_embed.proj.weight"].shape
+    head = tensors.get("head.weight")
+    return {
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": dim,
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "layer_scale": "blocks.0.ls1.gamma" in tensors,
+        "pre_norm": "norm_pre.weight" in tensors,
+        "class_token": "cls_token" in tensors,
+        "dist_token": "dist_token" in tensors,
+        "reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors and tensors["reg_token"].ndim == 3 else 0,
+        "pool_norm": "after" if "fc_norm.weight" in tensors else "before",
+        "num_classes": head.shape[0] if head is not None and head.ndim == 2 else 0,
+        "positions": tensors["pos_embed"].shape[1],
+    }
+
+
+def differences(observed: Mapping[str, Any], config: Config) -> list[str]:
+    """Where what was observed is not the config's architecture, whatever the resolution, classes and channels."""
+    out = []
+    for name, value in observed.items():
+        if name in ("in_chans", "num_classes", "positions"):
+            continue
+        ours: Any = getattr(config, name)
+        if name == "layer_scale":
+            ours = ours is not None
+        if ours != value:
+            out.append(f"{name} {value} where the model has {ours}")
+    return out
+
+
+def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[int, int] | None = None) -> Config:
+    """The config with the image size, class count and channels that the tensors have.
+
+    Args:
+        config: of the same architecture, see `differences`.
+        observed: by `observe`.
+        img_size: taken as the weights' own, if it has as many patches as they have positions.
+
+    Raises:
+        CheckpointError: the patches make no square, and img_size does not say what they make.
+    """
+    config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
+    patches = observed["positions"] - _prefix(config)
+    if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
+        return asked
+    if patches == config.num_patches:
+        return config
+    edge = math.isqrt(max(patches, 0))
+    if not edge or edge * edge != patches:
+        raise CheckpointError(
+            f"it has positions for {patches} patches, which make no square: say img_size=(height, width) in pixels, "
+            f"or --img-size"
+        )
+    return replace(config, img_size=(edge * config.patch_size, edge * config.patch_size))
+
+
+def _prefix(config: Config) -> int:
+    return config.num_prefix if config.pos_embed_prefix else 0
+
+
+def _or(forms: Collection[Format]) -> str:
+    return " or ".join(form.name for form in forms)

@@ -1,0 +1,257 @@
+"""The engine that reads tables of parameter names in both directions.
+
+A checkpoint format is a table of rules. Each relates one native parameter to the source's tensors:
+
+    Rule("blocks.#.norm1.*", "encoder.layers.layer_#.ln_1.*")
+
+`#` stands for a number and `*` for `weight` or `bias`, the same on both sides. Where the source keeps in several
+tensors what is one here, the rule names them in order. A layout says how values are arranged anew on the way in, and
+read backwards on the way out; nothing is ever computed, so a round trip is exact to the bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from einops import EinopsError, rearrange
+from torch import Tensor
+
+from tomevit.config import Config
+from tomevit.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One native parameter, and the source's tensors that it is made of, stacked along the first dimension.
+
+    `layout` is an einops pattern that turns each of them into its native form. Backwards it undoes itself; the one
+    length that cannot be read off a native tensor, `heads`, is the config's.
+    """
+
+    native: str
+    source: str | tuple[str, ...]
+    layout: str | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    def read(self, x: Tensor) -> Tensor:
+        return x if self.layout is None else rearrange(x, self.layout)
+
+    def write(self, x: Tensor, config: Config) -> Tensor:
+        if self.layout is None:
+            return x
+        theirs, ours = self.layout.split(" -> ")
+        lengths = {"heads": config.num_heads} if "heads" in theirs else {}
+        return rearrange(x, f"{ours} -> {theirs}", **lengths)
+
+
+@dataclass(frozen=True)
+class Omission:
+    """Tensors that files of a format may hold and our models have no place for."""
+
+    source: str  # a pattern, in which a last `**` stands for anything
+    reason: str
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What tells a format from all others, by names alone."""
+
+    has: tuple[str, ...]
+    lacks: tuple[str, ...] = ()
+    keys: tuple[str, ...] | None = None  # where in a file the state dict lies; None: anywhere
+    not_keys: tuple[str, ...] = ()  # where it does not lie
+
+    def misses(self, names: Collection[str]) -> list[str]:
+        """Why tensors of these names are not of the format; empty if they are."""
+        return [f"no {p}" for p in self.has if not _any(p, names)] + [f"a {p}" for p in self.lacks if _any(p, names)]
+
+    def fits(self, names: Collection[str], key: str) -> bool:
+        return (self.keys is None or key in self.keys) and key not in self.not_keys and not self.misses(names)
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How a project resamples its positions to another grid: arguments of `torch.nn.functional.interpolate`."""
+
+    mode: Literal["bicubic", "bilinear"]
+    antialias: bool = False
+    align_corners: bool = False
+
+    def __str__(self) -> str:
+        options = [name for name in ("antialias", "align_corners") if getattr(self, name)]
+        return " with ".join([self.mode, *options])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one project names and lays out the parameters of a vision transformer.
+
+    Attributes:
+        name: what users call it.
+        title: what it is, in a few words, with its source.
+        rules: every native parameter that it can hold.
+        signatures: a file is of this format if any of them fits.
+        resampling: the project's own way with positions.
+        omissions: what is left out on the way in, and why.
+        variant_of: the format that users name when they mean this one too.
+        fixed: fields of Config that models of this project always have: others cannot be written.
+        num_heads: a tensor whose second dimension is the number of heads, where the format has one.
+        container: what the project's own files are: "safetensors", "npz", "torch", or "torch:KEY" where the state dict
+            lies under a key.
+    """
+
+    name: str
+    title: str
+    rules: tuple[Rule, ...]
+    signatures: tuple[Signature, ...]
+    resampling: Resampling
+    omissions: tuple[Omission, ...] = ()
+    variant_of: str | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    num_heads: str | None = None
+    container: str = "safetensors"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def _by_source(self) -> list[tuple[re.Pattern[str], Rule, int]]:
+        return [(_regex(source), rule, i) for rule in self.rules for i, source in enumerate(rule.sources)]
+
+    @cached_property
+    def _by_native(self) -> list[tuple[re.Pattern[str], Rule]]:
+        return [(_regex(rule.native), rule) for rule in self.rules]
+
+    def count_heads(self, tensors: Mapping[str, Tensor]) -> int | None:
+        """Attention heads, where the source's tensors tell."""
+        shapes = [tensors[name].shape for name in tensors if self.num_heads and _regex(self.num_heads).fullmatch(name)]
+        return shapes[0][1] if shapes and len(shapes[0]) == 3 else None
+
+    def _find(self, name: str) -> tuple[Rule, int, tuple[str, ...]] | None:
+        """The rule for a tensor of the source, its place in it, and what its `#` and `*` stand for."""
+        for regex, rule, i in self._by_source:
+            if found := regex.fullmatch(name):
+                return rule, i, found.groups()
+        return None
+
+    def _reason(self, name: str) -> str | None:
+        return next((o.reason for o in self.omissions if _regex(o.source).fullmatch(name)), None)
+
+
+#: Why a representation layer is left out, and the head that stands on it.
+PRE_LOGITS = "the representation layer of pre-training, and the head behind it, are for its classes alone"
+
+
+class Read(NamedTuple):
+    """What `read` made of a source's tensors."""
+
+    tensors: dict[str, Tensor]  # by native name
+    names: dict[str, tuple[str, ...]]  # the source's names of each
+    left_out: dict[str, str]  # the reason for each of the source's tensors that is not among them
+
+
+def read(format: Format, tensors: dict[str, Tensor]) -> Read:  # noqa: A002
+    """Tensors under their native names, contiguous.
+
+    Args:
+        format: what the tensors are.
+        tensors: by the source's names. It is emptied on the way, so that memory holds each tensor once.
+
+    Raises:
+        CheckpointError: names that the format does not know, or parts of a parameter without the others.
+    """
+    parts: dict[str, tuple[Rule, list[str | None]]] = {}
+    left_out, unknown = {}, []
+    for name in tensors:
+        if found := format._find(name):
+            rule, i, bindings = found
+            native = _fill(rule.native, bindings)
+            parts.setdefault(native, (rule, [None] * len(rule.sources)))[1][i] = name
+        elif reason := format._reason(name):
+            left_out[name] = reason
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"not of the format {format.name}, which has no place for {enumerate_names(unknown)}")
+
+    native_tensors, names = {}, {}
+    for native, (rule, sources) in parts.items():
+        present = tuple(source for source in sources if source is not None)
+        if len(present) < len(sources):
+            raise CheckpointError(
+                f"{native} is made of {len(sources)} tensors, of which there are only {enumerate_names(present)}"
+            )
+        read_parts = []
+        for source in present:
+            tensor = tensors.pop(source)
+            try:
+                read_parts.append(rule.read(tensor))
+            except EinopsError as error:
+                shape, layout = tuple(tensor.shape), (rule.layout or "").partition(" ->")[0]
+                raise CheckpointError(f"{source} is {shape}, and {format.name} lays it out as {layout}") from error
+        if len({part.shape[1:] for part in read_parts}) > 1 or len({part.dtype for part in read_parts}) > 1:
+            shapes = ", ".join(f"{s} {tuple(p.shape)}" for s, p in zip(present, read_parts, strict=True))
+            raise CheckpointError(f"{native} cannot be made of tensors that do not match: {shapes}")
+        native_tensors[native] = torch.cat(read_parts) if len(read_parts) > 1 else read_parts[0].contiguous()
+        names[native] = present
+    tensors.clear()
+    return Read(native_tensors, names, left_out)
+
+
+def write(format: Format, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:  # noqa: A002
+    """The inverse of `read`: tensors under the source's names.
+
+    Raises:
+        ValueError: the format has no place for a parameter, or fixes what the model has otherwise.
+    """
+    for name, value in format.fixed.items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"{format.name} cannot hold this model: its {name} is {getattr(config, name)!r}, "
+                f"and models of that format have {value!r}"
+            )
+    out, unknown = {}, []
+    for native, tensor in tensors.items():
+        for regex, rule in format._by_native:
+            if found := regex.fullmatch(native):
+                for source, part in zip(rule.sources, tensor.chunk(len(rule.sources)), strict=True):
+                    out[_fill(source, found.groups())] = rule.write(part, config).contiguous()
+                break
+        else:
+            unknown.append(native)
+    if unknown:
+        raise ValueError(f"{format.name} cannot hold this model: it has no place for {enumerate_names(unknown)}")
+    return out
+
+
+def enumerate_names(names: Iterable[str], most: int = 6) -> str:
+    """The first few of many names, block 2 before block 10."""
+    names = sorted(
+        names,
+        key=lambda name: [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)],
+    )
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _any(pattern: str, names: Iterable[str]) -> bool:
+    return any(_regex(pattern).fullmatch(name) for name in names)
+
+
+@cache
+def _regex(pattern: str) -> re.Pattern[str]:
+    escaped = re.escape(pattern).replace(r"\*\*", ".*").replace(r"\#", r"(\d{1,4})")
+    return re.compile(escaped.replace(r"\*", "(weight|bias)"))
+
+
+def _fill(pattern: str, bindings: tuple[str, ...]) -> str:
+    values: Iterator[str] = iter(bindings)
+    return re.sub(r"[#*]", lambda _: next(values), pattern)

@@ -1,0 +1,115 @@
+"""Whether a file of ours is whole, and whether it holds what its source does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomevit.config import Card, Schedule
+from tomevit.errors import CheckpointError
+from tomevit.models import build_meta
+from tomevit.weights import convert, files, native
+from tomevit.weights.rules import enumerate_names
+
+
+class Check(NamedTuple):
+    """One thing that was looked at."""
+
+    name: str
+    passed: bool
+    found: str
+
+
+def verify(path: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None) -> tuple[Check, ...]:
+    """Look at all that can be wrong with a file of tomevit's own.
+
+    Checks, in order: that it describes itself and can be read; names and shapes of its tensors; that its tensors have
+    the digest that it records; that all values are finite; a forward pass at r = 0, and at the r that the weights were
+    trained with. What depends on a failed check is not done.
+
+    Args:
+        path: the file.
+        against: a source, as `tomevit.convert` takes it, that every tensor must agree with.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError, DownloadError: the source to compare with cannot be read.
+    """
+    return tuple(_checks(Path(path), against))
+
+
+def _checks(path: Path, against: str | os.PathLike[str] | None) -> Iterator[Check]:
+    try:
+        card, tensors, recorded = native.read(path)
+    except CheckpointError as error:
+        yield Check("file", False, str(error))
+        return
+    yield Check(
+        "file", True, f"{card.full_name or 'unnamed'}, {path.stat().st_size} bytes, sha256 {files.sha256(path)}"
+    )
+
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in build_meta(card.config).state_dict().items()}
+        native.check_fit(wanted, tensors, path)
+    except CheckpointError as error:
+        yield Check("structure", False, str(error))
+        return
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    yield Check("structure", True, f"{len(tensors)} tensors, {parameters} parameters: names and shapes as they must be")
+
+    found = native.digest((name, tensor.contiguous()) for name, tensor in native.in_order(tensors))
+    if recorded is None:
+        yield Check("digest", True, "none recorded, the file is of format version 1")
+    else:
+        differ = f"the tensors have {found}, and had {recorded} when they were written: the file was damaged or changed"
+        yield Check("digest", found == recorded, f"sha256 {found}" if found == recorded else differ)
+
+    bad = [name for name, tensor in tensors.items() if not convert.finite(tensor)]
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
+    yield Check("values", not bad, f"NaN or infinity in {enumerate_names(bad)}" if bad else f"{dtypes}, all finite")
+    if bad:
+        return
+
+    model = native.assemble(card, tensors, path).float()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(1, card.config.in_chans, *card.config.img_size, generator=generator)
+    for r in [0] if card.r == 0 else [0, card.r]:
+        yield _forward(model, images, r)
+
+    if against is not None:
+        yield _agreement(card, tensors, against)
+
+
+def _forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
+    with torch.inference_mode():
+        answer = model(images, r)
+    found = f"{tuple(answer.shape)}, from {answer.min():.4g} to {answer.max():.4g}"
+    return Check(f"forward at r = {r}", convert.finite(answer), found)
+
+
+def _agreement(card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str]) -> Check:
+    told = card.origin.format if card.origin else None
+    with convert.locate(against) as located:
+        theirs = convert.read(located, model=card, format=told, img_size=card.config.img_size)
+    source = {
+        name: tensor.to(tensors[name].dtype) if name in tensors else tensor for name, tensor in theirs.tensors.items()
+    }
+    differ = []
+    for name in sorted(tensors.keys() | source.keys()):
+        if name not in tensors or name not in source:
+            differ.append(f"{name} is only in {'the source' if name in source else 'the file'}")
+        elif tensors[name].shape != source[name].shape:
+            differ.append(f"{name} is {tuple(tensors[name].shape)}, and {tuple(source[name].shape)} in the source")
+        elif not torch.equal(tensors[name], source[name]):
+            largest = (tensors[name].double() - source[name].double()).abs().max().item()
+            differ.append(f"{name} differs by up to {largest:.3g}")
+    if differ:
+        more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
+        return Check("source", False, "; ".join(differ[:6]) + more)
+    rounded = "" if theirs.tensors["pos_embed"].dtype == tensors["pos_embed"].dtype else " once rounded"
+    return Check("source", True, f"all {len(tensors)} tensors agree with {os.fspath(against)} to the bit{rounded}")
