@@ -1,10 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.server import ENVIRONMENT, Server
 
 settings.register_profile("tomevit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tomevit")
@@ -29,3 +34,39 @@ def all_threads() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def environment(server: Server, tmp_path: Path) -> dict[str, str]:
+    """Caches of the test's own, and the server for a hub."""
+    return {
+        "TOMEVIT_HOME": str(tmp_path / "home"),
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": server.url,
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+    }
+
+
+@pytest.fixture
+def set_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Call it to change variables during a test: huggingface_hub reads them when it is imported."""
+    import huggingface_hub.constants
+
+    def change(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        importlib.reload(huggingface_hub.constants)
+
+    for name in os.environ:
+        if name.upper().startswith(ENVIRONMENT):
+            monkeypatch.delenv(name)
+    change(**environment)
+    yield change
+    monkeypatch.undo()
+    importlib.reload(huggingface_hub.constants)

@@ -1,21 +1,26 @@
-"""A web server on this machine that stands in for the network: plain files, the hub's downloads, and faults on demand.
+"""A web server on this machine that stands in for the network: plain files, the hub, and faults on demand.
 
     with Server() as server:
         server.put("/weights.pth", data)
         server.put_hub("owner/repo", "model.safetensors", data)
-        server.faults["/weights.pth"] = [Fault(status=503), Fault(cut=1000)]  # the first two GETs; then all is well
+        server.accounts["hf_token"] = "owner"  # who may create owner/repo, and commit to it
+        server.faults["/weights.pth"] = [Fault(status=503), Fault(cut=1000)]  # the first two times; then all is well
 
 As a program, `python -m tests.server DIRECTORY` serves the files of a directory until its standard input closes, those
 under DIRECTORY/hub/OWNER/REPO/ as the hub would, and prints its URL.
 
 The hub's protocol, as huggingface_hub speaks it: HEAD and GET of /OWNER/REPO/resolve/REVISION/FILE answer with the
 commit in X-Repo-Commit; for large files they redirect to another host, with size and sha256 in X-Linked-Size and
-X-Linked-ETag. What is missing is named in X-Error-Code.
+X-Linked-ETag. What is missing is named in X-Error-Code. Uploads go by git-lfs: /api/repos/create makes a repository,
+…/preupload/REVISION says which files are large, /OWNER/REPO.git/info/lfs/objects/batch where to PUT those, and
+…/commit/REVISION takes the small ones and the hashes of the large, one JSON object a line.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import sys
 import threading
@@ -25,6 +30,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
+
+import yaml
+
+#: What variables begin with that a client of this server may read.
+ENVIRONMENT = ("TOMEVIT_", "HF_", "HUGGING", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY")
+
+#: A few that the hub knows.
+LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "other", "unknown")
 
 
 class Request(NamedTuple):
@@ -55,6 +68,7 @@ class Repo:
         self.gated = gated
         self.revisions: dict[str, str] = {}  # commit, by branch, tag and commit
         self.files: dict[str, dict[str, bytes]] = {}  # by commit and name
+        self.messages: dict[str, str] = {}  # of uploads, by commit
 
 
 class Server:
@@ -63,8 +77,9 @@ class Server:
     def __init__(self) -> None:
         self.files: dict[str, tuple[bytes, str]] = {}  # content and type, by path
         self.repos: dict[str, Repo] = {}
-        self.faults: dict[str, list[Fault | None]] = {}  # of the next GETs, by path; None: all well
-        self.forever: dict[str, Fault] = {}  # of every GET and HEAD, by path
+        self.accounts: dict[str, str] = {}  # which owner a token may write for
+        self.faults: dict[str, list[Fault | None]] = {}  # of the next requests but HEAD, by path; None: all well
+        self.forever: dict[str, Fault] = {}  # of every request, by path
         self.requests: list[Request] = []
         self.ranges = True  # answer to Range with a part
         self.etags = True
@@ -95,12 +110,16 @@ class Server:
         """Commit a file to a branch or tag of the hub; returns the commit."""
         if repo not in self.repos or about:
             self.repos[repo] = Repo(**about)
+        return self.commit(repo, {file: content}, revision=revision)
+
+    def commit(self, repo: str, files: Mapping[str, bytes], *, revision: str = "main") -> str:
         found = self.repos[repo]
         before = found.revisions.get(revision, "")
-        commit = hashlib.sha1(f"{before}{file}".encode() + content).hexdigest()
-        found.files[commit] = found.files.get(before, {}) | {file: content}
+        commit = hashlib.sha1(before.encode() + b"".join(name.encode() + files[name] for name in files)).hexdigest()
+        found.files[commit] = found.files.get(before, {}) | files
         found.revisions |= {revision: commit, commit: commit}
-        self.put(_storage(content), content)
+        for content in files.values():
+            self.put(_storage(content), content)
         return commit
 
     def paths(self, method: str = "GET") -> list[str]:
@@ -109,6 +128,29 @@ class Server:
 
 def _storage(content: bytes) -> str:
     return f"/storage/{hashlib.sha256(content).hexdigest()}"
+
+
+def objections(readme: str) -> list[str]:
+    """What the hub would object to in a model card's metadata."""
+    match = re.match(r"---\n(.*?)\n---\n", readme, re.DOTALL)
+    data = yaml.safe_load(match[1]) if match else None
+    if not isinstance(data, dict):
+        return ["there is no metadata"]
+    wrong = []
+    if data.get("license", "mit") not in LICENCES:
+        wrong.append(f'"license" must be one of {LICENCES}')
+    if data.get("license") == "other" and not re.fullmatch(r"[a-z0-9-.]+", data.get("license_name", "")):
+        wrong.append('"license_name" must be lower case')
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", data.get("base_model", "a/b")):
+        wrong.append('"base_model" must be a model id')
+    for model in data.get("model-index", []):
+        for result in model["results"]:
+            for part in ("task", "dataset", "metrics"):
+                entries = result[part] if part == "metrics" else [result[part]]
+                wrong += [f'"{part}" has no type' for entry in entries if not isinstance(entry.get("type"), str)]
+            if not isinstance(result["dataset"].get("name"), str):
+                wrong.append('"dataset" has no name')
+    return wrong
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,6 +162,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
 
@@ -129,12 +177,15 @@ class _Handler(BaseHTTPRequestHandler):
             server.requests.append(
                 Request(self.command, path, headers["Range"], headers["Authorization"], headers["Host"])
             )
-        queue = server.faults.get(path) if self.command == "GET" else None
+        body = self._read_body()  # or the client, still sending, would see a broken connection instead of the answer
+        queue = server.faults.get(path) if self.command != "HEAD" else None
         fault = (queue.pop(0) if queue else None) or server.forever.get(path) or Fault()
         if fault.hang and fault.cut is None:
             server.closing.wait(fault.hang)
         if fault.status is not None:
             self._send(fault.status, fault.headers, fault.body or b"", fault)
+        elif self.command in ("POST", "PUT") or path.startswith("/api/"):
+            self._send_json(*self._api(path, body), fault)
         elif path in server.files:
             content, content_type = server.files[path]
             self._send_file(content, {"Content-Type": content_type}, fault)
@@ -165,6 +216,113 @@ class _Handler(BaseHTTPRequestHandler):
                 headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
                 headers["Location"] = self.server_.storage + _storage(content)
                 self._send(302, headers, b"", fault)
+
+    # The hub's API. Each answers with a status and what goes out as JSON.
+
+    def _api(self, path: str, body: bytes) -> tuple[int, Any]:
+        if path == "/api/validate-yaml":
+            errors = [{"message": message} for message in objections(json.loads(body)["content"])]
+            return (400 if errors else 200), {"errors": errors, "warnings": []}
+        if match := re.fullmatch(r"/upload/(\w+)", path):
+            assert self.command == "PUT"
+            assert self.headers["Authorization"] is None  # such URLs are signed, and of another host
+            if hashlib.sha256(body).hexdigest() != match[1]:
+                return 400, {"error": "The SHA256 you specified did not match what was received"}
+            self.server_.put(_storage(body), body)
+            return 200, {}
+        if path == "/api/repos/create":
+            return self._create(json.loads(body))
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            return self._info(match[1])
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit|revision)/([^/]+)", path):
+            repo, action, revision = match.groups()
+            if action == "revision":
+                return self._info(repo)
+            return self._may_write(repo) or getattr(self, f"_{action}")(repo, revision, body)
+        if match := re.fullmatch(r"/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", path):
+            return self._may_write(match[1]) or self._batch(json.loads(body))
+        return 404, {"error": f"There is no {self.command} {path}"}
+
+    def _owner(self) -> str | None:
+        return self.server_.accounts.get((self.headers["Authorization"] or "").removeprefix("Bearer "))
+
+    def _may_write(self, repo: str) -> tuple[int, Any] | None:
+        """None if so."""
+        if self._owner() is None:
+            return 401, {"error": "Invalid username or password."}
+        if self._owner() != repo.partition("/")[0]:
+            return 403, {"error": f"You don't have the rights to write to {repo}."}
+        if repo not in self.server_.repos:
+            return 404, {"error": "Repository not found"}
+        return None
+
+    def _create(self, wanted: dict[str, Any]) -> tuple[int, Any]:
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        url = {"url": f"{self.server_.url}/{repo}"}
+        if (refusal := self._may_write(repo)) is None:
+            return 409, url | {"error": "You already created this model repo"}
+        if refusal[0] != 404:
+            return refusal
+        token = self.headers["Authorization"].removeprefix("Bearer ")
+        self.server_.repos[repo] = Repo(token=token if wanted.get("visibility") == "private" else None)
+        return 200, url
+
+    def _info(self, repo: str) -> tuple[int, Any]:
+        found = self.server_.repos.get(repo)
+        if found is None or (found.token and self.headers["Authorization"] != f"Bearer {found.token}"):
+            return 404, {"error": "Repository not found"}
+        return 200, {"id": repo, "private": found.token is not None, "sha": found.revisions.get("main")}
+
+    def _preupload(self, repo: str, revision: str, body: bytes) -> tuple[int, Any]:
+        found = self.server_.repos[repo]
+        there = found.files.get(found.revisions.get(revision, ""), {})
+        answers = []
+        for file in json.loads(body)["files"]:
+            large = file["size"] >= self.server_.large and not file["path"].endswith((".md", ".json", ".txt"))
+            answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            if (content := there.get(file["path"])) is not None:
+                blob = b"blob %d\0" % len(content) + content  # as git hashes it
+                answer["oid"] = (hashlib.sha256(content) if large else hashlib.sha1(blob)).hexdigest()
+            answers.append(answer)
+        return 200, {"files": answers}
+
+    def _batch(self, wanted: dict[str, Any]) -> tuple[int, Any]:
+        assert wanted["operation"] == "upload"
+        assert "basic" in wanted["transfers"]
+        objects: list[dict[str, Any]] = [dict(entry) for entry in wanted["objects"]]
+        for entry in objects:
+            if f"/storage/{entry['oid']}" not in self.server_.files:
+                entry["actions"] = {"upload": {"href": f"{self.server_.storage}/upload/{entry['oid']}"}}
+        return 200, {"transfer": "basic", "objects": objects}
+
+    def _commit(self, repo: str, revision: str, body: bytes) -> tuple[int, Any]:
+        lines = [json.loads(line) for line in body.splitlines()]
+        assert lines[0]["key"] == "header"
+        files = {}
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif f"/storage/{value['oid']}" in self.server_.files:
+                files[value["path"]] = self.server_.files[f"/storage/{value['oid']}"][0]
+            else:
+                return 400, {"error": f"Your push was rejected: {value['path']} was not uploaded"}
+        commit = self.server_.commit(repo, files, revision=revision)
+        self.server_.repos[repo].messages[commit] = lines[0]["value"]["summary"]
+        return 200, {"commitOid": commit, "commitUrl": f"{self.server_.url}/{repo}/commit/{commit}"}
+
+    def _read_body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"] or 0))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _send_json(self, status: int, answer: Any, fault: Fault) -> None:
+        self._send(status, {"Content-Type": "application/json", **fault.headers}, json.dumps(answer).encode(), fault)
 
     def _send_file(self, content: bytes, headers: dict[str, str], fault: Fault) -> None:
         content = content if fault.body is None else fault.body

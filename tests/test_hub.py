@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib
 import json
 import logging
 import multiprocessing
@@ -27,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tests.server import Fault, Server
+from tests.server import ENVIRONMENT, Fault, Server
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
 from tomevit.weights import hub
@@ -36,7 +35,8 @@ from tomevit.weights.hub import Fetched, cached, fetch, home
 DATA = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(250_000)
 CUT = 100_000
-ENVIRONMENT = ("TOMEVIT_", "HF_", "HUGGING", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY")
+
+pytestmark = pytest.mark.usefixtures("set_environment")
 
 
 def sha256(data: bytes) -> str:
@@ -69,41 +69,6 @@ def kept(directory: str = "") -> list[str]:
     root = home() / directory
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     return [name for name in files if not name.endswith(".lock")]
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    with Server() as server:
-        yield server
-
-
-@pytest.fixture
-def environment(server: Server, tmp_path: Path) -> dict[str, str]:
-    return {
-        "TOMEVIT_HOME": str(tmp_path / "home"),
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_ENDPOINT": server.url,
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-    }
-
-
-@pytest.fixture(autouse=True)
-def set_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Call it to change variables during a test: huggingface_hub reads them when it is imported."""
-    import huggingface_hub.constants
-
-    def change(**variables: str) -> None:
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        importlib.reload(huggingface_hub.constants)
-
-    for name in os.environ:
-        if name.upper().startswith(ENVIRONMENT):
-            monkeypatch.delenv(name)
-    change(**environment)
-    yield change
-    monkeypatch.undo()
-    importlib.reload(huggingface_hub.constants)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,32 +27,19 @@ from tomevit.weights.native import read
 GOLDEN = load_file(Path(__file__).parent / "golden" / "full_size.safetensors")
 
 
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Stands in for the network: the hub, and every other host. Nothing is published with a hash."""
-    import huggingface_hub.constants
-
-    with Server() as server:
-        for name, value in {
-            "TOMEVIT_HOME": str(tmp_path / "home"),
-            "TOMEVIT_MIRROR": server.url,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": server.url,
-        }.items():
-            monkeypatch.setenv(name, value)
-        importlib.reload(huggingface_hub.constants)
-        found = zoo._zoo()
-        cards = {
-            name: tuple(
-                replace(card, sources=tuple(replace(source, sha256=None, md5=None) for source in card.sources))
-                for card in group
-            )
-            for name, group in found.cards.items()
-        }
-        monkeypatch.setattr(zoo, "_zoo", lambda: found._replace(cards=cards))
-        yield server
-        monkeypatch.undo()
-        importlib.reload(huggingface_hub.constants)
+@pytest.fixture(autouse=True)
+def network(server: Server, set_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server stands in for the hub and for every other host; nothing is published with a hash."""
+    set_environment(TOMEVIT_MIRROR=server.url)
+    found = zoo._zoo()
+    cards = {
+        name: tuple(
+            replace(card, sources=tuple(replace(source, sha256=None, md5=None) for source in card.sources))
+            for card in group
+        )
+        for name, group in found.cards.items()
+    }
+    monkeypatch.setattr(zoo, "_zoo", lambda: found._replace(cards=cards))
 
 
 @dataclass(frozen=True)

@@ -542,3 +542,24 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
         build_meta(card.config)
         assert all(map(math.isfinite, (*card.preprocess.mean, *card.preprocess.std)))
         Transform(card.preprocess, card.config.img_size)
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [vision]\n---\n# A model\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: fair-noncommercial\n---\n", "fair-noncommercial"),
+        ("---\ntags: [vision]\n---\n", None),
+        ("---\nlicense: [a, b]\n---\n", None),
+        ("---\n: : {[\n---\n", None),
+        ("---\njust text\n---\n", None),
+        ("# A model under a licence\n", None),
+        ("", None),
+    ],
+)
+def test_the_licence_is_in_the_readme(tmp_path: Path, readme: str, licence: str | None) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "README.md").write_text(readme)
+    card = read_sidecars({name: tmp_path / name for name in ("config.json", "README.md")})
+    assert card is not None
+    assert card.licence == licence

@@ -7,7 +7,7 @@ logits = model(images)                       # (B, 3, 224, 224) normalised -> (B
 """
 
 from tomevit.config import Card, Config, Preprocess
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UploadError
 from tomevit.factory import create
 from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
@@ -16,6 +16,7 @@ from tomevit.transform import transform
 from tomevit.weights.convert import convert
 from tomevit.weights.export import export
 from tomevit.weights.native import load, save
+from tomevit.weights.share import push
 from tomevit.weights.verify import verify
 from tomevit.zoo import card, list_models
 
@@ -31,6 +32,7 @@ __all__ = [
     "Merge",
     "Preprocess",
     "Tokens",
+    "UploadError",
     "VisionTransformer",
     "card",
     "convert",
@@ -39,6 +41,7 @@ __all__ = [
     "flops",
     "list_models",
     "load",
+    "push",
     "save",
     "transform",
     "unmerge",

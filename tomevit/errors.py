@@ -23,3 +23,7 @@ class AmbiguousCheckpointError(CheckpointError):
 
 class DownloadError(OSError):
     """A file could not be had, from the network or from the cache."""
+
+
+class UploadError(OSError):
+    """A model could not be brought to the hub: it cannot be reached, or refuses."""

@@ -12,14 +12,15 @@ from pathlib import Path
 import click
 
 from tomevit.cli.options import DTYPES, Size
+from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
 from tomevit.weights import convert as conversion
 from tomevit.weights.convert import Report
 from tomevit.weights.export import export as run_export
 from tomevit.weights.formats import FORMATS
+from tomevit.weights.recognise import MAIN_FORMATS
+from tomevit.weights.share import push as run_push
 from tomevit.weights.verify import verify as run_verify
-
-FORMAT = click.Choice(list(FORMATS))
 
 
 @click.command()
@@ -28,7 +29,9 @@ FORMAT = click.Choice(list(FORMATS))
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default MODEL.safetensors."
 )
 @click.option("--model", help="What the checkpoint is, as in deit_s16 or deit_s16.tome_r13; default: as recognised.")
-@click.option("--format", "format_name", type=FORMAT, metavar="NAME", help="Its format; default: as recognised.")
+@click.option(
+    "--format", "format_name", metavar="NAME", help=f"Its format, of {', '.join(MAIN_FORMATS)}; default: as recognised."
+)
 @click.option("--key", help="Where in the file the state dict lies, as in model_ema, if it holds several.")
 @click.option("--num-classes", type=click.IntRange(0), help="Replace the head, or both heads, by fresh weights.")
 @click.option("--img-size", type=Size(), help="Resample the positions: pixels, as in 384 or 224x320.")
@@ -50,27 +53,27 @@ def convert(
     SOURCE is a file, a directory with model.safetensors and config.json, a URL, hf-hub:owner/repo[@revision], or a name
     of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
     """
-    chosen: dict[str, str | None] = {"model": model, "format": format_name, "key": key}
-    while True:
-        try:
-            report = conversion.convert(
-                source,
-                out,
-                **chosen,
-                num_classes=num_classes,
-                img_size=img_size,
-                dtype=DTYPES[dtype] if dtype else None,
-            )
-            break
-        except AmbiguousCheckpointError as error:
-            if not sys.stdin.isatty() or not sys.stderr.isatty():
-                raise
-            click.echo(str(error), err=True)
-            chosen[error.option] = click.prompt(error.option, type=click.Choice(error.choices), err=True)
+    report = conversion.convert(
+        source,
+        out,
+        model=model,
+        format=format_name,
+        key=key,
+        num_classes=num_classes,
+        img_size=img_size,
+        dtype=DTYPES[dtype] if dtype else None,
+        ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
+    )
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
     else:
         _print(report)
+
+
+def _ask(error: AmbiguousCheckpointError) -> str:
+    click.echo(f"tomevit: {error}", err=True)
+    answer: str = click.prompt(error.option, type=click.Choice(error.choices), err=True)
+    return answer
 
 
 def _print(report: Report) -> None:
@@ -80,7 +83,8 @@ def _print(report: Report) -> None:
     click.echo(
         f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names"
     )
-    for line in _by_pattern(f"{' + '.join(sources)} -> {name}" for name, sources in renamed.items()):
+    patterns = (f"{' + '.join(_by_pattern(sources))} -> {_by_pattern([name])[0]}" for name, sources in renamed.items())
+    for line in dict.fromkeys(patterns):
         click.echo(f"            {line}")
     for what, why in _grouped(report.left_out).items():
         click.echo(f"left out    {', '.join(_by_pattern(what))}: {why}")
@@ -91,7 +95,7 @@ def _print(report: Report) -> None:
 
 def _by_pattern(names: Iterable[str]) -> list[str]:
     """Each name once, however many blocks have it."""
-    return list(dict.fromkeys(re.sub(r"(?<=[._/])\d+|(?<=_)\d+(?=/)", "{i}", name) for name in names))
+    return list(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=[./])", "{i}", name, count=1) for name in names))
 
 
 def _grouped(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
@@ -104,11 +108,12 @@ def _grouped(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", metavar="SOURCE", help="A source, as convert takes it, that every tensor must agree with.")
+@click.option("--key", help="Where in that source the state dict lies, if it holds several.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
-def verify(ctx: click.Context, file: Path, against: str | None, as_json: bool) -> None:
+def verify(ctx: click.Context, file: Path, against: str | None, key: str | None, as_json: bool) -> None:
     """Check a file that tomevit wrote: structure, shapes, digest, values, and a forward pass; status 1 if any fails."""
-    checks = run_verify(file, against=against)
+    checks = run_verify(file, against=against, key=key)
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks], indent=2))
     else:
@@ -120,9 +125,7 @@ def verify(ctx: click.Context, file: Path, against: str | None, as_json: bool) -
 
 @click.command()
 @click.argument("source")
-@click.option(
-    "--format", "format_name", type=FORMAT, required=True, metavar="NAME", help=f"One of {', '.join(FORMATS)}."
-)
+@click.option("--format", "format_name", required=True, metavar="NAME", help=f"One of {', '.join(FORMATS)}.")
 @click.option(
     "-o",
     "--out",
@@ -147,4 +150,41 @@ def export(source: str, format_name: str, out: Path, as_json: bool) -> None:
         click.echo(f"left out    {sentence}")
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, verify, export)
+def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, float]]:
+    found = [re.fullmatch(r"(\d+)=(\d+(?:\.\d+)?)", value) for value in values]
+    if None in found:
+        raise click.BadParameter(f"{values[found.index(None)]!r} is not like 8=81.2, for 81.2 % at r = 8", ctx, param)
+    return [(int(match[1]), float(match[2])) for match in found if match]
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="OWNER/REPO")
+@click.option("--top1", metavar="R=PERCENT", multiple=True, callback=_accuracies, help="Accuracy measured at an r.")
+@click.option("--dataset", help="What it was measured on, as the hub names it; default: ImageNet-1k.")
+@click.option("--licence", help="As the hub names it, as in apache-2.0; default: of the weights it was made from.")
+@click.option("--notes", default="", help="What else a user should know, in Markdown.")
+@click.option("--private", is_flag=True, help="If the repository is new.")
+@click.option("--message", default="Upload model", help="Of the commit.")
+def push(
+    file: Path,
+    repo: str,
+    top1: list[tuple[int, float]],
+    dataset: str | None,
+    licence: str | None,
+    notes: str,
+    private: bool,
+    message: str,
+) -> None:
+    """Share a file that tomevit wrote on the Hugging Face hub, with a model card.
+
+    Log in first, with `hf auth login` or HF_TOKEN. Others then load it as hf-hub:OWNER/REPO.
+    """
+    measured = [Figure(top1=percent, r=r, source=f"measured by {repo.partition('/')[0]}") for r, percent in top1]
+    address = run_push(
+        file, repo, figures=measured, dataset=dataset, licence=licence, notes=notes, private=private, message=message
+    )
+    click.echo(f"uploaded    {address}")
+
+
+COMMANDS: tuple[click.Command, ...] = (convert, verify, export, push)

@@ -1,8 +1,8 @@
-"""The small JSON files that lie beside a checkpoint and describe it, as timm and transformers write and read them.
+"""The small files that lie beside a checkpoint and describe it, as timm and transformers write and read them.
 
 timm (`timm/models/_hub.py`) has config.json: an architecture's name, arguments that differ, the images' preparation.
 transformers (`models/vit`, `models/deit`, `models/vit_mae`) has config.json for the architecture, in numbers, and
-preprocessor_config.json for the images.
+preprocessor_config.json for the images. The licence is often in README.md alone, the model card.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from tomevit import zoo
 from tomevit.config import ARCHITECTURE, CHOICES, Card, Config, Preprocess
 from tomevit.errors import CheckpointError
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+README = "README.md"
+SIDECARS = (CONFIG, PREPROCESSOR, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
@@ -41,7 +45,7 @@ def read_sidecars(files: Mapping[str, Path]) -> Card | None:
     is one.
 
     Args:
-        files: paths by their names in the repository; "config.json" and "preprocessor_config.json" are read.
+        files: paths by their names in the repository, of `SIDECARS`.
 
     Returns:
         None: there is no config.json, or it is neither timm's nor transformers'.
@@ -53,11 +57,26 @@ def read_sidecars(files: Mapping[str, Path]) -> Card | None:
         return None
     config = _Fields.of(files[CONFIG])
     processor = _Fields.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Fields({}, PREPROCESSOR)
+    card = None
     if "architecture" in config:
-        return _read_timm(config)
-    if "model_type" in config:
-        return _read_transformers(config, processor)
-    return None
+        card = _read_timm(config)
+    elif "model_type" in config:
+        card = _read_transformers(config, processor)
+    if card is not None and card.licence is None and README in files:
+        return replace(card, licence=_read_licence(files[README]))
+    return card
+
+
+def _read_licence(readme: Path) -> str | None:
+    """The licence in a model card's metadata, where it states one."""
+    with readme.open("rb") as file:
+        found = re.match(rb"---\s*\n(.*?)\n---", file.read(MOST_BYTES), re.DOTALL)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # it is written for people, and may be anything
+        return None
+    licence = metadata.get("license_name", metadata.get("license")) if isinstance(metadata, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 class _Fields(dict[str, Any]):
