@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from tests.helpers import images_for, relative_error, tiny
 from tomevit import AmbiguousCheckpointError, CheckpointError, Config
 from tomevit.config import Card, Source
 from tomevit.weights import native
-from tomevit.weights.adapt import resample_positions
-from tomevit.weights.formats import FORMATS
+from tomevit.weights.adapt import adapt, resample_positions
+from tomevit.weights.formats import BICUBIC, FORMATS
 
 TINY = Config(depth=2, **foreign.SMALL)
 CARD = Card(name="tiny", config=TINY)
@@ -183,7 +184,8 @@ def test_published_weights_are_known_by_their_hash(
         for known, source in tomevit.zoo.published()  # type: ignore[attr-defined]
     ]
     monkeypatch.setattr("tomevit.zoo.published", lambda: iter(published))
-    tomevit.convert(path, tmp_path / "out.safetensors")
+    report = tomevit.convert(path, tmp_path / "out.safetensors")
+    assert report.source == str(path)
     model = tomevit.load(tmp_path / "out.safetensors")
     assert model.card.full_name == "deit_ti16.fb_in1k"
     assert model.card.licence == "apache-2.0"
@@ -217,7 +219,7 @@ def test_mae_with_its_decoder(tmp_path: Path) -> None:
 def test_another_architecture(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
     path = foreign.write(tmp_path / "model.pth", deit_ti16)
     with pytest.raises(
-        CheckpointError, match=r"does not fit deit_s16: embed_dim 192 where the model has 384. it fits .*deit_ti16"
+        CheckpointError, match=r"does not fit deit_s16: embed_dim 192 where the model has 384. It fits .*deit_ti16"
     ):
         tomevit.create("deit_s16", pretrained=path)
     with pytest.raises(CheckpointError, match="dist_token False where the model has True"):
@@ -463,3 +465,124 @@ def test_a_directory_is_read_by_its_config(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "timm")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*timm"):
         tomevit.convert(tmp_path / "timm", tmp_path / "out.safetensors")
+
+
+def test_what_lies_beside_a_file_stands_when_its_model_is_named(tmp_path: Path) -> None:
+    model = tomevit.create("vit_ti16", num_classes=3, img_size=64)
+    config = replace(model.config, norm_eps=1e-12)
+    preprocess = replace(model.card.preprocess, mean=(0.1, 0.2, 0.3))
+    model.card = replace(model.card, config=config, preprocess=preprocess, class_names=("a", "b", "c"), licence="mit")
+    native.write(tmp_path / "ours.safetensors", model.card, model.state_dict())
+    tomevit.export(tmp_path / "ours.safetensors", tmp_path / "theirs", "hf_vit")
+    again = tomevit.create("vit_tiny_patch16_224", pretrained=tmp_path / "theirs")
+    assert again.config.norm_eps == 1e-12
+    assert again.card.class_names == ("a", "b", "c")
+    assert again.card.preprocess.mean == (0.1, 0.2, 0.3)
+    assert again.card.licence is None  # transformers' files do not say
+    with pytest.raises(CheckpointError, match=r"by the files beside it, and no deit_s16: embed_dim 192 where"):
+        tomevit.create("deit_s16", pretrained=tmp_path / "theirs")
+
+
+def test_figures_are_of_the_published_file_alone(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    path = foreign.write(tmp_path / "mine.pth", deit_ti16, key="model")
+    assert tomevit.card("deit_ti16.fb_in1k").figures
+    model = tomevit.create("deit_ti16.fb_in1k", pretrained=path)
+    assert (model.card.full_name, model.card.licence) == ("deit_ti16.fb_in1k", "apache-2.0")
+    assert model.card.figures == ()
+
+
+@pytest.mark.parametrize("wanted", [{"img_size": (48, 48)}, {"in_chans": 1}, {"num_classes": 3}])
+def test_figures_do_not_outlive_a_change(wanted: dict[str, Any]) -> None:
+    known = replace(CARD, figures=(tomevit.config.Figure(top1=80.0, source="a paper"),))  # type: ignore[attr-defined]
+    tensors = dict(tiny(patch_size=8, embed_dim=24, depth=2, num_classes=5).state_dict())
+    same, _, none = adapt(known, tensors, TINY, BICUBIC)
+    assert (same.figures, none) == (known.figures, [])
+    changed, _, some = adapt(known, tensors, replace(TINY, **wanted), BICUBIC)
+    assert (changed.figures, len(some)) == ((), 1)
+
+
+def test_a_created_model_does_not_need_its_file(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    for name in ("model.pth", "model.safetensors"):
+        path = foreign.write(tmp_path / name, deit_ti16)
+        model = tomevit.create("deit_ti16", pretrained=path)
+        path.write_bytes(b"")  # in place: what were mapped from here would be gone, and the process with it
+        assert all(torch.equal(tensor, deit_ti16[key]) for key, tensor in model.state_dict().items())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+
+
+def test_a_new_head_is_drawn_from_the_default_generator(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    path = foreign.write(tmp_path / "model.pth", deit_ti16)
+
+    def head(seed: int) -> torch.nn.Linear:
+        torch.manual_seed(seed)
+        return tomevit.create("deit_ti16", pretrained=path, num_classes=500).head  # type: ignore[return-value]
+
+    first = head(0)
+    assert torch.equal(first.weight, head(0).weight)
+    assert not torch.equal(first.weight, head(1).weight)
+    assert first.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert not first.bias.any()
+
+
+def test_conversion_leaves_the_generator_alone(tmp_path: Path) -> None:
+    path = foreign.write(tmp_path / "model.pth", foreign.fill(foreign.deit(foreign.sizes(TINY))))
+    before = torch.get_rng_state()
+    tomevit.convert(path, tmp_path / "out.safetensors", model=CARD, num_classes=3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_create_in_threads(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    path = foreign.write(tmp_path / "model.pth", deit_ti16, key="model", **foreign.TRAINING)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: tomevit.create("deit_ti16", pretrained=path), range(4)))
+    for model in models:
+        assert all(torch.equal(tensor, deit_ti16[key]) for key, tensor in model.state_dict().items())
+
+
+def test_wrong_arguments_are_found_before_anything_is_read(tmp_path: Path) -> None:
+    for wrong in ({"img_size": 100}, {"num_classes": -1}, {"r": -1}, {"drop_path": 2.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            tomevit.create("deit_ti16", pretrained=tmp_path / "missing.pth", **wrong)  # type: ignore[arg-type]
+
+
+def test_timm_under_the_key_of_others(tmp_path: Path) -> None:
+    scaled = card(layer_scale=1e-5, pos_embed_prefix=False)
+    tensors = foreign.fill(foreign.timm_deit3(foreign.sizes(scaled.config)))
+    path = foreign.write(tmp_path / "model.pth", tensors, key="model", epoch=3)
+    report = tomevit.convert(path, tmp_path / "out.safetensors", model=scaled)
+    assert report.recognised.startswith("timm under 'model'")
+
+
+def test_a_hidden_width_that_no_ratio_gives_exactly(tmp_path: Path) -> None:
+    odd = card(mlp_ratio=2.6)  # 62 of 24
+    path = foreign.write(tmp_path / "model.pth", foreign.fill(foreign.deit(foreign.sizes(odd.config))))
+    tomevit.convert(path, tmp_path / "out.safetensors", model=odd)
+    assert tomevit.load(tmp_path / "out.safetensors").config.mlp_ratio == 2.6
+
+
+@pytest.mark.parametrize("form", ["hf_vit", "hf_vit_mae"])
+def test_transformers_without_a_head(tmp_path: Path, form: str) -> None:
+    model = tiny(patch_size=8, num_classes=0)
+    tomevit.export(model, tmp_path / "model.safetensors", form)
+    source, out = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    with pytest.raises(AmbiguousCheckpointError, match="its names fit hf_vit and hf_vit_mae, which"):
+        tomevit.convert(source, out)
+    report = tomevit.convert(source, out, model=model.card, format=form)
+    assert report.left_out == {}
+    assert report.recognised.startswith(f"{form}: ")
+    tomevit.convert(source, out, model=model.card)  # the model says it
+    assert torch.equal(tomevit.load(out).pos_embed, model.pos_embed)
+
+
+def test_someone_is_asked_once_for_each_choice(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    path = foreign.write(tmp_path / "model.pth", deit_ti16, key="state_dict", state_dict_ema=deit_ti16)
+    asked = []
+
+    def ask(error: AmbiguousCheckpointError) -> str:
+        asked.append((error.option, error.choices))
+        return error.choices[-1]
+
+    report = tomevit.convert(path, tmp_path / "out.safetensors", ask=ask)
+    assert asked == [("key", ["state_dict", "state_dict_ema"]), ("model", ["deit_ti16", "vit_ti16"])]
+    assert report.model == "vit_ti16"

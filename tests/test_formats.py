@@ -92,11 +92,20 @@ def test_a_part_without_the_others_is_named() -> None:
         rules.read(FORMATS["hf_vit"], source)
 
 
-def test_parts_that_do_not_match_are_named() -> None:
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": torch.zeros(24, 23)}, r"key\.weight \(24, 23\)"),
+        ({"key": torch.zeros(25, 24), "query": torch.zeros(23, 24)}, r"key\.weight \(25, 24\)"),  # 72 rows in all
+        ({"key": torch.zeros(24, 24).half()}, r"key\.weight \(24, 24\) torch\.float16"),
+        (dict.fromkeys(("query", "key", "value"), torch.tensor(1.0)), r"key\.weight \(\)"),
+    ],
+)
+def test_parts_that_do_not_match_are_named(changes: dict[str, torch.Tensor], message: str) -> None:
     config = Config(depth=2, **foreign.SMALL)
     source = foreign.fill(foreign.hf_vit(foreign.sizes(config)))
-    source["vit.encoder.layer.1.attention.attention.key.weight"] = torch.zeros(24, 23)
-    with pytest.raises(CheckpointError, match=r"do not match: .*key\.weight \(24, 23\)"):
+    source |= {f"vit.encoder.layer.1.attention.attention.{name}.weight": part for name, part in changes.items()}
+    with pytest.raises(CheckpointError, match=f"do not match: .*{message}"):
         rules.read(FORMATS["hf_vit"], source)
 
 

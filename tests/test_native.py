@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,15 @@ def test_every_config_comes_back(path: Path, fields: dict[str, Any]) -> None:
         torch.testing.assert_close(again.double()(images), model.double()(images), rtol=0, atol=1e-12)
 
 
-def test_a_created_model_keeps_its_card(path: Path) -> None:
+def test_fresh_weights_are_no_published_ones(path: Path) -> None:
     model = tomevit.create("deit_ti16.tome_r13", num_classes=10, img_size=32)
     tomevit.save(model, path)
     again = tomevit.load(path)
-    assert again.card == replace(tomevit.card("deit_ti16.tome_r13"), config=model.config)
-    assert again.r == 13
+    card = tomevit.card("deit_ti16.tome_r13")
+    assert again.r == card.r == 13
+    assert again.card.preprocess == card.preprocess
+    assert again.card.full_name == "deit_ti16"
+    assert (again.card.licence, again.card.sources, again.card.figures) == (None, (), ())
 
 
 def test_saving_again_gives_the_same_file(path: Path) -> None:
@@ -205,7 +208,13 @@ def damaged(**changes: Any) -> str:
 
 
 def with_card(card: Any) -> str:
-    return json.dumps({"version": native.VERSION, "card": card})
+    return json.dumps({"version": native.VERSION, "card": card, "sha256": ""})
+
+
+def test_undamaged_metadata_load(path: Path) -> None:
+    tomevit.save(tiny(), path)
+    rewrite(path, metadata=damaged())
+    assert tomevit.load(path).card.notes == CARD.notes
 
 
 @pytest.mark.parametrize(
@@ -236,6 +245,31 @@ def with_card(card: Any) -> str:
         damaged(r="8"),
         damaged(r=None),
         damaged(flavour="sweet"),
+        damaged(config=asdict(tiny().config) | {"depth": 10**9}),
+        damaged(config=asdict(tiny().config) | {"depth": 5}),
+        damaged(config=asdict(tiny().config) | {"embed_dim": 3 * 10**12}),
+        damaged(config=asdict(tiny().config) | {"embed_dim": 3 * 10**40}),
+        damaged(config=asdict(tiny().config) | {"img_size": [4 * 10**9, 4 * 10**9]}),
+        damaged(config=asdict(tiny().config) | {"num_classes": 10**18}),
+        damaged(config=asdict(tiny().config) | {"reg_tokens": 10**18}),
+        damaged(config=asdict(tiny().config) | {"mlp_ratio": "4"}),
+        damaged(config=asdict(tiny().config) | {"mlp_ratio": 0.01}),
+        damaged(config=asdict(tiny().config) | {"mlp_ratio": 1e308}),
+        damaged(config=asdict(tiny().config) | {"norm_eps": float("nan")}),
+        damaged(config=asdict(tiny().config) | {"norm_eps": float("inf")}),
+        damaged(config=asdict(tiny().config) | {"layer_scale": "1"}),
+        damaged(config=asdict(tiny().config) | {"qkv_bias": 1}),
+        damaged(preprocess={"mean": ["0.5"]}),
+        damaged(preprocess={"resize": "no"}),
+        damaged(name=None),
+        damaged(name=...),
+        damaged(class_names=[1]),
+        damaged(class_names="abc"),
+        damaged(licence=5),
+        damaged(figures=[{"top1": "best", "source": ""}]),
+        damaged(origin=[]),
+        "[" * 100_000,
+        '{"version": 2, "card": ' + "[" * 100_000 + "]" * 100_000 + "}",
     ],
 )
 def test_damaged_metadata_are_value_errors(path: Path, metadata: str) -> None:
@@ -256,6 +290,28 @@ def test_a_mismatch_shows_both_sides_sorted(path: Path) -> None:
         "  head.weight: model (7, 24), file (8, 24)",
         "  norm.bias: model (24,), file —",
     ]
+
+
+def test_tensors_that_are_no_weights_are_value_errors(path: Path) -> None:
+    tomevit.save(tiny(), path)
+    rewrite(path, add={"norm.bias": torch.zeros(24, dtype=torch.int32)})
+    with pytest.raises(ValueError, match=r"floating point, and it holds \['I32'\]"):
+        tomevit.load(path)
+    assert [check.passed for check in tomevit.verify(path)] == [False]
+
+
+def test_verify_tries_no_gigantic_image(path: Path) -> None:
+    model = tiny(img_size=(64, 64), patch_size=1, embed_dim=1, num_heads=1, depth=1)
+    tomevit.save(model, path)
+    tensors, metadata = contents(path)
+    tensors["patch_embed.proj.weight"] = torch.zeros(1, 3, 512, 512)
+    described = json.loads(metadata[native.KEY])
+    described["card"]["config"] |= {"patch_size": 512, "img_size": [2**15, 2**15]}
+    safetensors.torch.save_file(tensors, path, {native.KEY: json.dumps(described)})
+    assert tomevit.load(path).config.img_size == (2**15, 2**15)
+    last = tomevit.verify(path)[-1]
+    assert not last.passed
+    assert last.found == f"an image of its size has {3 * 2**30} values: too many to try"
 
 
 def test_a_matching_of_ones_own_cannot_be_saved(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tomevit import zoo
 from tomevit.config import Config, Pool, Schedule
+from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer, build
 from tomevit.weights import convert, native
 from tomevit.weights.adapt import for_channels
@@ -37,7 +38,8 @@ def create(
             the share of the patches entering each block. None: what the weights were trained with, 0 for most.
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
             converted on first use. Else a checkpoint of any known format: a file, a URL, or
-            hf-hub:owner/repo[@revision].
+            hf-hub:owner/repo[@revision]; it must have the name's architecture, and brings its own image size and class
+            count.
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
             for another number.
         img_size: pixels, one number or (height, width), divisible by the patch size. Pretrained positions are
@@ -60,11 +62,14 @@ def create(
     shape: dict[str, Any] = {"img_size": size, "num_classes": num_classes, "in_chans": in_chans}
     run: dict[str, Any] = {"prop_attn": prop_attn, "pool": pool, "matching": matching}
     run |= {"drop_path": drop_path, "dropout": dropout, "attn_dropout": attn_dropout}
+    config = _with(chosen.config, shape | run)  # before any download: it says what is wrong
+    if r is not None:
+        check_schedule(r, config.depth)
 
     if pretrained is False:
-        config = _with(chosen.config, shape | run)
         model = build(config, chosen.r)
-        model.card = replace(chosen, config=config, preprocess=for_channels(chosen.preprocess, config.in_chans))
+        preprocess = for_channels(chosen.preprocess, config.in_chans)
+        model.card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike):
         if pretrained is True:
             weights = convert.published(chosen)

@@ -45,7 +45,9 @@ def adapt(
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
     if wanted.num_classes != found.num_classes:
         changes.append(_replace_heads(tensors, found, wanted))
-        card = replace(card, class_names=(), figures=())
+        card = replace(card, class_names=())
+    if changes:
+        card = replace(card, figures=())  # they were measured without them
     return replace(card, config=wanted), tensors, changes
 
 

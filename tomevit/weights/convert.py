@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +16,21 @@ from torch import Tensor
 from tomevit import zoo
 from tomevit.config import Card, Config, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
-from tomevit.models import build_meta
 from tomevit.weights import files, hub, native, rules
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
-from tomevit.weights.recognise import differences, find_format, observe, what_was_seen, with_observed
+from tomevit.weights.recognise import (
+    check_format,
+    describe,
+    differences,
+    find_format,
+    observe,
+    what_was_seen,
+    with_observed,
+)
 from tomevit.weights.rules import Format, Resampling, enumerate_names
-from tomevit.weights.sidecars import read_sidecars
+from tomevit.weights.sidecars import SIDECARS, read_sidecars
 
-#: Files that lie beside a checkpoint and describe it, as timm and transformers write them.
-SIDECARS = ("config.json", "preprocessor_config.json")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz")
 
 
@@ -69,6 +74,13 @@ class Located(NamedTuple):
     origin: Source  # with the whole sha256, unless the file is ours
     card: Card | None = None  # as published, or as the files beside it describe it
     format: str | None = None  # as published
+    downloaded: bool = False
+
+    @property
+    def name(self) -> str:
+        """By which the user knows it: a download's own path is soon gone."""
+        repo = f"hf-hub:{self.origin.hub}@{self.origin.revision}" if self.origin.hub else None
+        return (self.downloaded and (self.origin.url or repo)) or str(self.path)
 
 
 def convert(
@@ -81,6 +93,7 @@ def convert(
     num_classes: int | None = None,
     img_size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
+    ask: Callable[[AmbiguousCheckpointError], str] | None = None,
 ) -> Report:
     """Write a checkpoint of any known format as a file of tomevit's own.
 
@@ -94,25 +107,72 @@ def convert(
         num_classes: another class count puts fresh weights into the head, or into both heads of a distilled model.
         img_size: (height, width) in pixels; positions are resampled as the source's project does it.
         dtype: floating; None: the source's.
+        ask: called where the checkpoint fits several things, returns one of the error's choices; None: the error.
 
     Raises:
         CheckpointError: the file is damaged or hostile, fits no model, or not the one that was named.
         AmbiguousCheckpointError: it fits several formats or models.
         DownloadError: it could not be had.
         ValueError: a name or an option that does not exist.
+        FileNotFoundError, OSError: nothing to read, or no place to write.
     """
-    with locate(source) as located, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # new heads: equal sources make equal files
-        weights = read(located, model=model, format=format, key=key, img_size=img_size)
-        weights = fit(weights, {"num_classes": num_classes, "img_size": img_size})
-        changes, stored = weights.report.changes, weights.tensors["pos_embed"].dtype
+    shape = {"num_classes": num_classes, "img_size": img_size}
+    _check_before_reading(out, model, format, shape)
+    told: dict[str, Any] = {"model": model, "format": format, "key": key}
+    with locate(source) as located:
+        while True:
+            try:
+                weights = read(located, **told, img_size=img_size)
+                break
+            except AmbiguousCheckpointError as error:
+                if ask is None:
+                    raise
+                told[error.option] = ask(error)
+        if isinstance(model, str) and (zoo.card(model).name != weights.card.name):
+            raise CheckpointError(f"{located.name} holds {weights.card.full_name} by its own account, and not {model}")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # new heads: equal sources make equal files
+            card, tensors, report = fit(weights, shape)
+        changes, stored = report.changes, tensors["pos_embed"].dtype
         if dtype is not None and dtype != stored:
-            changes += (f"{_short(stored)} rounded to {_short(dtype)}",)
-        path = Path(out or f"{weights.card.full_name}.safetensors")
+            changes += (_check_dtype(tensors, stored, dtype),)
+        path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        native.write(path, weights.card, weights.tensors, dtype=dtype)
-    return replace(weights.report, changes=changes, out=str(path))
+        if path.exists() and path.samefile(located.path):
+            raise ValueError(f"{path} is the source itself: name another file to write")
+        native.write(path, card, tensors, dtype=dtype)
+    return replace(report, changes=changes, out=str(path))
+
+
+def _check_before_reading(
+    out: str | os.PathLike[str] | None,
+    model: str | Card | None,
+    format: str | None,  # noqa: A002
+    shape: Mapping[str, Any],
+) -> None:
+    """What can be known to be wrong before a download should be."""
+    if out is not None:
+        native.check_place(out)
+    if format is not None:
+        check_format(format)
+    if model is not None:
+        config = (zoo.card(model) if isinstance(model, str) else model).config
+        replace(config, **{name: value for name, value in shape.items() if value is not None})
+
+
+def _check_dtype(tensors: Mapping[str, Tensor], old: torch.dtype, new: torch.dtype) -> str:
+    """What a change of dtype does.
+
+    Raises:
+        ValueError: values overflow; the message names the tensors.
+    """
+    if torch.promote_types(old, new) == new:
+        return f"{_short(old)} made {_short(new)}, without loss"
+    most = torch.finfo(new).max
+    if large := [name for name, tensor in tensors.items() if torch.stack(tensor.aminmax()).abs().max() > most]:
+        raise ValueError(f"{_short(new)} ends at {most:g}, and there are larger values in {enumerate_names(large)}")
+    return f"{_short(old)} rounded to {_short(new)}"
 
 
 def published(card: Card) -> Weights:
@@ -124,30 +184,39 @@ def published(card: Card) -> Weights:
     """
     if not card.sources:
         raise ValueError(f"no weights are published for {card.full_name}: pretrained= takes a file of your own")
-    return read_native(_cached(card, card))
+    return read_native(_cached(card, lambda fetched: _published(card, fetched)))
 
 
-def pretrained(
-    source: str | os.PathLike[str], model: str | Card, *, img_size: tuple[int, int] | None = None
-) -> Weights:
+def pretrained(source: str | os.PathLike[str], model: str, *, img_size: tuple[int, int] | None = None) -> Weights:
     """Weights that a user names, for a model of that name. What a URL gave is cached.
 
     Args, Raises: as `convert`.
     """
     if (url := os.fspath(source)).startswith(("http://", "https://")):
-        return read_native(_cached(_reference(url), model, img_size), model)
+        card = _reference(url)
+        if card.weights:
+            _named(model, card)
+            return read_native(_cached(card, lambda fetched: _published(zoo.card(card.full_name), fetched)), model)
+        # What is made of an unknown file depends on what it is taken for.
+        distinct = hashlib.sha256(f"{url} {model} {img_size}".encode()).hexdigest()[:16]
+        card = replace(card, name=f"{card.name}-{distinct}")
+
+        def locate_fetched(fetched: hub.Fetched) -> Located:
+            return _known(fetched.path, fetched.source, {}, downloaded=True)
+
+        return read_native(_cached(card, locate_fetched, model=model, img_size=img_size), model)
     with locate(source) as located:
-        return read(located, model=model, img_size=img_size)
+        weights = read(located, model=model, img_size=img_size)
+    if not (located.downloaded or native.is_ours(located.path)):
+        # They are mapped from a file that a user may write anew, in place, while the model is in use.
+        for name in list(weights.tensors):
+            weights.tensors[name] = weights.tensors[name].clone()
+    return weights
 
 
-def _cached(card: Card, model: str | Card, img_size: tuple[int, int] | None = None) -> Path:
+def _cached(card: Card, locate_fetched: Callable[[hub.Fetched], Located], **told: Any) -> Path:
     def write(fetched: hub.Fetched, draft: Path) -> None:
-        located = (
-            _known(fetched.path, fetched.source, {})
-            if card is not model
-            else Located(fetched.path, fetched.source, card, fetched.source.format)
-        )
-        weights = read(located, model=None if card is model else model, img_size=img_size)
+        weights = read(locate_fetched(fetched), **told)
         native.write(draft, weights.card, weights.tensors)
 
     return hub.cached(card, write)
@@ -158,10 +227,11 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
     """The file that a user means, downloaded if need be; a download lasts as long as the context."""
     name = os.fspath(source)
     path = Path(name)
+    if not name:
+        raise ValueError("the source's name is empty: give a file, a URL, hf-hub:owner/repo or a name of the zoo")
     if name.startswith(("http://", "https://", "hf-hub:")):
-        with hub.fetch(_reference(name)) as fetched:
-            beside = hub.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
-            yield _known(fetched.path, fetched.source, beside)
+        with _fetch(_reference(name)) as located:
+            yield located
     elif path.is_dir():
         if not (path / "model.safetensors").is_file():
             raise FileNotFoundError(f"{name} is a directory without model.safetensors: name the checkpoint file")
@@ -170,21 +240,54 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         yield Located(path, Source(format="tomevit", file=path.name))
     elif path.exists():
         yield _known(path, _local(path), _beside(path.parent) if path.name in hub.HUB_FILES else {})
-    elif path.suffix in SUFFIXES or len(path.parts) > 1:
-        raise FileNotFoundError(f"there is no file {name}")
     else:
-        card = zoo.card(name)
-        with hub.fetch(card) as fetched:
-            yield Located(fetched.path, fetched.source, card, fetched.source.format)
+        with _fetch(card_of_name(name)) as located:
+            yield located
+
+
+@contextmanager
+def _fetch(card: Card) -> Iterator[Located]:
+    with hub.fetch(card) as fetched:
+        if card.weights:
+            yield _published(zoo.card(card.full_name), fetched)
+        else:
+            beside = hub.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
+            yield _known(fetched.path, fetched.source, beside, downloaded=True)
+
+
+def _published(card: Card, fetched: hub.Fetched) -> Located:
+    return Located(fetched.path, fetched.source, card, fetched.source.format, downloaded=True)
+
+
+def card_of_name(name: str) -> Card:
+    """The card of what is no file.
+
+    Raises:
+        FileNotFoundError: the name looks like a file's.
+        ValueError: there is no such model.
+    """
+    path = Path(name)
+    if path.suffix in SUFFIXES or len(path.parts) > 1:
+        raise FileNotFoundError(f"there is no file {name}")
+    try:
+        return zoo.card(name)
+    except ValueError as error:
+        raise ValueError(f"there is no file {name}, and {str(error).replace('there is ', '', 1)}") from error
 
 
 def _reference(name: str) -> Card:
-    """What is known of a URL or hf-hub:owner/repo[@revision] beforehand: where it is."""
-    if not name.startswith("hf-hub:"):
-        return Card(
-            name=f"url-{hashlib.sha256(name.encode()).hexdigest()[:16]}", sources=(Source(format="", url=name),)
-        )
+    """What is known of a URL or hf-hub:owner/repo[@revision] beforehand: a card with this one source.
+
+    It is that of the weights published there, so that their hash is checked, or has no more than the address.
+    """
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    on_hub = name.startswith("hf-hub:")
+    for card, source in zoo.published():
+        if (on_hub and repo == source.hub and revision in ("", source.revision)) or name == source.url:
+            return replace(card, sources=(source,))
+    if not on_hub:
+        distinct = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return Card(name=f"url-{distinct}", sources=(Source(format="", url=name),))
     if repo.count("/") != 1 or not all(repo.split("/")):
         raise ValueError(f"{name} names no repository: it must be hf-hub:owner/repo or hf-hub:owner/repo@revision")
     return Card(name=repo.replace("/", "--"), sources=(Source(format="", hub=repo, revision=revision or None),))
@@ -198,17 +301,14 @@ def _beside(directory: Path) -> dict[str, Path]:
     return {name: directory / name for name in SIDECARS if (directory / name).is_file()}
 
 
-def _known(path: Path, origin: Source, beside: Mapping[str, Path]) -> Located:
-    """What the zoo knows of a file by its address or hash, or else the files beside it."""
+def _known(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
+    """What the zoo knows of a file by its hash, or else the files beside it."""
     assert origin.sha256 is not None
     for card, source in zoo.published():
-        same_hash = source.sha256 is not None and origin.sha256.startswith(source.sha256)
-        same_url = source.url is not None and source.url == origin.url
-        same_repo = source.hub is not None and source.hub == origin.hub
-        if same_hash or same_url or same_repo:
+        if source.sha256 is not None and origin.sha256.startswith(source.sha256):
             origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
-            return Located(path, origin, card, source.format)
-    return Located(path, origin, read_sidecars(beside) if beside else None)
+            return Located(path, origin, card, source.format, downloaded)
+    return Located(path, origin, read_sidecars(beside) if beside else None, None, downloaded)
 
 
 def read(
@@ -223,15 +323,18 @@ def read(
 
     Args, Raises: as `convert`; img_size helps only to read positions of a grid that is not square.
     """
-    with _naming(located.path):
+    with _naming(located):
         if native.is_ours(located.path):
+            if format or key:
+                raise ValueError(f"{located.path} is a file of tomevit's own: it takes neither a format nor a key")
             return read_native(located.path, model)
         checkpoint = files.open_checkpoint(located.path, key=key)
         names = list(checkpoint.tensors)
-        form = find_format(names, checkpoint.key, format or located.format)
+        known = model is not None or located.card is not None
+        form = find_format(names, checkpoint.key, format or located.format, model_known=known)
         heads = form.count_heads(checkpoint.tensors)
         tensors, sources, left_out = rules.read(form, checkpoint.tensors)
-        left_out |= dict.fromkeys(checkpoint.beside, "it is no part of a model")
+        left_out |= dict.fromkeys(checkpoint.beside, "not weights of the model")
         if any(reason == rules.PRE_LOGITS for reason in left_out.values()):
             left_out |= _drop_heads(tensors, sources, rules.PRE_LOGITS)
 
@@ -243,16 +346,17 @@ def read(
         if heads not in (None, card.config.num_heads):
             raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
         config = with_observed(card.config, observed, img_size)
-        wanted = build_meta(config).state_dict()
-        native.check_fit({name: tuple(tensor.shape) for name, tensor in wanted.items()}, tensors, "it")
+        native.check_structure(config, tensors, "it")
         changes = _check_values(tensors)
 
+    if config != card.config:
+        card = replace(card, figures=())
     if config.num_classes != card.config.num_classes:
-        card = replace(card, class_names=(), figures=())
+        card = replace(card, class_names=())
     origin = replace(located.origin, format=form.name)
     card = replace(card, config=config, origin=origin)
     report = Report(
-        source=origin.url or (origin.hub and f"hf-hub:{origin.hub}@{origin.revision}") or str(located.path),
+        source=located.name,
         sha256=origin.sha256 or "",
         recognised=what_was_seen(form, names, checkpoint.key),
         model=card.full_name,
@@ -283,9 +387,11 @@ def resampling(card: Card) -> Resampling:
 def read_native(path: Path, model: str | Card | None = None) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
     card, tensors, _ = native.read(path)
-    named = zoo.architecture(model) if isinstance(model, str) else model
-    if named is not None and (wrong := differences(observe(tensors), named.config)):
+    named = zoo.card(model) if isinstance(model, str) else model
+    if named is not None and (wrong := differences(describe(card.config), named.config)):
         raise CheckpointError(f"{path} holds {card.full_name}, which is no {named.name}: {'; '.join(wrong)}")
+    if isinstance(model, str) and "." in model and card.weights not in (None, named and named.weights):
+        raise CheckpointError(f"{path} holds {card.full_name}, and not {model}")
     report = Report(
         source=str(path),
         sha256=card.origin.sha256 or "" if card.origin else "",
@@ -307,21 +413,33 @@ def _choose(located: Located, model: str | Card | None, form: Format, observed: 
         return _only(located, form, observed)
     if wrong := differences(observed, card.config):
         fits = _fitting(observed)
-        instead = f"it fits {_or(card.name for card in fits)}" if fits else _nearest(observed)
+        instead = f"It fits {_or(card.name for card in fits)}" if fits else _nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
     return card
 
 
 def _named(model: str | Card, known: Card | None) -> Card:
-    """The user's word; where it leaves the weights open, what is known of the file completes it."""
+    """The user's word, completed by what is known of the file."""
     if isinstance(model, Card):
         return model
     card = zoo.card(model) if "." in model else zoo.architecture(model)
-    if known is None or not known.weights:
-        return card
-    if card.name != known.name or card.weights not in (None, known.weights):
-        raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {model}")
-    return known
+    if known is None:
+        # Figures are of the published file, and this may be another.
+        return replace(card, figures=())
+    if known.weights:
+        if card.name != known.name or card.weights not in (None, known.weights):
+            raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {model}")
+        return known
+    if wrong := differences(describe(known.config), card.config):
+        raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
+    return replace(
+        card,
+        config=replace(known.config, prop_attn=card.config.prop_attn),
+        preprocess=known.preprocess,
+        licence=known.licence or card.licence,
+        figures=(),
+        class_names=known.class_names,
+    )
 
 
 def _only(located: Located, form: Format, observed: Mapping[str, Any]) -> Card:
@@ -406,13 +524,16 @@ def finite(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors about a file begin with its name."""
+def _naming(located: Located) -> Iterator[None]:
+    """Errors about a file begin with the name that its user knows."""
     try:
         yield
     except CheckpointError as error:
-        if not str(error).startswith(str(path)):
-            error.args = (f"{path}: {error}",)
+        said = str(error)
+        if said.startswith(str(located.path)):
+            error.args = (located.name + said.removeprefix(str(located.path)),)
+        else:
+            error.args = (f"{located.name}: {said}",)
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -12,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tomevit import zoo
 from tomevit.config import Card
 from tomevit.models import VisionTransformer
 from tomevit.weights import native, rules
-from tomevit.weights.convert import published
+from tomevit.weights.convert import card_of_name, published
 from tomevit.weights.formats import FORMATS
+from tomevit.weights.recognise import check_format
 from tomevit.weights.sidecars import write_sidecars
 
 #: Which container a file name asks for.
@@ -52,35 +53,41 @@ def export(
         ValueError: the format cannot hold this model, or there is no such format or suffix.
         FileNotFoundError, OSError: nothing to read, or no place to write. A file is written whole or not at all.
     """
-    if format not in FORMATS:
-        raise ValueError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
-    table, out = FORMATS[format], Path(out)
+    table, out = FORMATS[check_format(format)], Path(out)
+    to_directory = out.is_dir() or not out.suffix
+    if not to_directory:
+        if out.suffix not in CONTAINERS:
+            raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
+        native.check_place(out)
     if isinstance(model, VisionTransformer):
         card, named = native.card_of(model), {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    elif Path(model).exists() or Path(model).suffix == ".safetensors":
+    elif Path(model).exists():
         card, named, _ = native.read(model)
+        if out.exists() and out.samefile(model):
+            raise ValueError(f"{out} is the source itself: name another file to write")
     else:
-        card, named, _ = published(zoo.card(os.fspath(model)))
+        card, named, _ = published(card_of_name(os.fspath(model)))
     tensors = rules.write(table, named, card.config)
 
-    beside: list[Path] = []
-    if out.is_dir() or not out.suffix:
+    sidecars = {}
+    if to_directory:
         sidecars = write_sidecars(card, format)
         if not sidecars:
             raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in sidecars.items():
-            text = json.dumps(content, indent=2) + "\n"
-            with native.draft(out / name) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
-        beside = [out / name for name in sidecars]
         out = out / "model.safetensors"
-    container = CONTAINERS.get(out.suffix)
-    if container is None:
-        raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
-    key = table.container.partition(":")[2]
-    with native.draft(out) as unfinished:
-        _WRITERS[container](unfinished, tensors, key)
+    try:
+        with native.draft(out) as unfinished:
+            _WRITERS[CONTAINERS[out.suffix]](unfinished, tensors, table.container.partition(":")[2])
+    except BaseException:
+        if to_directory:
+            with contextlib.suppress(OSError):
+                out.parent.rmdir()  # if nothing was in it before
+        raise
+    beside = [out.with_name(name) for name in sidecars]
+    for path in beside:
+        with native.draft(path) as unfinished:
+            unfinished.write_text(json.dumps(sidecars[path.name], indent=2) + "\n", encoding="utf-8")
     return Exported([out, *beside], _unsaid(card, format))
 
 

@@ -56,6 +56,7 @@ TIMM = Format(
             lacks=("blocks.#.gamma_1", "decoder_embed.weight"),
             not_keys=("model", "model_ema"),  # as DeiT and MAE have it
         ),
+        Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "blocks.#.ls1.gamma")),
     ),
     resampling=Resampling("bicubic", antialias=True),  # timm/layers/pos_embed.py, resample_abs_pos_embed
     omissions=(Omission("pre_logits.fc.*", PRE_LOGITS),),
@@ -68,7 +69,7 @@ DEIT = Format(
     signatures=(
         Signature(
             has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "norm.weight", "head.weight"),
-            lacks=("blocks.#.gamma_1", "decoder_embed.weight", "fc_norm.weight"),
+            lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "decoder_embed.weight", "fc_norm.weight"),
             keys=("model", "model_ema"),
         ),
     ),
@@ -98,10 +99,12 @@ MAE = Format(
     rules=_SAME_NAMES,
     signatures=(
         Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "decoder_embed.weight")),
-        Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "fc_norm.weight")),
+        Signature(
+            has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "fc_norm.weight"), lacks=("blocks.#.ls1.gamma",)
+        ),
         Signature(
             has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "norm.weight"),
-            lacks=("blocks.#.gamma_1", "head.weight"),
+            lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "head.weight"),
             keys=("model", "model_ema"),
         ),
     ),
@@ -249,6 +252,8 @@ _LAYERS = (
     ),
 )
 _DIST_TOKEN = "embeddings.distillation_token"
+_DECODER = "decoder.decoder_embed.weight"
+_CLASSIFIERS = ("classifier.weight", "cls_classifier.weight")
 
 
 def _transformers(
@@ -266,12 +271,17 @@ def _transformers(
     for layers in _LAYERS:
         for bare, start in (("", prefix), ("_model", ""))[: 1 + bare_too]:
             block = f"{start}{layers.block}"
-            has = [f"{start}embeddings.cls_token", f"{block}.layernorm_before.weight"]
-            lacks: list[str] = []
-            (has if dist_token else lacks).append(f"{start}{_DIST_TOKEN}")
+            has: tuple[str, ...] = (f"{start}embeddings.cls_token", f"{block}.layernorm_before.weight")
+            lacks: tuple[str, ...] = (f"{start}{_DIST_TOKEN}",)
+            has, lacks = (has + lacks, ()) if dist_token else (has, lacks)
+            signatures = [Signature(has, lacks)]
             if not bare:
-                (has if decoder else lacks).append("decoder.decoder_embed.weight")
-                (has if heads else lacks).extend(f"{part.sources[0].removesuffix('*')}weight" for part in heads)
+                on_top = (
+                    (_DECODER,) if decoder else tuple(f"{part.sources[0].removesuffix('*')}weight" for part in heads)
+                )
+                signatures = [Signature(has + on_top, lacks if decoder else (*lacks, _DECODER))]
+                if bare_too:  # with the prefix, yet with nothing on top
+                    signatures.append(Signature(has, (*lacks, _DECODER, *_CLASSIFIERS)))
             yield Format(
                 name=f"{name}{bare}{layers.suffix}",
                 title=title,
@@ -292,7 +302,7 @@ def _transformers(
                     Rule("norm.*", f"{start}layernorm.*"),
                     *(heads if not bare else ()),
                 ),
-                signatures=(Signature(tuple(has), tuple(lacks)),),
+                signatures=tuple(signatures),
                 resampling=BICUBIC,  # interpolate_pos_encoding there
                 omissions=(
                     Omission(f"{start}pooler.dense.*", PRE_LOGITS),

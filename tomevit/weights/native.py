@@ -13,19 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import reprlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
-from tomevit.config import Card, Config, Figure, Preprocess, Schedule, Source
+from tomevit.config import Card, Config, Schedule
 from tomevit.errors import CheckpointError
 from tomevit.layers.matching import find_matching
 from tomevit.layers.schedule import check_schedule
@@ -120,10 +125,16 @@ def write_safetensors(
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    with path.open("wb") as file:
+    bar = tqdm(desc="writing", total=offset, delay=2, unit="B", unit_scale=True, leave=False, disable=None)
+    with path.open("wb") as file, bar:
+
+        def put(values: memoryview) -> None:
+            file.write(values)
+            bar.update(len(values))
+
         file.write(encode("0" * 64))
         stored = ((name, tensor.detach().to("cpu", dtype).contiguous()) for name, tensor in in_order(tensors))
-        sha256 = digest(stored, file.write)
+        sha256 = digest(stored, put)
         file.seek(0)
         file.write(encode(sha256))
 
@@ -149,18 +160,32 @@ def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = l
     return sha.hexdigest()
 
 
-@contextmanager
-def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """A path where a file can be written, as far as that can be known before.
+
+    Raises:
+        IsADirectoryError, FileNotFoundError: it is a directory, or lies in none.
+    """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name the file to write")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} into")
+    return path
+
+
+@contextmanager
+def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    path = check_place(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename in (unfinished, os.fspath(unfinished)):
+            error.filename = os.fspath(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -179,26 +204,43 @@ def load(path: str | os.PathLike[str]) -> VisionTransformer:
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that tomevit wrote it, as far as its header can be read."""
     try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            return False
         with safe_open(path, framework="pt") as file:
             return KEY in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
 
 
-def read(path: str | os.PathLike[str]) -> Described:
+def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
     """The card and the tensors of a file that `save` wrote.
+
+    Args:
+        path: the file.
+        fitting: check that the tensors are those of the card's architecture.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load`.
     """
+    path = os.fspath(path)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+        directory = f": {path} is a directory" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
         with safe_open(path, framework="pt") as file:
             card, sha256 = _read_metadata(path, file.metadata() or {})
-            return Described(card, {name: file.get_tensor(name) for name in file.keys()}, sha256)  # noqa: SIM118
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            if others := {kind for kind in kinds.values() if kind not in DTYPES.values()}:
+                raise CheckpointError(f"{path} is damaged: weights are floating point, and it holds {sorted(others)}")
+            tensors = {name: file.get_tensor(name) for name in kinds}
     except SafetensorError as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a file of tomevit's own: it is damaged, or of another format, "
+            f"which tomevit convert reads ({error})"
+        ) from error
+    if fitting:
+        check_structure(card.config, tensors, path)
+    return Described(card, tensors, sha256)
 
 
 def assemble(card: Card, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:
@@ -207,11 +249,31 @@ def assemble(card: Card, tensors: Mapping[str, Tensor], path: str | os.PathLike[
     Raises:
         CheckpointError: names or shapes do not fit; the message shows both sides.
     """
+    check_structure(card.config, tensors, path)
     model = build_meta(card.config, card.r)
-    check_fit({name: tuple(p.shape) for name, p in model.state_dict().items()}, tensors, path)
     model.load_state_dict(dict(tensors), assign=True)
     model.card = card
     return model.eval()
+
+
+def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError, showing both sides, unless tensors are those of a config's model.
+
+    Nothing is built but one block: a config may come from a file that was made to do harm.
+    """
+    path = os.fspath(path)
+    if config.depth > len(tensors):
+        raise CheckpointError(f"{path} describes a model of {config.depth} blocks, and holds {len(tensors)} tensors")
+    try:
+        one = build_meta(replace(config, depth=1, drop_path=0.0)).state_dict()
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch, of numbers that it cannot hold
+        raise CheckpointError(f"{path} describes a model that cannot be: {_first_line(error)}") from error
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, tensor in one.items():
+        in_block = name.removeprefix("blocks.0.")
+        names = [name] if in_block == name else [f"blocks.{i}.{in_block}" for i in range(config.depth)]
+        wanted |= dict.fromkeys(names, tuple(tensor.shape))
+    check_fit(wanted, tensors, path)
 
 
 def check_fit(
@@ -234,42 +296,81 @@ def _read_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) ->
             f"{path} was not written by tomevit: its metadata has no entry {KEY!r}; tomevit convert reads other formats"
         )
     try:
-        described = json.loads(metadata[KEY])
+        described = json.loads(metadata[KEY], parse_constant=_refuse_constant)
+        if not isinstance(described, dict) or "version" not in described:
+            raise ValueError(f"its metadata is {reprlib.repr(described)}, and must have a version")
         version = described["version"]
         if version not in range(1, VERSION + 1):
-            raise ValueError(f"it is of format version {version!r}, and this tomevit reads up to {VERSION}: upgrade it")
+            raise ValueError(
+                f"it is of format version {reprlib.repr(version)}, and this tomevit reads up to {VERSION}: upgrade it"
+            )
+        if missing := [name for name in ("card", "sha256")[:version] if name not in described]:
+            raise ValueError(f"its metadata has no {missing[0]}")
         # Version 1 had neither the tensors' digest nor the card's origin, and a Source had neither revision nor file.
-        return _card_from_json(described["card"]), described["sha256"] if version > 1 else None
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        sha256 = _decode(str, described["sha256"], "sha256") if version > 1 else None
+        return _card_from_json(described["card"]), sha256
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def _card_to_json(card: Card) -> dict[str, Any]:
     return asdict(card) | {"r": _schedule_to_json(card.r)}
 
 
-def _card_from_json(data: dict[str, Any]) -> Card:
-    config = Config(**_tuples(data["config"]))
-    find_matching(config.matching)
-    origin = data.get("origin")
-    nested = {
-        "config": config,
-        "preprocess": Preprocess(**_tuples(data["preprocess"])),
-        "r": check_schedule(_schedule_from_json(data["r"]), config.depth),
-        "sources": tuple(Source(**source) for source in data["sources"]),
-        "origin": None if origin is None else Source(**origin),
-        "figures": tuple(Figure(**figure) for figure in data["figures"]),
-    }
-    return Card(**_tuples(data) | nested)
+def _card_from_json(data: Any) -> Card:
+    if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
+        raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
+    card: Card = _decode(Card, {name: value for name, value in data.items() if name != "r"}, "card")
+    find_matching(card.config.matching)
+    if card.config.embed_dim * card.config.mlp_ratio < 1 or card.config.norm_eps < 0:
+        raise ValueError(f"mlp_ratio {card.config.mlp_ratio} and norm_eps {card.config.norm_eps} must be positive")
+    return replace(card, r=check_schedule(_schedule_from_json(data["r"]), card.config.depth))
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON, as what a field is annotated with.
+
+    Raises:
+        ValueError: it is something else; the message says where.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        if isinstance(value, dict) and value.keys() <= hints.keys():
+            return kind(**{name: _decode(hints[name], part, f"{where}.{name}") for name, part in value.items()})
+    elif origin in (Union, UnionType):  # with None, or a function, which no file holds
+        return None if value is None and NoneType in args else _decode(args[0], value, where)
+    elif origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            return tuple(_decode(one, part, f"{where}[{i}]") for i, (one, part) in enumerate(zip(kinds, value)))  # noqa: B905
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {reprlib.repr(value)}, which does not fit {getattr(kind, '__name__', kind)}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"its metadata has a number that is {name}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _schedule_to_json(r: Schedule) -> Any:
     return {"mean": r[0], "inflection": r[1]} if isinstance(r, tuple) else r
 
 
-def _schedule_from_json(r: Any) -> Schedule:
-    return (r["mean"], r["inflection"]) if isinstance(r, dict) else r
+def _schedule_from_json(r: Any) -> Any:
+    return (r.get("mean"), r.get("inflection")) if isinstance(r, dict) else r

@@ -14,14 +14,29 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names
 
+#: The formats by which users name a file's; their variants are told apart by what the file has.
+MAIN_FORMATS = tuple(form.name for form in FORMATS.values() if not form.variant_of)
 
-def find_format(names: Collection[str], key: str = "", told: str | None = None) -> Format:
+
+def check_format(name: str) -> str:
+    """The name of a format.
+
+    Raises:
+        ValueError: it is none; the message has all that users need.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"there is no format {name!r}; there are {', '.join(MAIN_FORMATS)}")
+    return name
+
+
+def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model_known: bool = False) -> Format:
     """The one format that the tensors are of.
 
     Args:
         names: of the tensors.
         key: where in its file the state dict lay.
         told: the user's word; the variants of a format count as it.
+        model_known: formats that differ only in what models they stand for are the same then.
 
     Raises:
         ValueError: told is no format.
@@ -30,8 +45,7 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None) 
     """
     fits = [form for form in FORMATS.values() if any(s.fits(names, key) for s in form.signatures)]
     if told is not None:
-        if told not in FORMATS:
-            raise ValueError(f"there is no format {told!r}; there are {', '.join(FORMATS)}")
+        check_format(told)
         named = [form for form in FORMATS.values() if told in (form.name, form.variant_of)]
         for form in named:
             if any(not signature.misses(names) for signature in form.signatures):
@@ -42,12 +56,12 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None) 
     if not fits:
         raise CheckpointError(
             f"of no known format: it holds {len(names)} tensors such as {enumerate_names(names, 4)}; "
-            f"known are {', '.join(form.name for form in FORMATS.values() if not form.variant_of)}"
+            f"known are {', '.join(MAIN_FORMATS)}"
         )
-    if len(fits) > 1:
+    if len(fits) > 1 and not (model_known and len({form.resampling for form in fits}) == 1):
         raise AmbiguousCheckpointError(
-            f"its names fit {' and '.join(form.name for form in fits)}, which treat positions of another size "
-            f"differently: say which it is with format=, or --format",
+            f"its names fit {' and '.join(form.name for form in fits)}, which stand for other models or resample "
+            f"positions differently: say which it is with format=, or --format",
             "format",
             [form.name for form in fits],
         )
@@ -98,18 +112,27 @@ def observe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def differences(observed: Mapping[str, Any], config: Config) -> list[str]:
-    """Where what was observed is not the config's architecture, whatever the resolution, classes and channels."""
-    out = []
-    for name, value in observed.items():
-        if name in ("in_chans", "num_classes", "positions"):
-            continue
-        ours: Any = getattr(config, name)
-        if name == "layer_scale":
-            ours = ours is not None
-        if ours != value:
-            out.append(f"{name} {value} where the model has {ours}")
-    return out
+def describe(config: Config) -> dict[str, Any]:
+    """An architecture, as far as `observe` sees it in tensors, and what cannot be seen there."""
+    unseen = ("num_heads", "act", "pos_embed_prefix")
+    seen = (
+        *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
+        *("class_token", "dist_token", "reg_tokens", "pool_norm"),
+    )
+    return {name: getattr(config, name) for name in (*seen, *unseen)} | {
+        "mlp_ratio": int(config.embed_dim * config.mlp_ratio) / config.embed_dim,
+        "layer_scale": config.layer_scale is not None,
+    }
+
+
+def differences(described: Mapping[str, Any], config: Config) -> list[str]:
+    """Where an architecture, as `observe` or `describe` has it, is not the config's."""
+    ours = describe(config)
+    return [
+        f"{name} {value} where the model has {ours[name]}"
+        for name, value in described.items()
+        if name in ours and ours[name] != value
+    ]
 
 
 def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[int, int] | None = None) -> Config:

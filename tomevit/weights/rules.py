@@ -197,9 +197,9 @@ def read(format: Format, tensors: dict[str, Tensor]) -> Read:  # noqa: A002
             except EinopsError as error:
                 shape, layout = tuple(tensor.shape), (rule.layout or "").partition(" ->")[0]
                 raise CheckpointError(f"{source} is {shape}, and {format.name} lays it out as {layout}") from error
-        if len({part.shape[1:] for part in read_parts}) > 1 or len({part.dtype for part in read_parts}) > 1:
-            shapes = ", ".join(f"{s} {tuple(p.shape)}" for s, p in zip(present, read_parts, strict=True))
-            raise CheckpointError(f"{native} cannot be made of tensors that do not match: {shapes}")
+        if len({(part.shape, part.dtype) for part in read_parts}) > 1 or (len(present) > 1 and not read_parts[0].ndim):
+            kinds = ", ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(present, read_parts, strict=True))
+            raise CheckpointError(f"{native} cannot be made of tensors that do not match: {kinds}")
         native_tensors[native] = torch.cat(read_parts) if len(read_parts) > 1 else read_parts[0].contiguous()
         names[native] = present
     tensors.clear()

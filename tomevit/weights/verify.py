@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor
 
 from tomevit.config import Card, Schedule
-from tomevit.errors import CheckpointError
-from tomevit.models import build_meta
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights import convert, files, native
 from tomevit.weights.rules import enumerate_names
+
+#: Values of an image with which a forward pass is tried: a file of a few MB can describe a model for far larger ones.
+MOST_PIXELS = 2**27
 
 
 class Check(NamedTuple):
@@ -25,7 +29,9 @@ class Check(NamedTuple):
     found: str
 
 
-def verify(path: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None) -> tuple[Check, ...]:
+def verify(
+    path: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None, key: str | None = None
+) -> tuple[Check, ...]:
     """Look at all that can be wrong with a file of tomevit's own.
 
     Checks, in order: that it describes itself and can be read; names and shapes of its tensors; that its tensors have
@@ -35,17 +41,18 @@ def verify(path: str | os.PathLike[str], *, against: str | os.PathLike[str] | No
     Args:
         path: the file.
         against: a source, as `tomevit.convert` takes it, that every tensor must agree with.
+        key: where in that source the state dict lies, if it holds several.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError, DownloadError: the source to compare with cannot be read.
     """
-    return tuple(_checks(Path(path), against))
+    return tuple(_checks(Path(path), against, key))
 
 
-def _checks(path: Path, against: str | os.PathLike[str] | None) -> Iterator[Check]:
+def _checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
     try:
-        card, tensors, recorded = native.read(path)
+        card, tensors, recorded = native.read(path, fitting=False)
     except CheckpointError as error:
         yield Check("file", False, str(error))
         return
@@ -54,8 +61,7 @@ def _checks(path: Path, against: str | os.PathLike[str] | None) -> Iterator[Chec
     )
 
     try:
-        wanted = {name: tuple(tensor.shape) for name, tensor in build_meta(card.config).state_dict().items()}
-        native.check_fit(wanted, tensors, path)
+        native.check_structure(card.config, tensors, path)
     except CheckpointError as error:
         yield Check("structure", False, str(error))
         return
@@ -75,6 +81,10 @@ def _checks(path: Path, against: str | os.PathLike[str] | None) -> Iterator[Chec
     if bad:
         return
 
+    pixels = math.prod(card.config.img_size) * card.config.in_chans
+    if pixels > MOST_PIXELS:
+        yield Check("forward", False, f"an image of its size has {pixels} values: too many to try")
+        return
     model = native.assemble(card, tensors, path).float()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, card.config.in_chans, *card.config.img_size, generator=generator)
@@ -82,7 +92,7 @@ def _checks(path: Path, against: str | os.PathLike[str] | None) -> Iterator[Chec
         yield _forward(model, images, r)
 
     if against is not None:
-        yield _agreement(card, tensors, against)
+        yield _agreement(card, tensors, against, key)
 
 
 def _forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
@@ -92,14 +102,19 @@ def _forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
     return Check(f"forward at r = {r}", convert.finite(answer), found)
 
 
-def _agreement(card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str]) -> Check:
-    told = card.origin.format if card.origin else None
+def _agreement(card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None) -> Check:
     with convert.locate(against) as located:
-        theirs = convert.read(located, model=card, format=told, img_size=card.config.img_size)
+        read = partial(convert.read, located, model=card, key=key, img_size=card.config.img_size)
+        try:
+            theirs = read()
+        except AmbiguousCheckpointError as error:
+            if error.option != "format":
+                raise
+            theirs = read(format=error.choices[0])  # as good as any: they differ in how they resample
     source = {
         name: tensor.to(tensors[name].dtype) if name in tensors else tensor for name, tensor in theirs.tensors.items()
     }
-    differ = []
+    differ, values = [], []
     for name in sorted(tensors.keys() | source.keys()):
         if name not in tensors or name not in source:
             differ.append(f"{name} is only in {'the source' if name in source else 'the file'}")
@@ -107,8 +122,8 @@ def _agreement(card: Card, tensors: dict[str, Tensor], against: str | os.PathLik
             differ.append(f"{name} is {tuple(tensors[name].shape)}, and {tuple(source[name].shape)} in the source")
         elif not torch.equal(tensors[name], source[name]):
             largest = (tensors[name].double() - source[name].double()).abs().max().item()
-            differ.append(f"{name} differs by up to {largest:.3g}")
-    if differ:
+            values.append(f"{name} differs by up to {largest:.3g}")
+    if differ := differ + values:
         more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
         return Check("source", False, "; ".join(differ[:6]) + more)
     rounded = "" if theirs.tensors["pos_embed"].dtype == tensors["pos_embed"].dtype else " once rounded"
