@@ -42,9 +42,10 @@ def pictures() -> dict[str, Image.Image]:
 
 
 def reference(preprocess: Preprocess, size: int) -> T.Compose:
+    edge = int(size / preprocess.crop_pct)
     return T.Compose(
         [
-            T.Resize(int(size / preprocess.crop_pct), FILTERS[preprocess.interpolation]),
+            T.Resize((edge, edge) if preprocess.resize == "squash" else edge, FILTERS[preprocess.interpolation]),
             T.CenterCrop(size),
             T.ToTensor(),
             T.Normalize(preprocess.mean, preprocess.std),
@@ -53,7 +54,7 @@ def reference(preprocess: Preprocess, size: int) -> T.Compose:
 
 
 @pytest.mark.parametrize("size", [224, 91])
-@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}")
+@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}-{p.resize}")
 def test_pil_images_as_torchvision_bit_for_bit(preprocess: Preprocess, size: int) -> None:
     ours, theirs = Transform(preprocess, (size, size)), reference(preprocess, size)
     for name, picture in pictures().items():
@@ -79,7 +80,7 @@ def test_files_are_taken_as_opened() -> None:
 
 @pytest.mark.parametrize("size", [(224, 224), (160, 224), (224, 96), (91, 133)], ids=repr)
 @pytest.mark.parametrize("resize", ["shorter", "squash"])
-@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}")
+@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}-{p.resize}")
 def test_as_timm_bit_for_bit(preprocess: Preprocess, resize: str, size: tuple[int, int]) -> None:
     theirs = timm.data.create_transform(
         (3, *size),
@@ -97,7 +98,7 @@ def test_as_timm_bit_for_bit(preprocess: Preprocess, resize: str, size: tuple[in
             assert torch.equal(ours(picture), theirs(picture)), name
 
 
-@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}")
+@pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}-{p.resize}")
 def test_tensors_as_torchvision(preprocess: Preprocess) -> None:
     ours = Transform(preprocess, (96, 96))
     normalise = T.Normalize(preprocess.mean, preprocess.std)
