@@ -108,7 +108,7 @@ def touch(tensors: dict[str, Tensor]) -> float:
 
 
 def convert(model: str, folder: Path) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (form, suffix) in CONTAINERS.items():
         path = folder / f"checkpoint{suffix}"
         write(path, form, model)

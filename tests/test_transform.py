@@ -102,7 +102,7 @@ def test_as_timm_bit_for_bit(preprocess: Preprocess, resize: str, size: tuple[in
 def test_tensors_as_torchvision(preprocess: Preprocess) -> None:
     ours = Transform(preprocess, (96, 96))
     normalise = T.Normalize(preprocess.mean, preprocess.std)
-    resize = T.Resize(int(96 / preprocess.crop_pct), FILTERS[preprocess.interpolation], antialias=True)
+    resize = reference(preprocess, 96).transforms[0]
     for name, picture in pictures().items():
         pixels = T.functional.pil_to_tensor(picture)
         expected = normalise(T.CenterCrop(96)(resize(pixels)).float() / 255)

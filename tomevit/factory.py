@@ -7,6 +7,8 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
+import torch
+
 from tomevit import zoo
 from tomevit.config import Config, Pool, Schedule
 from tomevit.layers.schedule import check_schedule
@@ -69,19 +71,21 @@ def create(
     if pretrained is False:
         model = build(config, chosen.r)
         preprocess = for_channels(chosen.preprocess, config.in_chans)
-        model.card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
+        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike):
         if pretrained is True:
             weights = convert.published(chosen)
         else:
             weights = convert.pretrained(pretrained, name, img_size=size)
         card, tensors, report = convert.fit(weights, shape)
-        model = native.assemble(replace(card, config=_with(card.config, run)), tensors, report.source).float()
+        model = native.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
+        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+            model = model.float()
     else:
         raise ValueError(f"pretrained is {pretrained!r}, and must be True, False, a file, a URL or hf-hub:owner/repo")
     if r is not None:
         model.r = r
-    return model.eval()
+    return model
 
 
 def _with(config: Config, fields: dict[str, Any]) -> Config:

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.layers.bare import layer_norm, linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout: float = 0.0) -> Tensor:
@@ -36,10 +37,10 @@ class Attention(nn.Module):
         super().__init__()
         dim, head_dim = config.embed_dim, config.embed_dim // config.num_heads
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.q_norm = nn.LayerNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attention
+from tomevit.layers.bare import layer_norm
 from tomevit.layers.matching import find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
@@ -19,10 +20,10 @@ class Block(nn.Module):
         self.num_prefix = config.num_prefix
         self.prop_attn = config.prop_attn
         self.matching = find_matching(config.matching)
-        self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.norm1 = layer_norm(config.embed_dim, config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
-        self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.norm2 = layer_norm(config.embed_dim, config.norm_eps)
         self.mlp = Mlp(config)
         self.ls2 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.layers.bare import linear
 
 
 class QuickGELU(nn.Module):
@@ -31,9 +32,9 @@ class Mlp(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         hidden = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, hidden)
+        self.fc1 = linear(config.embed_dim, hidden)
         self.act = ACTIVATIONS[config.act]()
-        self.fc2 = nn.Linear(hidden, config.embed_dim)
+        self.fc2 = linear(hidden, config.embed_dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from tomevit.config import Config, Schedule
+from tomevit.layers.bare import linear
 from tomevit.layers.merge import Tokens
 from tomevit.models.vit import VisionTransformer
 
@@ -23,7 +24,7 @@ class DistilledVisionTransformer(VisionTransformer):
 
     def __init__(self, config: Config, r: Schedule = 0) -> None:
         super().__init__(config, r)
-        self.head_dist = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+        self.head_dist = linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward_head(self, tokens: Tokens) -> Tensor | DistilledLogits:  # type: ignore[override]
         x = self.fc_norm(tokens.x[:, :2])

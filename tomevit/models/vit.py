@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tomevit.config import Card, Config, Schedule
+from tomevit.layers.bare import layer_norm, linear
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens
@@ -45,12 +46,12 @@ class VisionTransformer(nn.Module):
         positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
         self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
         self.pos_drop = nn.Dropout(config.dropout)
-        self.norm_pre = nn.LayerNorm(dim, eps) if config.pre_norm else nn.Identity()
+        self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
         drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
-        self.norm = nn.Identity() if norm_pooled else nn.LayerNorm(dim, eps)
-        self.fc_norm = nn.LayerNorm(dim, eps) if norm_pooled else nn.Identity()
-        self.head = nn.Linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
+        self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()
+        self.head = linear(dim, config.num_classes) if config.num_classes else nn.Identity()
 
     @property
     def r(self) -> Schedule:
