@@ -73,6 +73,8 @@ NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|=])(\w{2,4})', 'fortran_order': (True|False), 'shape': \(((?:\d+, ?)*\d*)\), \}\s*"
 )
 
+#: Of one safetensors file; each reads the header again, which takes long where there are very many tensors.
+MAX_MAPPINGS = 1024
 #: The first bytes of files that are no checkpoints.
 OTHER_FILES = {
     b"version https://git-lfs": "a git-lfs pointer, which only names the file: run `git lfs pull`",
@@ -221,8 +223,12 @@ def _read_safetensors(path: str, key: str | None) -> Checkpoint:
         raise CheckpointError(f"has no state dict at {key!r}: safetensors files are flat")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            metadata = file.metadata() or {}
+            names, metadata = list(file.keys()), file.metadata() or {}
+        # Each tensor is mapped on its own, so that its memory is free again as soon as it has been converted.
+        tensors: dict[str, Tensor] = {}
+        for group in [[name] for name in names] if len(names) <= MAX_MAPPINGS else [names]:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in group}
     except SafetensorError as error:
         raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
     return _checkpoint(path, "safetensors", "", tensors, (), metadata)
