@@ -12,6 +12,7 @@ from tomevit.factory import create
 from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
 from tomevit.models import DistilledLogits, VisionTransformer
+from tomevit.optim import param_groups
 from tomevit.transform import transform
 from tomevit.weights.convert import convert
 from tomevit.weights.export import export
@@ -41,6 +42,7 @@ __all__ = [
     "flops",
     "list_models",
     "load",
+    "param_groups",
     "push",
     "save",
     "transform",

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tomevit.config import Config, Schedule
-from tomevit.layers.bare import linear
 from tomevit.layers.merge import Tokens
 from tomevit.models.vit import VisionTransformer
 
@@ -22,9 +20,8 @@ class DistilledLogits(NamedTuple):
 class DistilledVisionTransformer(VisionTransformer):
     """A second token and a second head beside the class token's; in evaluation the mean of both heads' logits."""
 
-    def __init__(self, config: Config, r: Schedule = 0) -> None:
-        super().__init__(config, r)
-        self.head_dist = linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+    head_names = ("head", "head_dist")
+    head_dist: nn.Module
 
     def forward_head(self, tokens: Tokens) -> Tensor | DistilledLogits:  # type: ignore[override]
         x = self.fc_norm(tokens.x[:, :2])

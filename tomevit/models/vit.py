@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,11 @@ class VisionTransformer(nn.Module):
         card: what the weights are, how their images are prepared, who may use them.
         r: how many tokens merge in each block. Set it at any time, or pass it to a call.
         num_read: how many tokens the head reads off the front of the last block; None if it reads them all.
+        head_names: the attributes that are classifiers.
     """
+
+    head_names: tuple[str, ...] = ("head",)
+    head: nn.Module
 
     def __init__(self, config: Config, r: Schedule = 0) -> None:
         super().__init__()
@@ -51,7 +56,8 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
         self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
         self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()
-        self.head = linear(dim, config.num_classes) if config.num_classes else nn.Identity()
+        for name in self.head_names:
+            setattr(self, name, linear(dim, config.num_classes) if config.num_classes else nn.Identity())
 
     @property
     def r(self) -> Schedule:
@@ -115,6 +121,38 @@ class VisionTransformer(nn.Module):
         """From what `forward_features` returns to what `forward` returns."""
         pooled = tokens.x[:, 0] if self.config.pool == "token" else mean_patch(tokens, self.config.num_prefix)
         return self.head(self.fc_norm(pooled))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh heads for another number of classes, drawn from torch's default generator; 0 leaves them out."""
+        self.config = replace(self.config, num_classes=num_classes)
+        with torch.device("meta"):
+            heads = nn.ModuleDict({name: linear(self.config.embed_dim, num_classes) for name in self.head_names})
+        if num_classes:
+            heads.load_state_dict(initial_weights(heads), assign=True)
+        for name, head in heads.items():
+            setattr(self, name, head.to(self.pos_embed).train(self.training) if num_classes else nn.Identity())
+        self.card = replace(self.card, config=self.config, class_names=(), figures=())
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are no matrices, whatever their shape: tokens and positions."""
+        return {name for name, _ in self.named_parameters(recurse=False)}
+
+    def freeze(self, blocks: int) -> None:
+        """Let the embedding and the first blocks keep their weights, and all others learn; 0: all learn.
+
+        Raises:
+            ValueError: there are not so many blocks.
+        """
+        if not 0 <= blocks <= self.config.depth:
+            raise ValueError(f"there are {self.config.depth} blocks, and {blocks} cannot be frozen")
+        self.requires_grad_(True)
+        if blocks:
+            embedding = (self.patch_embed, self.norm_pre, *self.blocks[:blocks])
+            for parameter in (
+                *self.parameters(recurse=False),
+                *(p for module in embedding for p in module.parameters()),
+            ):
+                parameter.requires_grad_(False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what enters each block and compute the rest again in the backward pass."""

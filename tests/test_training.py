@@ -1,0 +1,117 @@
+"""What a training loop gets: parameter groups, fresh heads, frozen blocks."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import tomevit
+from benchmarks.peers import timm
+from tests.helpers import images_for, tiny
+from tomevit import VisionTransformer
+
+
+def groups_of(model: VisionTransformer, **arguments: float) -> dict[str, dict[str, object]]:
+    """By parameter, what its group says."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    out = {}
+    for group in tomevit.param_groups(model, 1.0, **arguments):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in out
+            out[names[id(parameter)]] = group
+    return out
+
+
+def test_layer_decay_is_timms() -> None:
+    """timm has MAE's and BEiT's, but for the final norm: theirs learns with the head, timm's with the last block."""
+    model = tomevit.create("deit_ti16")
+    theirs = timm.create_model("deit_tiny_patch16_224")
+    names = {id(parameter): name for name, parameter in theirs.named_parameters()}
+    expected = {
+        names[id(parameter)]: (group["lr_scale"], group["weight_decay"])
+        for group in importlib.import_module("timm.optim").param_groups_layer_decay(
+            theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.75
+        )
+        for parameter in group["params"]
+    }
+    ours = groups_of(model, weight_decay=0.05, layer_decay=0.75)
+    expected |= dict.fromkeys(("norm.weight", "norm.bias"), (1.0, 0.0))
+    assert {name: (group["lr_scale"], group["weight_decay"]) for name, group in ours.items()} == expected
+
+
+@pytest.mark.parametrize("fields", [{}, {"dist_token": True}, {"reg_tokens": 2}, {"layer_scale": 0.1}, {"pool": "avg"}])
+def test_every_parameter_is_in_one_group(fields: dict[str, object]) -> None:
+    model = tiny(**fields)
+    groups = groups_of(model, weight_decay=0.1, layer_decay=0.5)
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    for name, group in groups.items():
+        matrix = name.endswith("weight") and model.get_parameter(name).ndim > 1
+        assert group["weight_decay"] == (0.1 if matrix else 0.0), name
+        assert group["lr"] == group["lr_scale"]
+    assert groups["blocks.3.mlp.fc1.weight"]["name"] == "blocks.3"
+    assert groups["blocks.3.mlp.fc1.bias"]["name"] == "blocks.3, no decay"
+    assert groups["blocks.3.mlp.fc1.bias"]["lr"] == 0.5
+    assert groups["head.weight"]["lr"] == 1.0
+    assert groups["cls_token"]["lr"] == 0.5**5
+
+
+def test_groups_are_an_optimizers() -> None:
+    model = tiny()
+    model.freeze(2)
+    groups = tomevit.param_groups(model, lr=1e-2, layer_decay=0.9)
+    assert [group["name"] for group in groups] == [
+        "blocks.2", "blocks.2, no decay", "blocks.3", "blocks.3, no decay", "head", "head, no decay",
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    model.train()(images_for(model)).square().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        learns = name.startswith(("blocks.2", "blocks.3", "norm", "head"))
+        assert torch.equal(parameter, before[name]) != learns, name
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"lr": -1.0}, {"weight_decay": -0.1}, {"layer_decay": 0.0}, {"layer_decay": 1.5}]
+)
+def test_wrong_numbers(arguments: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        tomevit.param_groups(tiny(), **{"lr": 1.0, **arguments})
+
+
+def test_frozen_blocks() -> None:
+    model = tiny(reg_tokens=1)
+    model.freeze(4)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "norm.weight", "norm.bias", "head.weight", "head.bias",
+    }  # fmt: skip
+    model.freeze(0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for blocks in (-1, 5):
+        with pytest.raises(ValueError, match=f"there are 4 blocks, and {blocks} cannot be frozen"):
+            model.freeze(blocks)
+
+
+@pytest.mark.parametrize("dist_token", [False, True])
+def test_a_fresh_head(dist_token: bool) -> None:
+    model = tiny(8, dist_token=dist_token).to(torch.bfloat16).train()
+    heads = [getattr(model, name) for name in model.head_names]
+    assert len(heads) == 1 + dist_token
+    torch.manual_seed(3)
+    model.reset_classifier(12)
+    for old, name in zip(heads, model.head_names, strict=True):
+        head = getattr(model, name)
+        assert head is not old
+        assert head.weight.shape == (12, 24)
+        assert head.weight.dtype == torch.bfloat16
+        assert head.training
+        assert head.weight.std() > 0.01
+        assert not head.bias.any()
+    assert model.config.num_classes == model.card.config.num_classes == 12
+    model.eval()
+    assert model(images_for(model)).shape == (3, 12)
+    model.reset_classifier(0)
+    assert model(images_for(model)).shape == (3, 24)
+    assert [name for name, _ in model.named_parameters() if "head" in name] == []

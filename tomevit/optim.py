@@ -1,0 +1,63 @@
+"""What an optimizer needs to know of a model: which parameters decay, and how fast each block learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tomevit.models import VisionTransformer
+
+
+def param_groups(
+    model: VisionTransformer, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for any of torch's optimizers, with layer-wise learning rates.
+
+    As MAE and BEiT fine-tune (arXiv:2111.06377, table 9; arXiv:2106.08254; facebookresearch/mae, util/lr_decay.py):
+    the learning rate falls by `layer_decay` from each layer to the one below it. The first is the patch embedding with
+    tokens and positions, then come the blocks, and the last are the final norm and the heads. Biases, norms,
+    LayerScale, tokens and positions do not decay.
+
+    Args:
+        model: parameters that do not require gradients are left out.
+        lr: of the heads.
+        weight_decay: of matrices and kernels.
+        layer_decay: 1 for the same learning rate everywhere.
+
+    Returns:
+        One dict for each layer and kind, first layers first: `params`, `lr`, `weight_decay`, and for a scheduler and
+        for people `lr_scale` (lr times this is the group's) and `name`, as in "blocks.3, no decay".
+
+    Raises:
+        ValueError: lr or weight_decay is negative, or layer_decay not above 0 and at most 1.
+    """
+    if lr < 0 or weight_decay < 0:
+        raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and neither may be negative")
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay is {layer_decay}, and must be above 0 and at most 1")
+    top, still = model.config.depth + 1, model.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer, decays = _layer(name, top), parameter.ndim > 1 and name not in still
+            if (layer, decays) not in groups:
+                scale = layer_decay ** (top - layer)
+                groups[layer, decays] = {
+                    "params": [],
+                    "lr": lr * scale,
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "lr_scale": scale,
+                    "name": f"{_name(layer, top)}{'' if decays else ', no decay'}",
+                }
+            groups[layer, decays]["params"].append(parameter)
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0], not key[1]))]
+
+
+def _layer(name: str, top: int) -> int:
+    module, _, rest = name.partition(".")
+    if module == "blocks":
+        return int(rest.partition(".")[0]) + 1
+    return top if module in ("norm", "fc_norm", "head", "head_dist") else 0
+
+
+def _name(layer: int, top: int) -> str:
+    return "embedding" if layer == 0 else "head" if layer == top else f"blocks.{layer - 1}"
