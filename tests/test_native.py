@@ -295,7 +295,7 @@ def test_a_mismatch_shows_both_sides_sorted(path: Path) -> None:
 def test_tensors_that_are_no_weights_are_value_errors(path: Path) -> None:
     tomevit.save(tiny(), path)
     rewrite(path, add={"norm.bias": torch.zeros(24, dtype=torch.int32)})
-    with pytest.raises(ValueError, match=r"floating point, and it holds \['I32'\]"):
+    with pytest.raises(ValueError, match=r"floating point, and it holds torch\.int32"):
         tomevit.load(path)
     assert [check.passed for check in tomevit.verify(path)] == [False]
 
