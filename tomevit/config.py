@@ -105,6 +105,15 @@ class Config:
         """Tokens that enter the first block."""
         return self.num_prefix + self.num_patches
 
+    @property
+    def num_positions_prefix(self) -> int:
+        """Positions in front that belong to no patch."""
+        return self.num_prefix if self.pos_embed_prefix else 0
+
+    @property
+    def num_positions(self) -> int:
+        return self.num_positions_prefix + self.num_patches
+
 
 #: The fields of Config that say how a model runs; all others are its architecture.
 RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout")

@@ -1,6 +1,8 @@
-"""What can go wrong with weights, beside wrong arguments (ValueError)."""
+"""What can go wrong with weights, beside wrong arguments (ValueError), and how messages name choices."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class CheckpointError(ValueError):
@@ -27,3 +29,9 @@ class DownloadError(OSError):
 
 class UploadError(OSError):
     """A model could not be brought to the hub: it cannot be reached, or refuses."""
+
+
+def either(names: Iterable[str]) -> str:
+    """Names as "a, b or c"; there must be one at least."""
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

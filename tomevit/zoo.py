@@ -26,6 +26,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from tomevit.config import Card, Config, Figure, Preprocess, Source
+from tomevit.errors import either
 
 
 class _Zoo(NamedTuple):
@@ -136,7 +137,7 @@ def card(name: str) -> Card:
     if model not in zoo.cards:
         known = [*zoo.cards, *zoo.aliases]
         near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
-        hint = f"did you mean {_either(near)}?" if near else "tomevit.list_models() has all names"
+        hint = f"did you mean {either(near)}?" if near else "tomevit.list_models() has all names"
         raise ValueError(f"there is no model {name!r}; {hint}")
     if tag == "":
         return zoo.cards[model][0]
@@ -144,7 +145,7 @@ def card(name: str) -> Card:
         if found.weights == tag:
             return found
     tags = [found.weights for found in zoo.cards[model] if found.weights]
-    raise ValueError(f"{model} has no weights {tag!r}; it has {_either(tags) if tags else 'none'}")
+    raise ValueError(f"{model} has no weights {tag!r}; it has {either(tags) if tags else 'none'}")
 
 
 def architecture(name: str) -> Card:
@@ -166,8 +167,3 @@ def published() -> Iterator[tuple[Card, Source]]:
     for found in itertools.chain.from_iterable(_zoo().cards.values()):
         for source in found.sources:
             yield found, source
-
-
-def _either(names: list[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

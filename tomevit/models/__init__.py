@@ -6,7 +6,7 @@ import torch
 
 from tomevit.config import Config, Schedule
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
-from tomevit.models.vit import VisionTransformer, initial_weights
+from tomevit.models.vit import VisionTransformer, initial_heads, initial_weights
 
 __all__ = [
     "DistilledLogits",
@@ -14,7 +14,7 @@ __all__ = [
     "VisionTransformer",
     "build",
     "build_meta",
-    "initial_weights",
+    "initial_heads",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -48,8 +49,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if config.dist_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
-        positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim))
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
         drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
@@ -125,12 +125,8 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for another number of classes, drawn from torch's default generator; 0 leaves them out."""
         self.config = replace(self.config, num_classes=num_classes)
-        with torch.device("meta"):
-            heads = nn.ModuleDict({name: linear(self.config.embed_dim, num_classes) for name in self.head_names})
-        if num_classes:
-            heads.load_state_dict(initial_weights(heads), assign=True)
-        for name, head in heads.items():
-            setattr(self, name, head.to(self.pos_embed).train(self.training) if num_classes else nn.Identity())
+        for name, head in initial_heads(self.head_names, self.config.embed_dim, num_classes).items():
+            setattr(self, name, head.to(self.pos_embed).train(self.training))
         self.card = replace(self.card, config=self.config, class_names=(), figures=())
 
     def no_weight_decay(self) -> set[str]:
@@ -187,6 +183,14 @@ class VisionTransformer(nn.Module):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, r, num_read, use_reentrant=False)
         return block(tokens, r, num_read)
+
+
+def initial_heads(names: Iterable[str], dim: int, num_classes: int) -> nn.ModuleDict:
+    """Fresh classifiers by name, drawn from torch's default generator; without classes, modules that do nothing."""
+    with torch.device("meta"):
+        heads = nn.ModuleDict({name: linear(dim, num_classes) if num_classes else nn.Identity() for name in names})
+    heads.load_state_dict(initial_weights(heads), assign=True)
+    return heads
 
 
 def initial_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from tomevit.config import Card, Config, Preprocess
-from tomevit.models import initial_weights
+from tomevit.models import initial_heads
 from tomevit.weights.rules import Resampling
 
 #: The fields of an architecture that may differ between weights and the model that takes them.
@@ -35,8 +35,9 @@ def adapt(
     found, changes = card.config, []
     tensors = dict(tensors)
     if wanted.grid != found.grid:
-        prefix = found.num_prefix if found.pos_embed_prefix else 0
-        tensors["pos_embed"] = resample_positions(tensors["pos_embed"], found.grid, wanted.grid, prefix, resampling)
+        tensors["pos_embed"] = resample_positions(
+            tensors["pos_embed"], found.grid, wanted.grid, found.num_positions_prefix, resampling
+        )
         changes.append(f"positions resampled from {_by(found.grid)} to {_by(wanted.grid)} patches, {resampling}")
     if wanted.in_chans != found.in_chans:
         weight = tensors["patch_embed.proj.weight"]
@@ -102,10 +103,8 @@ def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) ->
     plural, both = ("s", "both ") if wanted.dist_token else ("", "")
     if not wanted.num_classes:
         return f"{both}head{plural} for {found.num_classes} classes left out"
-    with torch.device("meta"):
-        heads = nn.ModuleDict({name: nn.Linear(wanted.embed_dim, wanted.num_classes) for name in names})
-    dtype = tensors["pos_embed"].dtype
-    tensors |= {name: tensor.to(dtype) for name, tensor in initial_weights(heads).items()}
+    heads = initial_heads(names, wanted.embed_dim, wanted.num_classes)
+    tensors |= heads.to(tensors["pos_embed"].dtype).state_dict()
     if not found.num_classes:
         return f"{both}head{plural} added for {wanted.num_classes} classes, with fresh weights"
     return f"{both}head{plural} replaced: fresh weights for {wanted.num_classes} classes instead of {found.num_classes}"

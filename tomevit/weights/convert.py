@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Card, Config, Source
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.config import Card, Source
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
 from tomevit.weights import files, hub, native, rules
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
@@ -413,7 +413,7 @@ def _choose(located: Located, model: str | Card | None, form: Format, observed: 
         return _only(located, form, observed)
     if wrong := differences(observed, card.config):
         fits = _fitting(observed)
-        instead = f"It fits {_or(card.name for card in fits)}" if fits else _nearest(observed)
+        instead = f"It fits {either(card.name for card in fits)}" if fits else _nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
     return card
 
@@ -452,7 +452,7 @@ def _only(located: Located, form: Format, observed: Mapping[str, Any]) -> Card:
         raise CheckpointError(f"it fits no model here. {_nearest(observed)}, or describe yours by a Card as model=")
     # One per family: other resolutions of the same differ in nothing that weights have.
     families = {card.title: card for card in reversed(fits)}
-    families |= {card.title: card for card in fits if _positions(card.config) == observed["positions"]}
+    families |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
     same_file = [
         card.full_name
         for card, source in zoo.published()
@@ -462,7 +462,7 @@ def _only(located: Located, form: Format, observed: Mapping[str, Any]) -> Card:
     if len(choices) > 1:
         named = " (by its name it is the first)" if same_file else ""
         raise AmbiguousCheckpointError(
-            f"it fits {_or(choices)}{named}, which differ in preprocessing, merging or licence: "
+            f"it fits {either(choices)}{named}, which differ in preprocessing, merging or licence: "
             f"say which it is with model=, or --model",
             "model",
             choices,
@@ -485,10 +485,6 @@ def _nearest(observed: Mapping[str, Any]) -> str:
     return f"The nearest is {card.name}: {'; '.join(differences(observed, card.config))}"
 
 
-def _positions(config: Config) -> int:
-    return config.num_tokens if config.pos_embed_prefix else config.num_patches
-
-
 def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:
     heads = [name for name in tensors if name.startswith(("head.", "head_dist."))]
     dropped = {source: reason for name in heads for source in sources.pop(name)}
@@ -505,7 +501,7 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """
     if integers := [name for name, tensor in tensors.items() if tensor.dtype not in native.DTYPES]:
         kinds = {_short(tensors[name].dtype) for name in integers}
-        raise CheckpointError(f"weights must be floating point: {enumerate_names(integers)} are {_or(kinds)}")
+        raise CheckpointError(f"weights must be floating point: {enumerate_names(integers)} are {either(kinds)}")
     bad = [name for name, tensor in tensors.items() if not finite(tensor)]
     if bad:
         raise CheckpointError(f"it holds NaN or infinity, in {enumerate_names(bad)}")
@@ -515,7 +511,7 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(widest)
-    return (f"a mixture of {_or(sorted(map(_short, dtypes)))} made {_short(widest)} throughout, without loss",)
+    return (f"a mixture of {either(sorted(map(_short, dtypes)))} made {_short(widest)} throughout, without loss",)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -539,8 +535,3 @@ def _naming(located: Located) -> Iterator[None]:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _or(names: Iterable[str]) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}" if most else last

@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
+from tomevit.weights import files
 
 log = logging.getLogger("tomevit")
 
@@ -387,7 +388,7 @@ def _is_page(head: bytes) -> bool:
 
 def _hashed(source: Source, path: Path) -> Source:
     """The source with the whole hashes of a file."""
-    return replace(source, sha256=_digest(path, "sha256"), md5=_digest(path, "md5") if source.md5 else None)
+    return replace(source, sha256=files.sha256(path), md5=files.md5(path) if source.md5 else None)
 
 
 def _check(published: Source, found: Source, path: Path) -> None:
@@ -404,11 +405,6 @@ def _contradiction(published: Source, found: Source) -> str | None:
         if prefix and not (whole or "").startswith(prefix.lower()):
             return f"{kind} {whole}, published is {prefix}"
     return None
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False)).hexdigest()
 
 
 # Fetching.

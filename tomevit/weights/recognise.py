@@ -51,7 +51,7 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
             if any(not signature.misses(names) for signature in form.signatures):
                 return form
         why = "; ".join(dict.fromkeys(" and ".join(s.misses(names)) for s in named[0].signatures))
-        looks = f"; it looks like {_or(fits)}" if fits else ""
+        looks = f"; it looks like {' or '.join(form.name for form in fits)}" if fits else ""
         raise CheckpointError(f"not of the format {told}: it has {why}{looks}")
     if not fits:
         raise CheckpointError(
@@ -147,7 +147,7 @@ def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[i
         CheckpointError: the patches make no square, and img_size does not say what they make.
     """
     config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
-    patches = observed["positions"] - _prefix(config)
+    patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
         return asked
     if patches == config.num_patches:
@@ -159,11 +159,3 @@ def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[i
             f"or --img-size"
         )
     return replace(config, img_size=(edge * config.patch_size, edge * config.patch_size))
-
-
-def _prefix(config: Config) -> int:
-    return config.num_prefix if config.pos_embed_prefix else 0
-
-
-def _or(forms: Collection[Format]) -> str:
-    return " or ".join(form.name for form in forms)
