@@ -361,7 +361,7 @@ def test_our_own_files_keep_the_rule_of_where_they_came_from(tmp_path: Path) -> 
 
 
 def test_a_new_class_count_replaces_both_heads(tmp_path: Path) -> None:
-    config = card(dist_token=True).config
+    config = card(dist_token=True, init="deit").config
     path = foreign.write(
         tmp_path / "model.pth", foreign.fill(foreign.deit_distilled(foreign.sizes(config))), key="model"
     )

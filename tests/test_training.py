@@ -96,7 +96,7 @@ def test_frozen_blocks() -> None:
 
 @pytest.mark.parametrize("dist_token", [False, True])
 def test_a_fresh_head(dist_token: bool) -> None:
-    model = tiny(8, dist_token=dist_token).to(torch.bfloat16).train()
+    model = tiny(8, dist_token=dist_token, init="deit").to(torch.bfloat16).train()
     heads = [getattr(model, name) for name in model.head_names]
     assert len(heads) == 1 + dist_token
     torch.manual_seed(3)

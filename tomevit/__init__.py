@@ -11,7 +11,7 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadEr
 from tomevit.factory import create
 from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
-from tomevit.models import DistilledLogits, VisionTransformer
+from tomevit.models import DistilledLogits, MaskedAutoencoder, VisionTransformer
 from tomevit.optim import param_groups
 from tomevit.transform import transform
 from tomevit.weights.convert import convert
@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "DistilledLogits",
     "DownloadError",
+    "MaskedAutoencoder",
     "Merge",
     "Preprocess",
     "Tokens",

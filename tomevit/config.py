@@ -14,8 +14,9 @@ Schedule = int | float | tuple[int, float] | list[int]
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Pool = Literal["token", "avg"]
 PoolNorm = Literal["before", "after"]
+Init = Literal["vit", "deit", "mae", "swag"]
 
-CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm)}
+CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm), "init": get_args(Init)}
 BOOLEAN = ("qkv_bias", "qk_norm", "pre_norm", "class_token", "dist_token", "pos_embed_prefix", "prop_attn")
 LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 
@@ -56,6 +57,7 @@ class Config:
     drop_path: float = 0.0  # stochastic depth of the last block; it grows linearly from 0 at the first
     dropout: float = 0.0  # after the positions, the attention's projection and the MLP's layers
     attn_dropout: float = 0.0  # on the attention weights
+    init: Init = "vit"  # how fresh weights are drawn: as the code of that family does
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -116,7 +118,7 @@ class Config:
 
 
 #: The fields of Config that say how a model runs; all others are its architecture.
-RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout")
+RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout", "init")
 ARCHITECTURE = tuple(f.name for f in fields(Config) if f.name not in RUNTIME)
 
 

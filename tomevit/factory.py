@@ -21,7 +21,7 @@ def create(
     name: str,
     *,
     r: Schedule | None = None,
-    pretrained: bool | str | PathLike[str] = False,
+    pretrained: bool | str | PathLike[str] | VisionTransformer = False,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
@@ -39,9 +39,10 @@ def create(
         r: tokens to merge in each block: an int, (r, inflection), a list with one int per block, or a float up to 0.5,
             the share of the patches entering each block. None: what the weights were trained with, 0 for most.
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
-            converted on first use. Else a checkpoint of any known format: a file, a URL, or
-            hf-hub:owner/repo[@revision]; it must have the name's architecture, and brings its own image size and class
-            count.
+            converted on first use. Else a checkpoint of any known format: a file, a URL, hf-hub:owner/repo[@revision],
+            or a name of the zoo with its weights' tag; or a model, whose weights are copied. It must have the name's
+            architecture, and brings its own image size and class count. Of an encoder without a head a model can be
+            made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
             for another number.
         img_size: pixels, one number or (height, width), divisible by the patch size. Pretrained positions are
@@ -72,17 +73,21 @@ def create(
         model = build(config, chosen.r)
         preprocess = for_channels(chosen.preprocess, config.in_chans)
         model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
-    elif pretrained is True or isinstance(pretrained, str | PathLike):
+    elif pretrained is True or isinstance(pretrained, str | PathLike | VisionTransformer):
         if pretrained is True:
             weights = convert.published(chosen)
+        elif isinstance(pretrained, VisionTransformer):
+            weights = convert.of_model(pretrained, name)
         else:
             weights = convert.pretrained(pretrained, name, img_size=size)
-        card, tensors, report = convert.fit(weights, shape)
+        card, tensors, report = convert.fit(weights, shape, chosen)
         model = native.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
         if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             model = model.float()
     else:
-        raise ValueError(f"pretrained is {pretrained!r}, and must be True, False, a file, a URL or hf-hub:owner/repo")
+        raise ValueError(
+            f"pretrained is {pretrained!r}, and must be True, False, a file, a URL, hf-hub:owner/repo or a model"
+        )
     if r is not None:
         model.r = r
     return model

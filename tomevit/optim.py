@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tomevit.models import VisionTransformer
+from tomevit.models import MaskedAutoencoder, VisionTransformer
 
 
 def param_groups(
-    model: VisionTransformer, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+    model: VisionTransformer | MaskedAutoencoder, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for any of torch's optimizers, with layer-wise learning rates.
 
     As MAE and BEiT fine-tune (arXiv:2111.06377, table 9; arXiv:2106.08254; facebookresearch/mae, util/lr_decay.py):
     the learning rate falls by `layer_decay` from each layer to the one below it. The first is the patch embedding with
-    tokens and positions, then come the blocks, and the last are the final norm and the heads. Biases, norms,
-    LayerScale, tokens and positions do not decay.
+    tokens and positions, then come the blocks, and the last are the final norm and the heads, or the decoder. Biases,
+    norms, LayerScale, tokens and positions do not decay.
 
     Args:
         model: parameters that do not require gradients are left out.
@@ -53,10 +53,10 @@ def param_groups(
 
 
 def _layer(name: str, top: int) -> int:
-    module, _, rest = name.partition(".")
+    module, _, rest = name.removeprefix("encoder.").partition(".")
     if module == "blocks":
         return int(rest.partition(".")[0]) + 1
-    return top if module in ("norm", "fc_norm", "head", "head_dist") else 0
+    return top if module in ("norm", "fc_norm", "head", "head_dist", "decoder") else 0
 
 
 def _name(layer: int, top: int) -> str:

@@ -6,15 +6,21 @@ import torch
 
 from tomevit.config import Config, Schedule
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
-from tomevit.models.vit import VisionTransformer, initial_heads, initial_weights
+from tomevit.models.init import initial_heads, initial_weights
+from tomevit.models.mae import MaskedAutoencoder, Reconstruction, patchify, unpatchify
+from tomevit.models.vit import VisionTransformer
 
 __all__ = [
     "DistilledLogits",
     "DistilledVisionTransformer",
+    "MaskedAutoencoder",
+    "Reconstruction",
     "VisionTransformer",
     "build",
     "build_meta",
     "initial_heads",
+    "patchify",
+    "unpatchify",
 ]
 
 
@@ -27,5 +33,5 @@ def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:
 def build(config: Config, r: Schedule = 0) -> VisionTransformer:
     """The model with fresh weights, drawn once from torch's default generator; in training mode, on the CPU."""
     model = build_meta(config, r)
-    model.load_state_dict(initial_weights(model), assign=True)
+    model.load_state_dict(initial_weights(model, config), assign=True)
     return model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -14,10 +12,10 @@ from tomevit.config import Card, Config, Schedule
 from tomevit.layers.bare import layer_norm, linear
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
-from tomevit.layers.merge import Tokens
-from tomevit.layers.mlp import LayerScale
+from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.schedule import check_schedule, resolve_schedule, token_counts
+from tomevit.models.init import initial_heads
 
 
 class VisionTransformer(nn.Module):
@@ -67,17 +65,21 @@ class VisionTransformer(nn.Module):
     def r(self, value: Schedule) -> None:
         self._r = check_schedule(value, self.config.depth)
 
-    def schedule(self, r: Schedule | None = None) -> tuple[int, ...]:
-        """Tokens that merge in each block, for this r or the model's own."""
-        return resolve_schedule(self.r if r is None else r, *self._shape)
+    def schedule(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
+        """Tokens that merge in each block, for this r or the model's own.
 
-    def token_counts(self, r: Schedule | None = None) -> tuple[int, ...]:
-        """Tokens entering each block, and leaving the last: depth + 1 numbers."""
-        return token_counts(self.r if r is None else r, *self._shape)
+        Args:
+            r: instead of the model's own.
+            num_tokens: that enter the first block, prefix included; None: those of a whole image.
+        """
+        return resolve_schedule(self.r if r is None else r, *self._shape(num_tokens))
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        return self.config.depth, self.config.num_tokens, self.config.num_prefix
+    def token_counts(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
+        """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `schedule`."""
+        return token_counts(self.r if r is None else r, *self._shape(num_tokens))
+
+    def _shape(self, num_tokens: int | None) -> tuple[int, int, int]:
+        return self.config.depth, num_tokens or self.config.num_tokens, self.config.num_prefix
 
     def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
         """Classify.
@@ -94,18 +96,22 @@ class VisionTransformer(nn.Module):
         """
         return self.forward_head(self._encode(images, r, num_read=self.num_read))
 
-    def forward_features(self, images: Tensor, r: Schedule | None = None, *, trace: bool = True) -> Tokens:
+    def forward_features(
+        self, images: Tensor, r: Schedule | None = None, *, trace: bool = True, visible: Tensor | None = None
+    ) -> Tokens:
         """All tokens behind the last block and the final norm.
 
         Args:
             images: (B, C, H, W) floating, normalised.
             r: instead of the model's own.
             trace: record where each initial token went, as `tomevit.unmerge` needs it.
+            visible: (B, M) int64, the patches to encode, ascending; the others are left out, as in masked pre-training
+                (MAE, section 3) and patch dropout. None: all.
 
         Returns:
-            Tokens: x (B, N, D), size (B, N, 1) or None, slots (B, N0) or None.
+            Tokens: x (B, N, D), size (B, N, 1) or None, slots (B, N0) or None; N0 counts prefix and visible patches.
         """
-        return self._encode(images, r, trace=trace)
+        return self._encode(images, r, trace=trace, visible=visible)
 
     def forward_intermediates(
         self, images: Tensor, r: Schedule | None = None, *, norm: bool = False, trace: bool = True
@@ -125,7 +131,7 @@ class VisionTransformer(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for another number of classes, drawn from torch's default generator; 0 leaves them out."""
         self.config = replace(self.config, num_classes=num_classes)
-        for name, head in initial_heads(self.head_names, self.config.embed_dim, num_classes).items():
+        for name, head in initial_heads(self.head_names, self.config).items():
             setattr(self, name, head.to(self.pos_embed).train(self.training))
         self.card = replace(self.card, config=self.config, class_names=(), figures=())
 
@@ -155,17 +161,23 @@ class VisionTransformer(nn.Module):
         self.grad_checkpointing = enable
 
     def _encode(
-        self, images: Tensor, r: Schedule | None, *, num_read: int | None = None, trace: bool = False
+        self,
+        images: Tensor,
+        r: Schedule | None,
+        *,
+        num_read: int | None = None,
+        trace: bool = False,
+        visible: Tensor | None = None,
     ) -> Tokens:
-        tokens = self._embed(images, trace)
-        *merged, last = self.schedule(r)
+        tokens = self._embed(images, trace, visible)
+        *merged, last = self.schedule(r, tokens.x.shape[1])
         for block, count in zip(self.blocks[:-1], merged, strict=True):
             tokens = self._run(block, tokens, count)
         # Where only prefix tokens are read, a merge in the last block would change nothing that is.
         tokens = self._run(self.blocks[-1], tokens, last if num_read is None else 0, num_read)
         return Tokens(self.norm(tokens.x), tokens.size, tokens.slots)
 
-    def _embed(self, images: Tensor, trace: bool) -> Tokens:
+    def _embed(self, images: Tensor, trace: bool, visible: Tensor | None = None) -> Tokens:
         config = self.config
         if images.ndim != 4 or tuple(images.shape[1:]) != (config.in_chans, *config.img_size):
             raise ValueError(
@@ -176,38 +188,18 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
+        if visible is not None:
+            first = torch.arange(config.num_prefix, device=x.device).expand(x.shape[0], -1)
+            x = rows(x, torch.cat([first, visible + config.num_prefix], 1))
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
         return Tokens(self.norm_pre(self.pos_drop(x)), None, slots)
 
     def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, r, num_read, use_reentrant=False)
-        return block(tokens, r, num_read)
+        return run(block, tokens, r, num_read, checkpointing=self.grad_checkpointing)
 
 
-def initial_heads(names: Iterable[str], dim: int, num_classes: int) -> nn.ModuleDict:
-    """Fresh classifiers by name, drawn from torch's default generator; without classes, modules that do nothing."""
-    with torch.device("meta"):
-        heads = nn.ModuleDict({name: linear(dim, num_classes) if num_classes else nn.Identity() for name in names})
-    heads.load_state_dict(initial_weights(heads), assign=True)
-    return heads
-
-
-def initial_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Fresh float32 weights: normal of standard deviation 0.02, biases 0, norms 1, LayerScale as configured.
-
-    As timm's, whose truncation lies 100 deviations out. They depend on torch's default generator, and not on the number
-    of threads that draw them.
-    """
-    parameters = model.state_dict()
-    generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (len(parameters),)).tolist()]
-    scales = {f"{name}.gamma": m.init_value for name, m in model.named_modules() if isinstance(m, LayerScale)}
-
-    def draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        if len(shape) > 1:
-            return torch.empty(shape).normal_(std=0.02, generator=generator)
-        return torch.full(shape, 0.0 if name.endswith("bias") else scales.get(name, 1.0))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        shapes = (tensor.shape for tensor in parameters.values())
-        return dict(zip(parameters, pool.map(draw, parameters, shapes, generators), strict=True))
+def run(block: nn.Module, tokens: Tokens, r: int = 0, num_read: int | None = None, *, checkpointing: bool) -> Tokens:
+    """A block, of which with checkpointing only what enters it is kept for the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, tokens, r, num_read, use_reentrant=False)
+    return block(tokens, r, num_read)

@@ -1,4 +1,4 @@
-"""The lossy steps, each of which says what it did: positions for another grid, image channels, new heads."""
+"""The lossy steps, each of which says what it did: positions for another grid, image channels, pooling, new heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tomevit.models import initial_heads
 from tomevit.weights.rules import Resampling
 
 #: The fields of an architecture that may differ between weights and the model that takes them.
-ADAPTABLE = ("img_size", "num_classes", "in_chans")
+ADAPTABLE = ("img_size", "num_classes", "in_chans", "pool", "pool_norm")
 
 
 def adapt(
@@ -44,6 +44,12 @@ def adapt(
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
         card = replace(card, preprocess=for_channels(card.preprocess, wanted.in_chans))
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
+    if wanted.pool_norm != found.pool_norm:
+        # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).
+        assert wanted.pool_norm == "after"
+        tensors["fc_norm.weight"] = torch.ones_like(tensors.pop("norm.weight"))
+        tensors["fc_norm.bias"] = torch.zeros_like(tensors.pop("norm.bias"))
+        changes.append("the norm of every token left out, and a fresh one put behind the pooling")
     if wanted.num_classes != found.num_classes:
         changes.append(_replace_heads(tensors, found, wanted))
         card = replace(card, class_names=())
@@ -103,7 +109,7 @@ def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) ->
     plural, both = ("s", "both ") if wanted.dist_token else ("", "")
     if not wanted.num_classes:
         return f"{both}head{plural} for {found.num_classes} classes left out"
-    heads = initial_heads(names, wanted.embed_dim, wanted.num_classes)
+    heads = initial_heads(names, wanted)
     tensors |= heads.to(tensors["pos_embed"].dtype).state_dict()
     if not found.num_classes:
         return f"{both}head{plural} added for {wanted.num_classes} classes, with fresh weights"

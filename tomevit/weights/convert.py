@@ -16,6 +16,7 @@ from torch import Tensor
 from tomevit import zoo
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
+from tomevit.models import VisionTransformer
 from tomevit.weights import files, hub, native, rules
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
@@ -128,11 +129,11 @@ def convert(
                 if ask is None:
                     raise
                 told[error.option] = ask(error)
-        if isinstance(model, str) and (zoo.card(model).name != weights.card.name):
+        if isinstance(model, str) and not _same_model(weights.card, zoo.card(model)):
             raise CheckpointError(f"{located.name} holds {weights.card.full_name} by its own account, and not {model}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # new heads: equal sources make equal files
-            card, tensors, report = fit(weights, shape)
+            card, tensors, report = fit(weights, shape, _card(model))
         changes, stored = report.changes, tensors["pos_embed"].dtype
         if dtype is not None and dtype != stored:
             changes += (_check_dtype(tensors, stored, dtype),)
@@ -157,7 +158,7 @@ def _check_before_reading(
     if format is not None:
         check_format(format)
     if model is not None:
-        config = (zoo.card(model) if isinstance(model, str) else model).config
+        config = _card(model).config
         replace(config, **{name: value for name, value in shape.items() if value is not None})
 
 
@@ -205,6 +206,10 @@ def pretrained(source: str | os.PathLike[str], model: str, *, img_size: tuple[in
             return _known(fetched.path, fetched.source, {}, downloaded=True)
 
         return read_native(_cached(card, locate_fetched, model=model, img_size=img_size), model)
+    if url in zoo.list_models(weights=True) and not os.path.exists(url):  # noqa: PTH110
+        weights = published(zoo.card(url))
+        _named(model, weights.card)
+        return weights
     with locate(source) as located:
         weights = read(located, model=model, img_size=img_size)
     if not (located.downloaded or native.is_ours(located.path)):
@@ -367,13 +372,19 @@ def read(
     return Weights(card, tensors, report)
 
 
-def fit(weights: Weights, wanted: Mapping[str, Any]) -> Weights:
+def fit(weights: Weights, wanted: Mapping[str, Any], model: Card | None = None) -> Weights:
     """Weights adapted to fields of the config that are not None, by the rule of the project that they come from.
+
+    Args:
+        model: what they are for, if that was said; an encoder without a head takes on its pooling.
 
     Raises:
         ValueError: a field has no such value.
     """
     card, tensors, report = weights
+    if model is not None and model.config.pool_norm != card.config.pool_norm:
+        card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
+        wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
     card, tensors, changes = adapt(card, tensors, config, resampling(card))
     return Weights(card, tensors, replace(report, changes=(*report.changes, *changes)))
@@ -387,13 +398,25 @@ def resampling(card: Card) -> Resampling:
 def read_native(path: Path, model: str | Card | None = None) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
     card, tensors, _ = native.read(path)
-    named = zoo.card(model) if isinstance(model, str) else model
-    if named is not None and (wrong := differences(describe(card.config), named.config)):
-        raise CheckpointError(f"{path} holds {card.full_name}, which is no {named.name}: {'; '.join(wrong)}")
+    return _described(card, tensors, str(path), model)
+
+
+def of_model(source: VisionTransformer, model: str) -> Weights:
+    """A copy of a model's weights, for a model of that name; raises as `read_native`."""
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in source.state_dict().items()}
+    return _described(native.card_of(source), tensors, "the model", model)
+
+
+def _described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:
+    named, headless = _card(model), not card.config.num_classes
+    if named is not None and (wrong := differences(describe(card.config), named.config, headless=headless)):
+        raise CheckpointError(
+            f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
+        )
     if isinstance(model, str) and "." in model and card.weights not in (None, named and named.weights):
-        raise CheckpointError(f"{path} holds {card.full_name}, and not {model}")
+        raise CheckpointError(f"{source} holds {card.full_name}, and not {model}")
     report = Report(
-        source=str(path),
+        source=source,
         sha256=card.origin.sha256 or "" if card.origin else "",
         recognised="tomevit: its metadata describes it",
         model=card.full_name,
@@ -411,11 +434,22 @@ def _choose(located: Located, model: str | Card | None, form: Format, observed: 
         card = located.card
     else:
         return _only(located, form, observed)
-    if wrong := differences(observed, card.config):
+    if wrong := differences(observed, card.config, headless=not observed["num_classes"]):
         fits = _fitting(observed)
         instead = f"It fits {either(card.name for card in fits)}" if fits else _nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
     return card
+
+
+def _card(model: str | Card | None) -> Any:
+    return zoo.card(model) if isinstance(model, str) else model
+
+
+def _same_model(known: Card, asked: Card) -> bool:
+    """Of the same name, or an encoder without a head for one that pools otherwise."""
+    if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
+        return known.name == asked.name
+    return not differences(describe(known.config), asked.config, headless=True)
 
 
 def _named(model: str | Card, known: Card | None) -> Card:
@@ -427,7 +461,7 @@ def _named(model: str | Card, known: Card | None) -> Card:
         # Figures are of the published file, and this may be another.
         return replace(card, figures=())
     if known.weights:
-        if card.name != known.name or card.weights not in (None, known.weights):
+        if not _same_model(known, card) or card.weights not in (None, known.weights):
             raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {model}")
         return known
     if wrong := differences(describe(known.config), card.config):

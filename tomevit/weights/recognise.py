@@ -125,9 +125,15 @@ def describe(config: Config) -> dict[str, Any]:
     }
 
 
-def differences(described: Mapping[str, Any], config: Config) -> list[str]:
-    """Where an architecture, as `observe` or `describe` has it, is not the config's."""
+def differences(described: Mapping[str, Any], config: Config, *, headless: bool = False) -> list[str]:
+    """Where an architecture, as `observe` or `describe` has it, is not the config's.
+
+    Args:
+        headless: the weights have no head: a fresh one may bring a norm of its own, behind the pooling.
+    """
     ours = describe(config)
+    if headless and described["pool_norm"] == "before":
+        del ours["pool_norm"]
     return [
         f"{name} {value} where the model has {ours[name]}"
         for name, value in described.items()
@@ -147,6 +153,8 @@ def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[i
         CheckpointError: the patches make no square, and img_size does not say what they make.
     """
     config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
+    if observed["pool_norm"] != config.pool_norm:
+        config = replace(config, pool_norm=observed["pool_norm"], pool="token" if config.class_token else "avg")
     patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
         return asked
