@@ -212,3 +212,34 @@ def test_repositories_of_other_libraries_describe_themselves(server: Server, tmp
         assert again.config == model.config
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     assert json.loads((tmp_path / "hf_vit" / "config.json").read_text())["layer_norm_eps"] == 1e-6
+
+
+def test_mae_is_fine_tuned_from_its_pre_trained_encoder(server: Server, tmp_path: Path) -> None:
+    encoder = tomevit.card("mae_cls_b16.pretrain")
+    tensors = foreign.fill(foreign.mae_encoder(foreign.sizes(encoder.config)))
+    on_hub(server, tmp_path, tensors, encoder)
+    theirs = timm.create_model("vit_base_patch16_224", global_pool="avg", num_classes=10).eval()
+    missing, left = theirs.load_state_dict(tensors, strict=False)
+    assert set(missing) == {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert set(left) == {"norm.weight", "norm.bias"}
+    images = foreign.fill({"images": (1, 3, 224, 224)}, seed=1)["images"]
+    path = tmp_path / "published.safetensors"
+    for source in ("mae_cls_b16.pretrain", "hf-hub:timm/vit_base_patch16_224.mae", path):
+        model = tomevit.create("mae_b16", pretrained=source, num_classes=10)
+        torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
+        theirs.head.load_state_dict(model.head.state_dict())
+        with torch.inference_mode():
+            assert relative_error(model(images), theirs(images)) < 1e-5
+    report = tomevit.convert(path, tmp_path / "out.safetensors", model="mae_b16", num_classes=10)
+    assert report.changes == (
+        "the norm of every token left out, and a fresh one put behind the pooling",
+        "head added for 10 classes, with fresh weights",
+    )
+    model = tomevit.load(tmp_path / "out.safetensors")
+    assert (model.card.full_name, model.config.pool, model.config.pool_norm) == ("mae_b16", "avg", "after")
+    assert all(check.passed for check in tomevit.verify(tmp_path / "out.safetensors"))
+    with pytest.raises(tomevit.CheckpointError, match="pool_norm before where the model has after"):
+        # A head trained on the class token is no start for one that reads the mean.
+        tomevit.create("mae_b16", pretrained=tomevit.create("deit_b16", num_classes=3))
+    with pytest.raises(tomevit.CheckpointError, match=r"it is mae_cls_b16\.pretrain"):
+        tomevit.create("mae_l16", pretrained="mae_cls_b16.pretrain")

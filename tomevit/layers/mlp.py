@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomevit.config import Config
@@ -60,11 +59,14 @@ class DropPath(nn.Module):
     def __init__(self, probability: float) -> None:
         super().__init__()
         self.probability = probability
+        self.drops = probability > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
+        if not (self.training and self.drops):
             return x
-        return x * F.dropout(x.new_ones(x.shape[0], 1, 1), self.probability)
+        # F.dropout would compare the probability with 0 and 1, and so have the compiler make a program for each block.
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
+        return x * (kept.to(x.dtype) / (1 - self.probability))
 
     def extra_repr(self) -> str:
         return f"probability={self.probability:.3f}"
