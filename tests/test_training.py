@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +116,31 @@ def test_a_fresh_head(dist_token: bool) -> None:
     model.reset_classifier(0)
     assert model(images_for(model)).shape == (3, 24)
     assert [name for name, _ in model.named_parameters() if "head" in name] == []
+
+
+def wrapped(model: VisionTransformer) -> list[torch.nn.Module]:
+    return [
+        torch.compile(model, backend="eager"),
+        torch.optim.swa_utils.AveragedModel(model),
+        torch.nn.DataParallel(torch.compile(model, backend="eager")),
+    ]
+
+
+def test_the_model_in_a_wrapper(tmp_path: Path) -> None:
+    model = tiny(8)
+    names = [(group["name"], group["lr"]) for group in tomevit.param_groups(model, 1.0, layer_decay=0.5)]
+    images = images_for(model)
+    for i, wrapper in enumerate(wrapped(model)):
+        groups = tomevit.param_groups(wrapper, 1.0, layer_decay=0.5)
+        assert [(group["name"], group["lr"]) for group in groups] == names
+        tomevit.save(wrapper, tmp_path / f"{i}.safetensors")
+        assert torch.equal(tomevit.load(tmp_path / f"{i}.safetensors")(images), model(images))
+
+
+def test_what_is_no_model_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model is a Linear, and must be a model of tomevit's"):
+        tomevit.param_groups(torch.nn.Linear(2, 2), 1.0)
+    autoencoder = tomevit.MaskedAutoencoder(tiny(), decoder_dim=8, decoder_depth=1, decoder_heads=1)
+    with pytest.raises(ValueError, match="model is a MaskedAutoencoder, and a file holds a VisionTransformer"):
+        tomevit.save(autoencoder, tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()

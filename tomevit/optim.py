@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tomevit.models import MaskedAutoencoder, VisionTransformer
+from torch import nn
+
+from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
 
 
 def param_groups(
-    model: VisionTransformer | MaskedAutoencoder, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+    model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Parameter groups for any of torch's optimizers, with layer-wise learning rates.
 
@@ -18,7 +20,7 @@ def param_groups(
     norms, LayerScale, tokens and positions do not decay.
 
     Args:
-        model: parameters that do not require gradients are left out.
+        model: in a wrapper of torch's or not; parameters that do not require gradients are left out.
         lr: of the heads.
         weight_decay: of matrices and kernels.
         layer_decay: 1 for the same learning rate everywhere.
@@ -28,8 +30,11 @@ def param_groups(
         for people `lr_scale` (lr times this is the group's) and `name`, as in "blocks.3, no decay".
 
     Raises:
-        ValueError: lr or weight_decay is negative, or layer_decay not above 0 and at most 1.
+        ValueError: lr or weight_decay is negative, or layer_decay not above 0 and at most 1, or model is none of ours.
     """
+    model = unwrap(model)
+    if not isinstance(model, VisionTransformer | MaskedAutoencoder):
+        raise ValueError(f"model is a {type(model).__name__}, and must be a model of tomevit's")
     if lr < 0 or weight_decay < 0:
         raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and neither may be negative")
     if not 0 < layer_decay <= 1:

@@ -189,6 +189,53 @@ def accuracy_throughput(
     _save(figure, path)
 
 
+def accuracy_and_time(
+    path: Path,
+    across: Sequence[int],
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    seconds: Sequence[float],
+    title: str,
+    note: str,
+) -> None:
+    """Side by side over r: accuracies with their spread, one line for each way, and the time of a training step.
+
+    Args:
+        path: the PNG to write.
+        across: the r.
+        lines: for each way's name and each r, the mean in per cent and its spread to either side, nan for none.
+        seconds: for each r.
+        title: above both.
+        note: below them, what the figures must be read with.
+    """
+    figure = _figure(9.6, 4.6)
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (3, 2), "wspace": 0.06})
+    for (name, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
+        up, spread = zip(*points, strict=True)
+        left.errorbar(
+            across, up, spread, color=colour, marker=marker, markersize=6, linewidth=1.8, capsize=3, label=name
+        )
+    left.margins(x=0.05, y=0.08)
+    left.set_ylabel("held-out accuracy, %", fontsize=10.5, color=INK)
+    left.legend(frameon=False, fontsize=10, labelcolor=INK, loc="lower left")
+
+    bars = right.bar([str(r) for r in across], [1000 * s for s in seconds], width=0.62, color=COLOURS[2], zorder=2)
+    ratios = [f"{1000 * s:.0f} ms\n{seconds[0] / s:.2f}×" for s in seconds]
+    right.bar_label(bars, ratios, padding=3, fontsize=9, color=INK)
+    right.margins(y=0.2)
+    right.set_ylabel("time of a training step, ms", fontsize=10.5, color=INK)
+    for axis in (left, right):
+        axis.set_xlabel("r, tokens merged in each block", fontsize=10.5, color=INK)
+        axis.grid(axis="y" if axis is right else "both", color="#e4e6ea", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, labelsize=9.5, length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    left.set_xticks(across)
+    figure.suptitle(title, fontsize=12.5, color=INK)
+    figure.supxlabel(note, fontsize=9, color=GREY)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     from matplotlib.figure import Figure

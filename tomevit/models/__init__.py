@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from tomevit.config import Config, Schedule
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
@@ -21,7 +22,15 @@ __all__ = [
     "initial_heads",
     "patchify",
     "unpatchify",
+    "unwrap",
 ]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model within torch's wrappers: torch.compile, data parallelism, averaged models."""
+    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+        model = inner
+    return model
 
 
 def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:

@@ -34,7 +34,7 @@ from tomevit.config import Card, Config, Schedule
 from tomevit.errors import CheckpointError
 from tomevit.layers.matching import find_matching
 from tomevit.layers.schedule import check_schedule
-from tomevit.models import VisionTransformer, build_meta
+from tomevit.models import VisionTransformer, build_meta, unwrap
 
 KEY = "tomevit"
 VERSION = 2
@@ -51,21 +51,24 @@ class Described(NamedTuple):
     sha256: str | None  # what `digest` of the tensors must be; None in files of version 1
 
 
-def save(model: VisionTransformer, path: str | os.PathLike[str], *, card: Card | None = None) -> None:
+def save(model: nn.Module, path: str | os.PathLike[str], *, card: Card | None = None) -> None:
     """Write a model with all that is needed to build, feed and understand it into one safetensors file.
 
     The file appears whole or not at all.
 
     Args:
-        model: on any device, in any floating dtype.
+        model: on any device, in any floating dtype, in a wrapper of torch's or not.
         path: the file; its directory must exist.
         card: instead of the model's own. The architecture and r always come from the model.
 
     Raises:
-        ValueError: the model merges by a function of your own, which a file cannot hold.
+        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours.
         OSError: the file cannot be written; what was there before is untouched.
     """
-    write(path, card_of(model, card), model.state_dict())
+    inner = unwrap(model)
+    if not isinstance(inner, VisionTransformer):
+        raise ValueError(f"model is a {type(inner).__name__}, and a file holds a VisionTransformer, such as an encoder")
+    write(path, card_of(inner, card), inner.state_dict())
 
 
 def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
