@@ -16,48 +16,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save as to_bytes
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomevit
+from examples.data import Digits, init_small, load_split, move_digits
 from tomevit.models import VisionTransformer
 
 MODEL = "digits_p1"
-SPLIT_SEED = 0  # whatever the seed of the training
 SOURCE = "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, doi:10.24432/C50P49"
 SOURCE_LICENCE = "CC BY 4.0"
-
-
-class Digits(NamedTuple):
-    images: Tensor  # (N, 1, 8, 8) uint8, ink is bright
-    labels: Tensor  # (N,) int64
-
-
-def load_split(*, validate: bool = False) -> tuple[Digits, Digits]:
-    """The images to train on, and those to measure on.
-
-    Args:
-        validate: leave the 360 held-out images aside, and split the 1437 others again: 1149 and 288.
-    """
-    data = load_digits()
-    values = torch.from_numpy(data.images).to(torch.int64)[:, None]  # (N, 1, 8, 8), 0..16
-    everything = Digits(((values * 255 + 8) // 16).to(torch.uint8), torch.from_numpy(data.target).to(torch.int64))
-    train, held_out = _split(everything)
-    return _split(train) if validate else (train, held_out)
-
-
-def _split(digits: Digits) -> tuple[Digits, Digits]:
-    """Four fifths and one fifth, with every class in proportion."""
-    labels = digits.labels.numpy()
-    most, rest = train_test_split(range(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
-    return Digits(digits.images[most], digits.labels[most]), Digits(digits.images[rest], digits.labels[rest])
 
 
 def write_held_out(path: Path) -> None:
@@ -68,40 +40,42 @@ def write_held_out(path: Path) -> None:
     path.write_bytes(to_bytes({"images": held_out.images, "labels": held_out.labels}, {"about": json.dumps(about)}))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, 8, 8) uint8, and again."""
-
-    def draw(limit: float) -> Tensor:
-        return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
-
-    angle, shear, wide, high = draw(math.radians(10)), draw(0.12), 1 + draw(0.1), 1 + draw(0.1)
-    shift = 0.75 / 4  # pixels, of which 4 are affine_grid's 1
-    to_x = torch.stack([angle.cos() * wide, shear - angle.sin() * wide, draw(shift)], 1)
-    to_y = torch.stack([angle.sin() * high, angle.cos() * high, draw(shift)], 1)
-    grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved.round().to(torch.uint8)
+def fresh(r: int, seed: int) -> VisionTransformer:
+    """A model that has not learned anything; the same weights at every r."""
+    torch.manual_seed(seed)
+    model = tomevit.create(MODEL, r=r)
+    init_small(model)
+    return model
 
 
-@torch.no_grad()
-def init_small(model: VisionTransformer) -> None:
-    """Weights at the scale of a narrow model.
+def make_optimiser(model: VisionTransformer, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1, betas=(0.9, 0.99))
 
-    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 it leaves attention uniform and pixels
-    faint, and many epochs pass before anything is learned.
+
+def train_step(model: VisionTransformer, optimiser: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    """One step in place; the model merges as its r says.
+
+    Args:
+        images: (B, 1, 8, 8) floating, normalised.
+        labels: (B,) int64.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    nn.init.normal_(model.patch_embed.proj.weight, std=0.5)
-    nn.init.normal_(model.pos_embed, std=0.5)
+    loss = F.cross_entropy(model(images), labels, label_smoothing=0.1)
+    optimiser.zero_grad()
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
 
 
-def train(model: VisionTransformer, digits: Digits, options: argparse.Namespace) -> None:
-    """AdamW with a linear warm-up and a cosine decay, in place; the model merges as its r says."""
+def train(model: VisionTransformer, digits: Digits, options: argparse.Namespace, *, quiet: bool | None = None) -> None:
+    """AdamW with a linear warm-up and a cosine decay, in place.
+
+    Args:
+        options: epochs, batch, lr and seed.
+        quiet: draw no progress bar; None: only where there is no terminal.
+    """
     generator = torch.Generator().manual_seed(options.seed)
     preprocess = tomevit.transform(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.1, betas=(0.9, 0.99))
+    optimiser = make_optimiser(model, options.lr)
     steps = options.epochs * math.ceil(len(digits.labels) / options.batch)
     warmup = max(1, steps // 20)
 
@@ -110,16 +84,12 @@ def train(model: VisionTransformer, digits: Digits, options: argparse.Namespace)
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
     model.train()
-    with tqdm(total=steps, desc=f"r = {model.r}", unit="batch", disable=None) as bar:
+    with tqdm(total=steps, desc=f"r = {model.r}", unit="batch", disable=quiet) as bar:
         for _ in range(options.epochs):
             order = torch.randperm(len(digits.labels), generator=generator)
             for chosen in torch.split(order, options.batch):
-                images = preprocess(augment(digits.images[chosen], generator))
-                loss = F.cross_entropy(model(images), digits.labels[chosen], label_smoothing=0.1)
-                optimiser.zero_grad()
-                torch.autograd.backward(loss)
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
+                images = preprocess(move_digits(digits.images[chosen], generator))
+                train_step(model, optimiser, images, digits.labels[chosen])
                 scheduler.step()
                 bar.update()
     model.eval()
@@ -170,11 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
 
     torch.set_num_threads(1)  # sums split over threads round differently, and the model is too small to gain
-    torch.manual_seed(options.seed)
     digits, measured_on = load_split(validate=options.validate)
     digits = Digits(digits.images[: options.limit], digits.labels[: options.limit])
-    model = tomevit.create(MODEL, r=options.r)
-    init_small(model)
+    model = fresh(options.r, options.seed)
     train(model, digits, options)
     for r in sorted({options.r, *options.eval_r}):
         which = "validation" if options.validate else "held-out"

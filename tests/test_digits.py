@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib import resources
 from pathlib import Path
 
@@ -18,11 +17,8 @@ from tomevit.weights.native import read
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-try:
-    import train_digits
-finally:
-    sys.path.pop(0)
+from examples import train_digits
+from examples.data import Digits, load_split, move_digits
 
 SHIPPED = (PLAIN, TRAINED)
 
@@ -78,7 +74,7 @@ def test_r_is_what_the_weights_were_trained_with(models):
 
 
 def test_shipped_images_are_the_held_out_split():
-    _, wanted = train_digits.load_split()
+    _, wanted = load_split()
     images, labels = held_out()
     assert torch.equal(images, wanted.images)
     assert torch.equal(labels, wanted.labels)
@@ -98,8 +94,8 @@ def test_shipped_images_are_written_by_the_script(tmp_path):
 
 
 def test_no_image_is_on_both_sides_of_a_split():
-    train, held = train_digits.load_split()
-    fit, validation = train_digits.load_split(validate=True)
+    train, held = load_split()
+    fit, validation = load_split(validate=True)
     assert (len(train.labels), len(held.labels)) == (1437, 360)
     assert (len(fit.labels), len(validation.labels)) == (1149, 288)
     images = {name: _multiset(digits) for name, digits in (("train", train), ("held", held))}
@@ -108,12 +104,12 @@ def test_no_image_is_on_both_sides_of_a_split():
     assert held.labels.bincount().min() >= 34
 
 
-def _multiset(*several: train_digits.Digits) -> list[bytes]:
+def _multiset(*several: Digits) -> list[bytes]:
     return sorted(bytes(image.flatten().tolist()) for digits in several for image in digits.images)
 
 
 def test_preprocessing_normalises_the_training_images():
-    train, _ = train_digits.load_split()
+    train, _ = load_split()
     prepared = tomevit.transform(tomevit.create("digits_p1"))(train.images)
     assert prepared.mean().abs() < 0.01
     assert prepared.std() == pytest.approx(1, abs=0.01)
@@ -121,7 +117,7 @@ def test_preprocessing_normalises_the_training_images():
 
 def test_augmentation_moves_images_but_keeps_them_the_same_digits():
     images = held_out()[0]
-    moved = train_digits.augment(images, torch.Generator().manual_seed(0))
+    moved = move_digits(images, torch.Generator().manual_seed(0))
     assert moved.dtype == torch.uint8
     assert moved.shape == images.shape
     assert (moved != images).flatten(1).any(1).all()
@@ -160,5 +156,5 @@ def test_what_training_writes_loads_and_says_how_it_was_made(tmp_path, capsys):
 def test_training_learns(tmp_path):
     # 64 images, 160 steps: far from good, and far above the 10 % of chance.
     model = tomevit.load(train_a_little(tmp_path / "run", 16, "--epochs", "40", "--batch", "16"))
-    train = train_digits.load_split()[0]
+    train = load_split()[0]
     assert accuracy(model, train.images[:64], train.labels[:64]) > 40

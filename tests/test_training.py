@@ -144,3 +144,18 @@ def test_what_is_no_model_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model is a MaskedAutoencoder, and a file holds a VisionTransformer"):
         tomevit.save(autoencoder, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
+
+
+class Part(torch.Tensor):
+    """As DTensor is: a tensor that is no plain one."""
+
+
+def test_weights_that_are_spread_over_processes(tmp_path: Path) -> None:
+    model = tiny(8)
+    whole = model.state_dict()
+    spread = {name: tensor.as_subclass(Part) for name, tensor in whole.items()}
+    with pytest.raises(ValueError, match=r"the weights are of type Part; .* state_dict=get_model_state_dict"):
+        tomevit.save(model, tmp_path / "x.safetensors", state_dict=spread)
+    assert not (tmp_path / "x.safetensors").exists()
+    tomevit.save(model, tmp_path / "x.safetensors", state_dict={name: 2 * tensor for name, tensor in whole.items()})
+    assert torch.equal(tomevit.load(tmp_path / "x.safetensors").pos_embed, 2 * model.pos_embed)

@@ -13,6 +13,7 @@ from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
 from tomevit.models import DistilledLogits, MaskedAutoencoder, VisionTransformer
 from tomevit.optim import param_groups
+from tomevit.recipes import Recipe, list_recipes, recipe
 from tomevit.transform import transform
 from tomevit.weights.convert import convert
 from tomevit.weights.export import export
@@ -33,6 +34,7 @@ __all__ = [
     "MaskedAutoencoder",
     "Merge",
     "Preprocess",
+    "Recipe",
     "Tokens",
     "UploadError",
     "VisionTransformer",
@@ -42,9 +44,11 @@ __all__ = [
     "export",
     "flops",
     "list_models",
+    "list_recipes",
     "load",
     "param_groups",
     "push",
+    "recipe",
     "save",
     "transform",
     "unmerge",

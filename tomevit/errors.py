@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -35,3 +36,9 @@ def either(names: Iterable[str]) -> str:
     """Names as "a, b or c"; there must be one at least."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The known names that a wrong one may have meant, as a question; or else what to say instead."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {either(near)}?" if near else otherwise

@@ -10,7 +10,6 @@ One TOML file per family of recipes:
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import tomllib
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from importlib import resources
 from typing import Any, Literal
 
 from tomevit import zoo
-from tomevit.errors import either
+from tomevit.errors import either, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,5 @@ def recipe(name: str) -> Recipe:
         ValueError: no such recipe; the message has the nearest names.
     """
     if name not in _recipes():
-        near = difflib.get_close_matches(name, _recipes(), n=3, cutoff=0.5)
-        hint = f"did you mean {either(near)}?" if near else f"there are {either(_recipes())}"
-        raise ValueError(f"there is no recipe {name!r}; {hint}")
+        raise ValueError(f"there is no recipe {name!r}; {nearest(name, _recipes(), f'there are {either(_recipes())}')}")
     return _recipes()[name]

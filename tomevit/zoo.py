@@ -15,7 +15,6 @@ Everything is data in configs/, one TOML file per family:
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import itertools
 import tomllib
@@ -26,7 +25,7 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from tomevit.config import Card, Config, Figure, Preprocess, Source
-from tomevit.errors import either
+from tomevit.errors import either, nearest
 
 
 class _Zoo(NamedTuple):
@@ -135,9 +134,7 @@ def card(name: str) -> Card:
     model, _, tag = zoo.aliases.get(name, name).partition(".")
     model = model if tag == "" else zoo.aliases.get(model, model).partition(".")[0]
     if model not in zoo.cards:
-        known = [*zoo.cards, *zoo.aliases]
-        near = difflib.get_close_matches(model, known, n=3, cutoff=0.5)
-        hint = f"did you mean {either(near)}?" if near else "tomevit.list_models() has all names"
+        hint = nearest(model, [*zoo.cards, *zoo.aliases], "tomevit.list_models() has all names")
         raise ValueError(f"there is no model {name!r}; {hint}")
     if tag == "":
         return zoo.cards[model][0]

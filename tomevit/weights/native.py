@@ -51,7 +51,13 @@ class Described(NamedTuple):
     sha256: str | None  # what `digest` of the tensors must be; None in files of version 1
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], *, card: Card | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    card: Card | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write a model with all that is needed to build, feed and understand it into one safetensors file.
 
     The file appears whole or not at all.
@@ -60,15 +66,23 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, card: Card | None = 
         model: on any device, in any floating dtype, in a wrapper of torch's or not.
         path: the file; its directory must exist.
         card: instead of the model's own. The architecture and r always come from the model.
+        state_dict: instead of the model's own: the whole one of a model that is spread over processes.
 
     Raises:
-        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours.
+        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours, or is
+            spread over processes.
         OSError: the file cannot be written; what was there before is untouched.
     """
     inner = unwrap(model)
     if not isinstance(inner, VisionTransformer):
         raise ValueError(f"model is a {type(inner).__name__}, and a file holds a VisionTransformer, such as an encoder")
-    write(path, card_of(inner, card), inner.state_dict())
+    tensors = inner.state_dict() if state_dict is None else state_dict
+    if strange := {type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"}:
+        raise ValueError(
+            f"the weights are of type {', '.join(strange)}; those of a model spread over processes are given as "
+            f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+        )
+    write(path, card_of(inner, card), tensors)
 
 
 def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
