@@ -18,7 +18,7 @@ lint: .venv/test
 	$(BIN)/mypy
 
 test: .venv/test
-	$(BIN)/pytest --cov --cov-report=term
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal --cov --cov-report=term
 
 fix: .venv/test
 	$(BIN)/ruff format .

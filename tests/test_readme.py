@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import tomevit
@@ -31,7 +33,14 @@ def test_every_python_block_runs(
     foreign.write(tmp_path / "checkpoint.npz", foreign.fill(foreign.vit_jax(small)))
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 2
-    names = {"image": Image.new("RGB", (320, 240), "orange")}
+    names: dict[str, Any] = {"image": Image.new("RGB", (320, 240), "orange")}
+    names["loader"] = [(torch.randn(2, 3, 224, 224), torch.tensor([3, 9]))]
+    encoder = foreign.fill(foreign.mae_encoder(foreign.sizes(tomevit.card("mae_cls_b16.pretrain").config)))
+    server.put_hub(
+        "timm/vit_base_patch16_224.mae",
+        "model.safetensors",
+        foreign.write(tmp_path / "encoder.safetensors", encoder).read_bytes(),
+    )
     for number, block in enumerate(blocks):
         exec(compile(block, f"README block {number}", "exec"), names)
     assert names["logits"].shape[1] == 1000
