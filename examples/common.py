@@ -117,7 +117,7 @@ def keep(unfinished: Path, name: str) -> None:
         before = list(unfinished.parent.glob("epoch_*"))
         unfinished.rename(unfinished.with_name(name))
         for path in before:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(unfinished))  # what is half removed must not look like a checkpoint
 
 
 @torch.inference_mode()

@@ -316,6 +316,8 @@ def _folders(root: Path) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...]]:
             raise DataError(
                 f"{root}: {parts[0]}/ has a class {more[0]} and {parts[1]}/ has not; both need the same classes"
             )
+    if len(train.classes) < 2:
+        raise DataError(f"{root / 'train'} has one class alone; there must be two or more to tell apart")
     return train, test, tuple(train.classes)
 
 

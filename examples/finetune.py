@@ -1,6 +1,6 @@
 """Fine-tune a model, with merging, in plain PyTorch: one process, every option on the command line.
 
-    pip install 'tomevit[train]'
+    pip install -e '.[train]'
     python -m examples.finetune --data digits --model digits_p1 --pretrained true --keep-head --r 16 --epochs 5
     python -m examples.finetune --data FOLDER --model vit_b16 --pretrained true --r 16 --amp bf16 --out run
     python -m examples.finetune --resume --out run                              # after an interruption
@@ -200,6 +200,7 @@ def save(options: argparse.Namespace, data: Data, parts: Record, done: Record) -
     """Everything that the next step depends on. The file changes all at once."""
     if options.dry_run:
         return
+    Path(options.out).mkdir(parents=True, exist_ok=True)
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     state = {name: part.state_dict() for name, part in parts.items()}
     with draft(Path(options.out) / "checkpoint.pt") as path:
@@ -223,6 +224,8 @@ def restore(checkpoint: Record, parts: Record) -> Record:
 
 def finish(model: VisionTransformer, data: Data, options: argparse.Namespace, trained: Record) -> Record:
     """Measure, and write model.safetensors, ema.safetensors and report.json."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError("the last step made weights that are not finite; a lower --lr may help")
     out, models = Path(options.out), {"model": model}
     if trained["ema"]:
         models["ema"] = trained["ema"].module
@@ -277,15 +280,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(error)
     try:
         trained = train(model, data, options, checkpoint)
-    except DataError as error:
+    except (DataError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit("finetune: interrupted; --resume goes on from the last checkpoint, if there is one")
     if options.dry_run:
         print(f"{model.card.name}, r = {model.r}: {', '.join(map(str, model.token_counts()))} tokens")
         print(json.dumps(cost(options, trained)))
     elif trained["epoch"] < options.epochs:
         print(f"stopped after {options.steps} steps; --resume goes on")
     else:
-        show(finish(model, data, options, trained))
+        try:
+            report = finish(model, data, options, trained)
+        except (ValueError, OSError) as error:
+            fail(error)
+        show(report)
 
 
 def fail(error: Exception) -> NoReturn:

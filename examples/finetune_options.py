@@ -52,10 +52,15 @@ def set_up(options: argparse.Namespace, checkpoint: Record | None) -> tuple[Visi
     model.card = replace(model.card, preprocess=preprocess)
     prepare, digits = tomevit.transform(model), options.data == "digits" and not options.dry_run
     if digits and (model.config.in_chans, model.config.img_size) != (1, (8, 8)):
+        instead = (
+            "leave out --img-size"
+            if options.img_size and model.config.in_chans == 1
+            else "--model digits_p1 takes them"
+        )
         height, width = model.config.img_size
         raise ValueError(
             f"the digits have 1 channel and 8x8 pixels, and {model.card.name} takes {model.config.in_chans} and "
-            f"{height}x{width}; --model digits_p1 takes them"
+            f"{height}x{width}; {instead}"
         )
     augment = augmentation(
         "digits" if digits else "folder", prepare, randaugment=options.randaugment, erasing=options.erasing
@@ -70,6 +75,11 @@ def set_up(options: argparse.Namespace, checkpoint: Record | None) -> tuple[Visi
         raise ValueError(
             f"--batch {options.batch} is larger than the data: there are {len(data.train)} images to train on"
         )
+    taken = 0
+    if checkpoint:
+        taken = checkpoint["done"]["epoch"] * (len(data.train) // options.batch) + checkpoint["done"]["step"]
+    if options.steps and options.steps <= taken:
+        raise ValueError(f"--steps {options.steps} counts from the beginning, and {taken} are done")
     if checkpoint and checkpoint["data"] != describe(data):
         raise ValueError(f"{options.data} has changed since the run in {options.out} began: other images or classes")
     fit_head(model, data.classes, options)
@@ -106,11 +116,13 @@ def fit_head(model: VisionTransformer, classes: tuple[str, ...], options: argpar
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """A type for argparse."""
+    """A type for argparse: finite, within limits."""
+    limits = f"at least {least}" + (f", and at most {most}" if most < math.inf else "")
 
     def convert(text: str) -> Any:
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not possible; it must be {limits}")
         return value
 
     convert.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -125,8 +137,8 @@ def schedule(text: str) -> Any:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    count, positive, share = number(int, 0), number(int, 1), number(float, 0, 1)
-    rate = number(float, 0)
+    count, positive, share = number(int, 0, 2**62), number(int, 1), number(float, 0, 1)
+    rate, decay = number(float, 0), number(float, 0, 0.999999)
     parser = argparse.ArgumentParser(
         prog="finetune",
         usage="python -m examples.finetune [options]",
@@ -150,7 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--keep-head", action="store_true", help="and not a fresh one for the data's classes")
     add("--img-size", type=positive, help="pixels, if others than the model's")
-    add("--crop-pct", type=share, help="share of the image measured on, if another than the model's")
+    add("--crop-pct", type=number(float, 0.01, 1), help="share of the image measured on, if another than the model's")
     add("--r", type=schedule, help="tokens to merge: 8, or 8,-1, or [20,0,7], or 0.08")
     add("--r-warmup", type=rate, default=0.0, help="epochs in which r rises from 0")
     add("--prop-attn", action=argparse.BooleanOptionalAction, help="if otherwise than the weights ask")
@@ -161,9 +173,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=positive, default=1, help="parts in which a step's images pass, to save memory")
     add("--lr", type=rate, default=5e-4, help="the highest, of the head")
     add("--lr-batch", type=count, default=256, help="batch which --lr is for, and grows with; 0: it is for any")
-    add("--betas", type=share, nargs=2, default=[0.9, 0.999])
+    add("--betas", type=decay, nargs=2, default=[0.9, 0.999])
     add("--weight-decay", type=rate, default=0.05)
-    add("--layer-decay", type=share, default=1.0, help="of the learning rate, from one block to that below it")
+    add(
+        "--layer-decay",
+        type=number(float, 1e-6, 1),
+        default=1.0,
+        help="of the learning rate, from one block to that below it",
+    )
     add("--warmup-epochs", type=rate, default=0.5)
     add("--warmup-lr", type=rate, default=0.0, help="to begin with")
     add("--min-lr", type=rate, default=1e-6, help="to end with")
@@ -176,7 +193,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--erasing", type=share, default=0.0, help="probability of random erasing")
     add("--randaugment", type=count, nargs=2, metavar=("N", "M"), help="operations, and their magnitude of 30")
     add("--repeats", type=positive, default=1, help="of an image in an epoch, which then has a part of the images")
-    add("--ema", type=share, default=0.0, help="decay of a running average of the weights; 0: none")
+    add("--ema", type=decay, default=0.0, help="decay of a running average of the weights; 0: none")
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     add("--device", default=accelerator.type if accelerator else "cpu")
@@ -209,9 +226,11 @@ def read_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, R
     filled: Record = {}
     if "resume" in given:
         checkpoint = read_checkpoint(out)
-        filled = {name: value for name, value in checkpoint["options"].items() if name not in FREE}
+        filled = {
+            name: value for name, value in checkpoint["options"].items() if name not in ("out", "resume", "steps")
+        }
         for name, value in given.items():
-            if name in filled and value != filled[name]:
+            if name in filled and name not in FREE and value != filled[name]:
                 had, has = flag(name, filled[name]), flag(name, value)
                 raise ValueError(f"the run in {out} began with {had}, and cannot go on with {has}")
     elif "dry_run" not in given and (out / "checkpoint.pt").exists():
@@ -223,8 +242,10 @@ def read_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, R
     options = argparse.Namespace(**defaults | filled | given)
     if options.dry_run:
         options.steps, options.pretrained, options.keep_head = 2, "none", False
-    else:
-        out.mkdir(parents=True, exist_ok=True)
+    elif out.exists() and not out.is_dir():
+        raise ValueError(f"--out is {out}, which is a file; name a folder")
+    if options.validate and options.data != "digits":
+        raise ValueError("--validate is for the digits; a folder's val/ is what is measured on")
     if options.batch % options.accumulate:
         raise ValueError(f"--batch {options.batch} does not divide into {options.accumulate} parts (--accumulate)")
     if options.warmup_epochs >= options.epochs:
@@ -239,9 +260,13 @@ def read_checkpoint(out: Path) -> Record:
     for unfinished in out.glob(".checkpoint.pt.*"):  # the run was killed while it wrote
         unfinished.unlink()
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises depends on the bytes that it finds
         raise ValueError(f"{path} is no checkpoint of this program") from error
+    parts = {"options", "data", "done", "generators", "model", "optimizer", "scaler"}
+    if not (isinstance(found, dict) and parts <= found.keys()):
+        raise ValueError(f"{path} is no checkpoint of this program")
+    return found
 
 
 def describe(data: Data) -> Record:

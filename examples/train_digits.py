@@ -3,9 +3,9 @@
 The images are scikit-learn's digits: 1797 of 8x8 pixels, each pixel a token. A fifth of them is held out and takes part
 in no decision: to choose hyper-parameters, or an r, use --validate, which measures on a part of the training images.
 
-    pip install 'tomevit[train]'
-    python examples/train_digits.py             # writes digits_p1_plain.safetensors
-    python examples/train_digits.py --r 16      # the same, trained with merging: digits_p1_tome_r16.safetensors
+    pip install -e '.[train]'
+    python -m examples.train_digits             # writes digits_p1_plain.safetensors
+    python -m examples.train_digits --r 16      # the same, trained with merging: digits_p1_tome_r16.safetensors
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def accuracy(model: VisionTransformer, digits: Digits, r: int) -> float:
 
 def make_card(options: argparse.Namespace) -> tomevit.Card:
     """What the file says about itself."""
-    command = f"python examples/train_digits.py --r {options.r} --epochs {options.epochs} --batch {options.batch}"
+    command = f"python -m examples.train_digits --r {options.r} --epochs {options.epochs} --batch {options.batch}"
     command += f" --lr {options.lr:g} --seed {options.seed}"
     command += f" --limit {options.limit}" if options.limit else ""
     command += " --validate" if options.validate else ""

@@ -142,6 +142,7 @@ def remove(folder: Path, pattern: str) -> None:
         ("images/val/dog", "train/ has a class dog and val/ has not"),
         ("images/train/cat", "val/ has a class cat and train/ has not"),
         ("images/train/cat/*", "classes cat"),
+        ("images/*/cat", "train has one class alone"),
     ],
 )
 def test_what_is_missing_is_said(folder, gone, said):

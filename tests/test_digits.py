@@ -55,7 +55,7 @@ def test_training_with_merging_recovers_most_of_what_merging_costs(models):
 def test_shipped_files_are_small_and_say_where_they_come_from(models, name):
     path, card = shipped_file(name), models[name].card
     assert path.stat().st_size < 1_000_000
-    assert f"python examples/train_digits.py --r {card.r} " in card.notes
+    assert f"python -m examples.train_digits --r {card.r} " in card.notes
     assert "CC BY 4.0" in card.notes
     assert card.licence == "apache-2.0"
     assert card.class_names == tuple("0123456789")

@@ -256,7 +256,7 @@ def test_a_recipe_fills_options_in_and_given_ones_win(tmp_path):
     assert (options.model, options.pretrained, options.r) == ("mae_b16", found.start, 16)
     assert (options.lr, options.lr_batch, options.layer_decay) == (found.lr, 256, 0.65)
     assert (options.batch, options.randaugment) == (64, [1, 5])
-    assert finetune.overridden(options) == {"batch": [1024, 64], "randaugment": [[2, 9], [1, 5]]}
+    assert finetune.overridden(options) == {"batch": [1024, 64], "randaugment": [[2, 27], [1, 5]]}
     assert read_options([*out, *shlex.split(command(options))[3:]])[0] == options
 
 
@@ -314,6 +314,8 @@ def refusal(capsys: pytest.CaptureFixture[str], out: Path, options: str) -> str:
         ("--pretrained nowhere.pth", "nowhere.pth"),
         ("--device mars", "there is no device 'mars' here"),
         ("--freeze 5", "there are 4 blocks, and 5 cannot be frozen"),
+        ("--data . --validate", "--validate is for the digits"),
+        ("--img-size 16", "digits_p1 takes 1 and 16x16; leave out --img-size"),
     ],
 )
 def test_wrong_use_is_one_sentence(tmp_path, capsys, options, said):
@@ -340,6 +342,20 @@ def test_a_run_is_not_written_over(little, capsys):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"something else")
     assert "checkpoint.pt is no checkpoint of this program" in refusal(capsys, tmp_path, "--resume")
+    for other in ({"options": {}}, [1]):
+        torch.save(other, tmp_path / "checkpoint.pt")
+        assert "checkpoint.pt is no checkpoint of this program" in refusal(capsys, tmp_path, "--resume")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--lr inf", "--lr nan", "--layer-decay 0", "--betas 0.9 1", "--ema 1", "--crop-pct 0", "--epochs 0", "--seed -1"],
+)
+def test_impossible_numbers(capsys, options):
+    with pytest.raises(SystemExit) as raised:
+        read_options(options.split())
+    assert raised.value.code == 2
+    assert "is not possible; it must be at least" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_read_ends_the_run_with_its_name(tmp_path, folder, capsys):  # noqa: F811

@@ -192,6 +192,10 @@ def test_the_encoder_becomes_a_classifier(tmp_path: Path) -> None:
     assert torch.equal(probe.norm.weight, encoder.norm.weight)
     with pytest.raises(tomevit.CheckpointError, match="embed_dim 768 where the model has 1024"):
         tomevit.create("mae_l16", pretrained=encoder)
+    with pytest.raises(ValueError, match=r"pretrained is a MaskedAutoencoder.*: give its encoder"):
+        tomevit.create("mae_b16", pretrained=model)
+    averaged = torch.optim.swa_utils.AveragedModel(encoder)
+    assert torch.equal(tomevit.create("mae_cls_b16", pretrained=averaged).pos_embed, encoder.pos_embed)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +212,30 @@ def test_the_encoder_becomes_a_classifier(tmp_path: Path) -> None:
 def test_what_cannot_be(fields: dict[str, object], options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         autoencoder(replace(SMALL, **fields), **options)  # type: ignore[arg-type]
+
+
+def test_a_failure_leaves_the_encoder_as_it_was() -> None:
+    encoder = build(replace(SMALL, num_classes=3))
+    for options in ({"decoder_heads": 5}, {"mask_ratio": float("nan")}):
+        with pytest.raises(ValueError, match=r"decoder|num_heads|mask_ratio"):
+            MaskedAutoencoder(encoder, decoder_dim=24, decoder_depth=1, **options)  # type: ignore[arg-type]
+    assert encoder.config.num_classes == 3
+    assert encoder.pos_embed.requires_grad
+
+
+def test_training_mode_is_the_encoders() -> None:
+    assert not MaskedAutoencoder(build(SMALL).eval(), decoder_dim=16, decoder_depth=1).training
+    model = MaskedAutoencoder(build(SMALL).train(), decoder_dim=16, decoder_depth=1)
+    assert model.training
+    assert model.decoder.training
+
+
+def test_what_patches_are_visible_is_said_by_number() -> None:
+    encoder = build(SMALL)
+    mask = torch.rand(3, 64) > 0.5
+    for visible in (mask, torch.arange(4), torch.zeros(2, 4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"visible is .* and must be int64, the numbers of the visible patches"):
+            encoder.forward_features(images_for(encoder), visible=visible)
 
 
 def test_noise_of_another_shape() -> None:

@@ -30,7 +30,7 @@ GOLDEN = load_file(Path(__file__).parent / "golden" / "full_size.safetensors")
 @pytest.fixture(autouse=True)
 def network(server: Server, set_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """The server stands in for the hub and for every other host; nothing is published with a hash."""
-    set_environment(TOMEVIT_MIRROR=server.url)
+    set_environment(TOMEVIT_MIRROR=server.url, HF_HUB_DOWNLOAD_TIMEOUT="30")  # files of hundreds of MB
     found = zoo._zoo()
     cards = {
         name: tuple(

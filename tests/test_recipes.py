@@ -18,7 +18,7 @@ from tomevit.recipes import Recipe, list_recipes, recipe
 # facebookresearch/deit@7e160fe; README.md of facebookresearch/ToMe@af95e4b.
 SHARED = {
     "optimizer": "adamw", "betas": (0.9, 0.999), "batch": 1024, "weight_decay": 0.05, "clip": 0.0, "warmup_epochs": 5,
-    "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "randaugment": (2, 9), "crop_pct": 0.875,
+    "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "erasing": 0.25, "randaugment": (2, 27), "crop_pct": 0.875,
     "loss": "cross-entropy", "distillation": "none",
 }  # fmt: skip
 MAE = SHARED | {"lr_batch": 256, "warmup_lr": 0.0, "min_lr": 1e-6, "repeats": 1, "ema": 0.0}

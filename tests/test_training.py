@@ -157,5 +157,9 @@ def test_weights_that_are_spread_over_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the weights are of type Part; .* state_dict=get_model_state_dict"):
         tomevit.save(model, tmp_path / "x.safetensors", state_dict=spread)
     assert not (tmp_path / "x.safetensors").exists()
+    wrapped = {f"module.{name}": tensor for name, tensor in whole.items()}
+    for other, wrong in ((wrapped, r"blocks\.0"), (whole | {"norm.bias": torch.zeros(1)}, r"norm\.bias")):
+        with pytest.raises(ValueError, match=f"state_dict is of another model: {wrong}.* is missing, left over"):
+            tomevit.save(model, tmp_path / "x.safetensors", state_dict=other)
     tomevit.save(model, tmp_path / "x.safetensors", state_dict={name: 2 * tensor for name, tensor in whole.items()})
     assert torch.equal(tomevit.load(tmp_path / "x.safetensors").pos_embed, 2 * model.pos_embed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 
 from tomevit import zoo
 from tomevit.config import Config, Pool, Schedule
@@ -21,7 +23,7 @@ def create(
     name: str,
     *,
     r: Schedule | None = None,
-    pretrained: bool | str | PathLike[str] | VisionTransformer = False,
+    pretrained: bool | str | PathLike[str] | nn.Module = False,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
@@ -40,7 +42,8 @@ def create(
             the share of the patches entering each block. None: what the weights were trained with, 0 for most.
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
             converted on first use. Else a checkpoint of any known format: a file, a URL, hf-hub:owner/repo[@revision],
-            or a name of the zoo with its weights' tag; or a model, whose weights are copied. It must have the name's
+            or a name of the zoo with its weights' tag; or a model, in a wrapper of torch's or not, whose weights and
+            card are copied. It must have the name's
             architecture, and brings its own image size and class count. Of an encoder without a head a model can be
             made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
@@ -73,10 +76,10 @@ def create(
         model = build(config, chosen.r)
         preprocess = for_channels(chosen.preprocess, config.in_chans)
         model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
-    elif pretrained is True or isinstance(pretrained, str | PathLike | VisionTransformer):
+    elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
         if pretrained is True:
             weights = convert.published(chosen)
-        elif isinstance(pretrained, VisionTransformer):
+        elif isinstance(pretrained, nn.Module):
             weights = convert.of_model(pretrained, name)
         else:
             weights = convert.pretrained(pretrained, name, img_size=size)
@@ -86,7 +89,8 @@ def create(
             model = model.float()
     else:
         raise ValueError(
-            f"pretrained is {pretrained!r}, and must be True, False, a file, a URL, hf-hub:owner/repo or a model"
+            f"pretrained is {reprlib.repr(pretrained)}, and must be True, False, a file, a URL, hf-hub:owner/repo or a "
+            f"model"
         )
     if r is not None:
         model.r = r

@@ -35,8 +35,8 @@ def param_groups(
     model = unwrap(model)
     if not isinstance(model, VisionTransformer | MaskedAutoencoder):
         raise ValueError(f"model is a {type(model).__name__}, and must be a model of tomevit's")
-    if lr < 0 or weight_decay < 0:
-        raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and neither may be negative")
+    if not (lr >= 0 and weight_decay >= 0):
+        raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and must be 0 or more")
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay is {layer_decay}, and must be above 0 and at most 1")
     top, still = model.config.depth + 1, model.no_weight_decay()

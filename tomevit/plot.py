@@ -209,10 +209,12 @@ def accuracy_and_time(
     """
     figure = _figure(9.6, 4.6)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (3, 2), "wspace": 0.06})
-    for (name, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
+    apart = 0.016 * (max(across) - min(across))  # so that no spread hides another
+    for i, ((name, points), colour, marker) in enumerate(zip(lines.items(), COLOURS, "os^D", strict=False)):
         up, spread = zip(*points, strict=True)
+        beside = [r + (i - (len(lines) - 1) / 2) * apart for r in across]
         left.errorbar(
-            across, up, spread, color=colour, marker=marker, markersize=6, linewidth=1.8, capsize=3, label=name
+            beside, up, spread, color=colour, marker=marker, markersize=6, linewidth=1.8, capsize=3, label=name
         )
     left.margins(x=0.05, y=0.08)
     left.set_ylabel("held-out accuracy, %", fontsize=10.5, color=INK)

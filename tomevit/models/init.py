@@ -50,7 +50,8 @@ def _torch_default(tensor: Tensor, generator: Generator) -> Tensor:
 
 
 #: By name of an init, how parameters are drawn: the first pattern that fits a name counts. What no pattern names is 0
-#: for a bias, 1 for a norm, and for LayerScale what the config says.
+#: for a bias, 1 for a norm, and for LayerScale what the config says. (Nothing sets the bias of the patch embedding in
+#: DeiT's and MAE's code, where it begins as torch's, uniform up to 1 / √fan_in. Here it is 0.)
 INITS: dict[str, dict[str, Draw]] = {
     # google-research/vision_transformer@c6de1e5, vit_jax/models_vit.py, and Flax's defaults where that is silent
     "vit": {

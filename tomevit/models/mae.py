@@ -31,8 +31,9 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
-    The encoder is a model of the zoo and learns in place. Its tokens may merge: every visible patch still has a vector
-    of its own when the decoder begins. To fine-tune, `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
+    The encoder is a model of the zoo and learns in place; in training mode or not, as it was. Its tokens may merge:
+    every visible patch still has a vector of its own when the decoder begins. To fine-tune,
+    `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
 
     Args:
         encoder: such as `tomevit.create("mae_cls_b16")`, fresh or pre-trained. Its heads are taken off, and its
@@ -65,17 +66,17 @@ class MaskedAutoencoder(nn.Module):
             )
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
-        self.num_visible = int(config.num_patches * (1 - mask_ratio))
+        self.num_visible = int(config.num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
         if not 0 < self.num_visible < config.num_patches:
             raise ValueError(
                 f"mask_ratio is {mask_ratio}: of {config.num_patches} patches some must be hidden, and some visible"
             )
+        decoder = replace(config, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads)
+        self.decoder = build_decoder(decoder, config.embed_dim)
         encoder.reset_classifier(0)
         encoder.pos_embed.requires_grad_(False)
         self.encoder = encoder
-        self.decoder = build_decoder(
-            replace(config, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads), config.embed_dim
-        )
+        self.train(encoder.training)
 
     @property
     def config(self) -> Config:

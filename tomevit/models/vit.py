@@ -79,7 +79,7 @@ class VisionTransformer(nn.Module):
         return token_counts(self.r if r is None else r, *self._shape(num_tokens))
 
     def _shape(self, num_tokens: int | None) -> tuple[int, int, int]:
-        return self.config.depth, num_tokens or self.config.num_tokens, self.config.num_prefix
+        return self.config.depth, self.config.num_tokens if num_tokens is None else num_tokens, self.config.num_prefix
 
     def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
         """Classify.
@@ -189,6 +189,11 @@ class VisionTransformer(nn.Module):
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
         if visible is not None:
+            if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != len(images):
+                raise ValueError(
+                    f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "
+                    f"numbers of the visible patches in each of the {len(images)} images"
+                )
             first = torch.arange(config.num_prefix, device=x.device).expand(x.shape[0], -1)
             x = rows(x, torch.cat([first, visible + config.num_prefix], 1))
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomevit import zoo
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
-from tomevit.models import VisionTransformer
+from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
 from tomevit.weights import files, hub, native, rules
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
@@ -206,7 +206,7 @@ def pretrained(source: str | os.PathLike[str], model: str, *, img_size: tuple[in
             return _known(fetched.path, fetched.source, {}, downloaded=True)
 
         return read_native(_cached(card, locate_fetched, model=model, img_size=img_size), model)
-    if url in zoo.list_models(weights=True) and not os.path.exists(url):  # noqa: PTH110
+    if "." in url and url in zoo.list_models(weights=True) and not os.path.exists(url):  # noqa: PTH110
         weights = published(zoo.card(url))
         _named(model, weights.card)
         return weights
@@ -401,8 +401,17 @@ def read_native(path: Path, model: str | Card | None = None) -> Weights:
     return _described(card, tensors, str(path), model)
 
 
-def of_model(source: VisionTransformer, model: str) -> Weights:
-    """A copy of a model's weights, for a model of that name; raises as `read_native`."""
+def of_model(source: nn.Module, model: str) -> Weights:
+    """A copy of a model's weights, for a model of that name.
+
+    Raises:
+        ValueError: it is none of ours.
+        CheckpointError: as `read_native`.
+    """
+    source = unwrap(source)
+    if not isinstance(source, VisionTransformer):
+        hint = ": give its encoder" if isinstance(source, MaskedAutoencoder) else ""
+        raise ValueError(f"pretrained is a {type(source).__name__}, and no model to take weights from{hint}")
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in source.state_dict().items()}
     return _described(native.card_of(source), tensors, "the model", model)
 
