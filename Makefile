@@ -5,7 +5,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo check lint test fix clean
+.PHONY: demo check lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -18,6 +18,9 @@ lint: .venv/test
 	$(BIN)/mypy
 
 test: .venv/test
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal
+
+coverage: .venv/test
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal --cov --cov-report=term
 
 fix: .venv/test

@@ -61,7 +61,7 @@ def prepare(options: argparse.Namespace, checkpoints: str) -> tuple[tomevit.Visi
         data = load_data(options.data, tomevit.transform(tomevit.create(options.model)), limit=options.limit)
         classes = len(data.classes)
         model = tomevit.create(options.model, r=options.r, pretrained=options.pretrained, num_classes=classes)
-    except (ValueError, tomevit.DownloadError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         fail(str(error))
     if len(data.train) < options.batch:
         fail(f"--batch is {options.batch}, and there are only {len(data.train)} images to train on")

@@ -43,9 +43,9 @@ def create(
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
             converted on first use. Else a checkpoint of any known format: a file, a URL, hf-hub:owner/repo[@revision],
             or a name of the zoo with its weights' tag; or a model, in a wrapper of torch's or not, whose weights and
-            card are copied. It must have the name's
-            architecture, and brings its own image size and class count. Of an encoder without a head a model can be
-            made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
+            card are copied. It must have the name's architecture, and brings its own image size and class count. Of an
+            encoder without a head a model can be made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from
+            "mae_cls_b16.pretrain".
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
             for another number.
         img_size: pixels, one number or (height, width), divisible by the patch size. Pretrained positions are

@@ -477,7 +477,7 @@ def _named(model: str | Card, known: Card | None) -> Card:
         raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
     return replace(
         card,
-        config=replace(known.config, prop_attn=card.config.prop_attn),
+        config=replace(known.config, prop_attn=card.config.prop_attn, init=card.config.init),
         preprocess=known.preprocess,
         licence=known.licence or card.licence,
         figures=(),

@@ -182,7 +182,7 @@ def _card(where: str, fields: dict[str, Any], kin: str, preprocess: Preprocess, 
         name = f"{family}_{config.embed_dim}x{config.depth}_p{config.patch_size}"
         return Card(name=name, title="Vision Transformer", config=config, preprocess=preprocess, **rest)
     near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
-    config = replace(config, prop_attn=near.config.prop_attn)
+    config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
     return Card(
         name=near.name,
         timm=near.timm,
