@@ -82,14 +82,10 @@ def save(
             f"the weights are of type {', '.join(strange)}; those of a model spread over processes are given as "
             f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
-    if state_dict is not None and _shapes_of(tensors) != (own := _shapes_of(inner.state_dict())):
-        wrong = sorted(_shapes_of(tensors).items() ^ own.items())[0][0]
-        raise ValueError(f"state_dict is of another model: {wrong} is missing, left over or of another shape")
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if state_dict is not None and (wrong := sorted(given.items() ^ _shapes(inner.config).items())):
+        raise ValueError(f"state_dict is of another model: {wrong[0][0]} is missing, left over or of another shape")
     write(path, card_of(inner, card), tensors)
-
-
-def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
