@@ -64,39 +64,6 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
     assert tuple(json.loads(out)["tokens"]) == tomevit.create("deit_ti16", r=meant).token_counts()
 
 
-def test_bench_compares_with_r_0(capsys):
-    arguments = [
-        "bench",
-        "deit_ti16",
-        "--img-size",
-        "64",
-        "--batch",
-        "2",
-        "--rounds",
-        "1",
-        "--json",
-        "--r",
-        "2",
-        "1,-1",
-    ]
-    status, out, _ = run(capsys, *arguments)
-    result = json.loads(out)
-    assert status == 0
-    assert [row["r"] for row in result["rows"]] == [0, 2, [1, -1.0]]
-    assert result["rows"][0]["speed_up"] == 1.0
-    assert result["rows"][1]["flop_ratio"] == pytest.approx(result["rows"][0]["gflops"] / result["rows"][1]["gflops"])
-    assert all(row["images_per_second"] > 0 for row in result["rows"])
-    assert {"device", "threads", "torch", "dtype", "batch", "mode"} <= result.keys()
-
-
-def test_bench_compiled_prints_a_table(capsys):
-    arguments = ["bench", "digits_p1", "--batch", "1", "--rounds", "1", "--r", "3", "--compile"]
-    status, out, _ = run(capsys, *arguments)
-    assert status == 0
-    assert "compiled" in out.splitlines()[0]
-    assert [line.split()[0] for line in out.splitlines()[1:]] == ["r", "0", "3"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -114,10 +81,15 @@ def test_bench_compiled_prints_a_table(capsys):
         (["info", "vit_b16", "--r", "eight"], "8,-1"),
         (["info", "vit_b16", "--r", "[1,2"], "[20,0,7]"),
         (["bench", "deit_ti16", "--r", "[1,1,1,1,1,1,1,1,1,1,1,1,1]"], "the model has 12"),
-        (["bench", "deit_ti16", "--compile", "--r", *"123456789"], "several runs"),
         (["bench", "--dtype", "int8"], "bfloat16"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--device", "abacus"], "abacus"),
+        (["bench", "digits_p1", "--dtype", "tf32"], "CUDA"),
+        (["bench", "digits_p1", "--timm"], "no name for digits_p1"),
+        (["bench", "--target", "1"], "--target"),
+        (["bench", "--mode", "fast"], "compiled"),
+        (["bench", "--out", "/nowhere/table.txt"], "no directory /nowhere"),
+        (["bench", "--plot", "picture.xyz"], ".png, .svg or .pdf"),
         (["demo", "--r", "-1"], "negative"),
     ],
 )

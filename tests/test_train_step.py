@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.train_step import peak_allocated, reference
+from benchmarks.reference import reference
+from benchmarks.train_step import peak_allocated
 from tests.helpers import images_for, tiny
 
 MAE = {"pool": "avg", "pool_norm": "after", "prop_attn": False}

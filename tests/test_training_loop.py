@@ -93,7 +93,7 @@ def test_r_grows_while_a_model_learns() -> None:
         optimizer.step()
     assert model.r == top
     # Without merging in these steps it rises by 2 points: mutate `top` to 0 to see it.
-    assert accuracy(24) - before > 0.05
+    assert accuracy(24) - before > 0.04
 
 
 def test_each_batch_has_its_r_and_evaluation_leaves_no_trace() -> None:

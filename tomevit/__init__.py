@@ -13,6 +13,8 @@ from tomevit.flops import flops
 from tomevit.layers.merge import Merge, Tokens, unmerge
 from tomevit.models import DistilledLogits, MaskedAutoencoder, VisionTransformer
 from tomevit.optim import param_groups
+from tomevit.optimize import optimize
+from tomevit.programs import export_program
 from tomevit.recipes import Recipe, list_recipes, recipe
 from tomevit.transform import transform
 from tomevit.weights.convert import convert
@@ -42,10 +44,12 @@ __all__ = [
     "convert",
     "create",
     "export",
+    "export_program",
     "flops",
     "list_models",
     "list_recipes",
     "load",
+    "optimize",
     "param_groups",
     "push",
     "recipe",

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from colorsys import hsv_to_rgb
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tomevit.config import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -238,6 +241,97 @@ def accuracy_and_time(
     _save(figure, path)
 
 
+def check_suffix(path: Path) -> None:
+    """Say so before any work is done, if a picture cannot be written under this name.
+
+    Raises:
+        ValueError: its suffix names no kind of picture that matplotlib writes.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}; a picture's name ends in .png, .svg or .pdf")
+
+
+def speed_up(
+    path: Path,
+    suffix: str,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[Schedule, float, float]]]],
+    title: str,
+    note: str,
+) -> None:
+    """Speed-up over r, a line for each batch and a panel for each dtype, with what the FLOPs would give as the limit.
+
+    Args:
+        path: the picture to write.
+        suffix: its kind, as in ".png", whatever the path's.
+        panels: for each dtype and each line's label, points (r, speed-up, limit), in the order of falling cost.
+        title: above all panels.
+        note: below them, what the figures must be read with.
+    """
+    from matplotlib import colormaps
+
+    figure = _figure(0.8 + 5.4 * len(panels), 4.9)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (dtype, lines) in zip(axes, panels.items(), strict=True):
+        longest = max(lines.values(), key=len)
+        values = [r for r, _, _ in longest]
+        # An r that is no number has no place on a scale: then they stand side by side.
+        numbers = all(isinstance(r, int) for r in values)
+        place = {str(r): float(r) if isinstance(r, int) and numbers else float(i) for i, r in enumerate(values)}
+        limit = [(place[str(r)], ratio) for r, _, ratio in longest]
+        axis.plot(*zip(*limit, strict=True), color=GREY, linewidth=1.6, linestyle=(0, (4, 3)), label="limit, by FLOPs")
+        axis.axhline(1.0, color="#c9ccd2", linewidth=1.2, zorder=1)
+        for i, (label, points) in enumerate(lines.items()):
+            colour = colormaps["viridis"](0.12 + 0.73 * i / max(1, len(lines) - 1))
+            across, up = [place[str(r)] for r, _, _ in points], [ratio for _, ratio, _ in points]
+            axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=6, linewidth=1.8, label=label)
+        axis.set_xticks(list(place.values()), [str(r) for r in values])
+        axis.margins(x=0.05, y=0.1)
+        axis.set_xlabel("r, tokens merged in each block", fontsize=10.5, color=INK)
+        axis.set_title(dtype, fontsize=11, color=INK)
+        axis.grid(color="#e4e6ea", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.tick_params(colors=INK, labelsize=9.5, length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+        axis.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")
+    axes[0].set_ylabel("speed-up over the best unmerged", fontsize=10.5, color=INK)
+    figure.suptitle(title, fontsize=12.5, color=INK)
+    figure.supxlabel("\n".join(wrap(note, 40 + 52 * len(panels))), fontsize=9, color=GREY)
+    _save(figure, path, suffix[1:])
+
+
+def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, note: str) -> None:
+    """A share of the time over the number of tokens that enter.
+
+    Args:
+        path: the PNG to write.
+        lines: for each line's label, points (tokens, per cent).
+        title: above the plot.
+        note: below it, what the figures must be read with.
+    """
+    figure = _figure(7.6, 4.6)
+    axis = figure.subplots()
+    for (label, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
+        across, up = zip(*points, strict=True)
+        axis.plot(across, up, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.05, y=0.14)
+    axis.set_xlabel("tokens entering the first block", fontsize=10.5, color=INK)
+    axis.set_ylabel("share of the time, %", fontsize=10.5, color=INK)
+    axis.set_title(title, fontsize=12.5, color=INK, pad=12)
+    axis.grid(color="#e4e6ea", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=INK, labelsize=9.5, length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+    figure.supxlabel("\n".join(wrap(note, 92)), fontsize=9, color=GREY)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     """An empty figure, in inches."""
     from matplotlib.figure import Figure
@@ -255,8 +349,8 @@ def _show(axis: Axes, picture: Tensor) -> None:
         side.set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path, kind: str = "png") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+    figure.savefig(path, dpi=DPI, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)

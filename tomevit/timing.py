@@ -6,24 +6,47 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+WARMUP = 2
 
 
-def interleave(
+class Turn(NamedTuple, Generic[Key]):
+    """One run of one candidate."""
+
+    key: Key
+    seconds: float
+    counts: bool  # False: it was warm-up
+
+
+class Quartiles(NamedTuple):
+    """The middle of many times and their spread, in seconds: half of them lie between lower and upper."""
+
+    lower: float
+    median: float
+    upper: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Quartiles:
+        if len(times) == 1:
+            return cls(times[0], times[0], times[0])
+        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(lower, median, upper)
+
+
+def turns(
     candidates: Mapping[Key, Callable[[], object]],
     *,
     rounds: int,
-    warmup: int = 2,
+    warmup: int = WARMUP,
     device: torch.device | str = "cpu",
-    progress: Callable[[], object] | None = None,
-) -> dict[Key, float]:
-    """The median time of each candidate, in seconds.
+) -> Iterator[Turn[Key]]:
+    """Every run of every candidate, as it ends.
 
     In every round each candidate runs once, so that whatever slows the machine for a while slows all of them. The
     order is drawn anew each round, since what ran before decides what memory is at hand.
@@ -31,23 +54,54 @@ def interleave(
     Args:
         candidates: what to time, without arguments.
         rounds: timed runs of each.
-        warmup: untimed runs of each, before.
+        warmup: runs of each before, which do not count.
         device: waited for after every run.
-        progress: called after every run, warm-up included.
     """
     draw = random.Random(0)
-    seconds: dict[Key, list[float]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
-        for name in draw.sample(list(candidates), len(candidates)):
-            _wait_for(device)
-            start = time.perf_counter()
-            candidates[name]()
-            _wait_for(device)
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-            if progress is not None:
-                progress()
-    return {name: statistics.median(times) for name, times in seconds.items()}
+        for key in draw.sample(list(candidates), len(candidates)):
+            yield Turn(key, seconds(candidates[key], device), turn >= warmup)
+
+
+def interleave(
+    candidates: Mapping[Key, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = WARMUP,
+    device: torch.device | str = "cpu",
+    progress: Callable[[], object] | None = None,
+) -> dict[Key, float]:
+    """The median time of each candidate, in seconds. Arguments as `turns`.
+
+    Args:
+        progress: called after every run, warm-up included.
+    """
+    times: dict[Key, list[float]] = {key: [] for key in candidates}
+    for turn in turns(candidates, rounds=rounds, warmup=warmup, device=device):
+        if turn.counts:
+            times[turn.key].append(turn.seconds)
+        if progress is not None:
+            progress()
+    return {key: statistics.median(found) for key, found in times.items()}
+
+
+def seconds(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """How long a call takes, until the device has finished what it was given."""
+    _wait_for(device)
+    start = time.perf_counter()
+    call()
+    _wait_for(device)
+    return time.perf_counter() - start
+
+
+def seconds_of_host(call: Callable[[], object], device: torch.device | str) -> float:
+    """How long a call keeps the host busy, which hands work to the device and does not wait for it."""
+    _wait_for(device)
+    start = time.perf_counter()
+    call()
+    taken = time.perf_counter() - start
+    _wait_for(device)
+    return taken
 
 
 def _wait_for(device: torch.device | str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -51,18 +52,28 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(found[1]), int(found[2] or found[1])
 
 
-class ManyR(click.Command):
-    """A command whose --r takes several values: --r 0 8 13 means --r 0 --r 8 --r 13."""
+class Many(click.Command):
+    """A command whose repeatable options take several values at once: --r 0 8 13 means --r 0 --r 8 --r 13."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        kinds = {name: p.type for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
         spread: list[str] = []
-        follows = False
+        option = None
         for argument in args:
-            if follows and re.match(r"[\d\[.]", argument) and spread[-1] != "--r":
-                spread.append("--r")
-            follows = argument == "--r" or (follows and re.match(r"[\d\[.]", argument) is not None)
+            if option is not None and _is_value(kinds[option], argument):
+                if spread[-1] != option:
+                    spread.append(option)
+            else:
+                option = argument if argument in kinds else None
             spread.append(argument)
         return super().parse_args(ctx, spread)
+
+
+def _is_value(kind: Any, argument: str) -> bool:
+    """Whether an argument is one more value: a model's name or a path, which may follow, is none."""
+    if isinstance(kind, click.Choice):
+        return argument in kind.choices
+    return re.match(r"[\d\[.]", argument) is not None and not Path(argument).is_file()
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

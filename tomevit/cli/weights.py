@@ -1,4 +1,4 @@
-"""Weights in, checked, and out: `tomevit convert`, `tomevit verify`, `tomevit export`, `tomevit push`."""
+"""Weights in, checked, and shared: `tomevit convert`, `tomevit verify`, `tomevit push`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
 from tomevit.weights import convert as conversion
 from tomevit.weights.convert import Report
-from tomevit.weights.export import export as run_export
-from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
 from tomevit.weights.share import push as run_push
 from tomevit.weights.verify import verify as run_verify
@@ -123,33 +121,6 @@ def verify(ctx: click.Context, file: Path, against: str | None, key: str | None,
     ctx.exit(0 if all(check.passed for check in checks) else 1)
 
 
-@click.command()
-@click.argument("source")
-@click.option("--format", "format_name", required=True, metavar="NAME", help=f"One of {', '.join(FORMATS)}.")
-@click.option(
-    "-o",
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="A file, or a directory for timm and transformers.",
-)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def export(source: str, format_name: str, out: Path, as_json: bool) -> None:
-    """Write a model's weights in another project's format.
-
-    SOURCE is a file that tomevit wrote, or a name of the zoo with its weights. The suffix of OUT says what is written:
-    .safetensors, .npz, or .pth, .pt, .bin, .torch; a directory gets model.safetensors and its config.json.
-    """
-    written, unsaid = run_export(source, out, format_name)
-    if as_json:
-        click.echo(json.dumps({"written": list(map(str, written)), "unsaid": unsaid}, indent=2))
-        return
-    for path in written:
-        click.echo(f"written     {path}")
-    for sentence in unsaid:
-        click.echo(f"left out    {sentence}")
-
-
 def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, float]]:
     found = [re.fullmatch(r"(\d+)=(\d+(?:\.\d+)?)", value) for value in values]
     if None in found:
@@ -187,4 +158,4 @@ def push(
     click.echo(f"uploaded    {address}")
 
 
-COMMANDS: tuple[click.Command, ...] = (convert, verify, export, push)
+COMMANDS: tuple[click.Command, ...] = (convert, verify, push)

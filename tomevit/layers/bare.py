@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, TypeVar
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tomevit.layers import backends
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -19,5 +22,12 @@ def bare(kind: type[Module], *args: Any, **kwargs: Any) -> Module:
     return module
 
 
-linear = partial(bare, nn.Linear)
+class Linear(nn.Linear):
+    """torch's, on the fastest way to the same result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return backends.widened(F.linear, x, self.weight, self.bias)
+
+
+linear = partial(bare, Linear)
 layer_norm = partial(bare, nn.LayerNorm)

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attention
 from tomevit.layers.bare import layer_norm
-from tomevit.layers.matching import find_matching
+from tomevit.layers.matching import Matching, find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
+
+MatchAndMerge = Callable[[Tokens, Tensor, int, int], Tokens]
+
+
+def match_and_merge(matching: Matching, tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
+    """Merge r tokens, those that the matching finds similar in the keys (B, H, N, d), averaged over the heads."""
+    return merge_tokens(tokens, matching(key.mean(1), r, num_prefix))
 
 
 class Block(nn.Module):
@@ -19,7 +29,7 @@ class Block(nn.Module):
         super().__init__()
         self.num_prefix = config.num_prefix
         self.prop_attn = config.prop_attn
-        self.matching = find_matching(config.matching)
+        self.match_and_merge: MatchAndMerge = partial(match_and_merge, find_matching(config.matching))
         self.norm1 = layer_norm(config.embed_dim, config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
@@ -42,7 +52,7 @@ class Block(nn.Module):
         attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
         tokens = Tokens(x[:, :num_read] + self.drop_path(self.ls1(attended)), size, slots)
         if r > 0:
-            tokens = merge_tokens(tokens, self.matching(key.mean(1), r, self.num_prefix))
+            tokens = self.match_and_merge(tokens, key, r, self.num_prefix)
         del attended, key  # the keys hold all of qkv, which need not be there when memory peaks
         x, size, slots = tokens
         return Tokens(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), size, slots)

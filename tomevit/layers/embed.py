@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.layers import backends
 
 
 class PatchEmbed(nn.Module):
@@ -25,7 +28,9 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return rearrange(self.proj(images), "b d h w -> b (h w) d")
+        proj = self.proj
+        patches = backends.widened(partial(F.conv2d, stride=proj.stride), images, proj.weight, proj.bias)
+        return rearrange(patches, "b d h w -> b (h w) d")
 
 
 def add_prefix_and_positions(

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tomevit.layers import backends
 from tomevit.layers.merge import Merge, rows
 
 Matching = Callable[[Tensor, int, int], Merge]
@@ -29,9 +30,24 @@ def bipartite_soft_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
 
     Even and odd count from the first token, prefix included, so that weights trained with merging see the same sets.
     """
+    match = torch.ops.tomevit.bipartite_soft_matching if backends.hides_merging(key) else _bipartite
+    return Merge(*match(key, r, num_prefix))
+
+
+def _bipartite(key: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
     position = torch.arange(key.shape[1], device=key.device)
     even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
     return _join_most_similar(key, position[even::2], position[odd::2], r, num_prefix)
+
+
+bipartite_op = torch.library.custom_op("tomevit::bipartite_soft_matching", _bipartite, mutates_args=())
+
+
+@bipartite_op.register_fake
+def _(key: Tensor, r: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, _ = key.shape
+    keep, src, dst = (key.new_empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, r))
+    return keep, src, dst
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ undone and composed by the functions here, all of them pure.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tomevit.layers import backends
 
 
 class Tokens(NamedTuple):
@@ -49,17 +51,92 @@ def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
     Returns:
         (B, M, D) in the dtype of x, and (B, M, 1) float32.
     """
+    if backends.merges_by_index(x):
+        if backends.hides_merging(x):
+            return torch.ops.tomevit.merge_mean(x, size, *merge)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _MeanByIndex.apply(x, size, *merge)  # type: ignore[no-untyped-call]
+        return mean_by_index(x, size, merge)
+    return mean_by_product(x, size, merge)
+
+
+def mean_by_product(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
+    """`merge_mean`, with the rows that join spread by a small one-hot product.
+
+    It needs no scatter, and so is deterministic on every device, compiles to few kernels and exports everywhere.
+    """
     keep, src, dst = merge
     dtype = torch.promote_types(x.dtype, torch.float32)
     joins = dst[:, None, :] == torch.arange(keep.shape[1], device=dst.device)[:, None]  # (B, M, N - M)
     size_keep, size_src = rows(size, keep), rows(size, src)
     # Sums of integers below 2^24: exact in float32, in any order, on any device.
     size_out = size_keep + (joins * size_src.mT).sum(2, keepdim=True)  # (B, M, 1)
-    # Weights that sum to one: a sum over x itself could overflow float16. The few rows that join are spread by a small
-    # one-hot product, which needs no scatter, and so is deterministic on every device and exports everywhere.
+    # Weights that sum to one: a sum over x itself could overflow float16.
     weights = joins * (size_src.mT.to(dtype) / size_out)  # (B, M, N - M)
     kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) / size_out)
     return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
+
+
+def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
+    """`merge_mean`, touching only the rows that join and are joined; all others are copied, to the bit.
+
+    Each group gathers in the row of one of its joining tokens, in order, and goes to its place from there: indexed
+    additions on a CPU are sequential, so the result is deterministic. It has no gradient.
+    """
+    (batch, _, dim), (keep, src, dst) = x.shape, merge
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    target = (dst + torch.arange(batch, device=dst.device)[:, None] * keep.shape[1]).flatten()  # rows of (B M, D)
+    out, size_keep, size_src = (
+        rows(x, keep).flatten(0, 1),
+        rows(size, keep).flatten(0, 1),
+        rows(size, src).flatten(0, 1),
+    )
+    size_out = size_keep.index_add(0, target, size_src)
+    sizes = size_out[target].to(dtype)
+    # Any one of a group may speak for it, as long as all agree.
+    joining = torch.arange(len(target), device=dst.device)
+    speaker = target.new_zeros(batch * keep.shape[1]).scatter(0, target, joining)[target]
+    mean = out[target].to(dtype) * (size_keep[target] / sizes)
+    mean.index_add_(0, speaker, rows(x, src).flatten(0, 1).to(dtype) * (size_src / sizes))
+    out[target] = mean[speaker].to(x.dtype)
+    return out.view(batch, -1, dim), size_out.view(batch, -1, 1)
+
+
+class _MeanByIndex(torch.autograd.Function):
+    """`mean_by_index` with its gradient, in which every token takes its share of its group's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+        return mean_by_index(x, size, Merge(keep, src, dst))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, size, *merge = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(size, output[1], *merge)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        size, size_out, *merge = ctx.saved_tensors
+        slots = slot_map(Merge(*merge))
+        share = size.to(torch.promote_types(grad.dtype, torch.float32)) / rows(size_out, slots)
+        return (rows(grad, slots) * share).to(grad.dtype), None, None, None, None
+
+
+@torch.library.custom_op("tomevit::merge_mean", mutates_args=())
+def merge_mean_op(x: Tensor, size: Tensor, keep: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge_mean` as one operator, for compilers."""
+    return mean_by_index(x, size, Merge(keep, src, dst))
+
+
+@merge_mean_op.register_fake
+def _(x: Tensor, size: Tensor, keep: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(*keep.shape, x.shape[2]), size.new_empty(*keep.shape, 1)
+
+
+merge_mean_op.register_autograd(_MeanByIndex.backward, setup_context=_MeanByIndex.setup_context)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

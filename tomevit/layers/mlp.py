@@ -8,19 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.layers import backends
 from tomevit.layers.bare import linear
+
+
+class GELU(nn.GELU):
+    """torch's, in place if asked."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        gelu = torch.ops.aten.gelu_ if inplace else torch.ops.aten.gelu
+        return gelu(x, approximate=self.approximate)
 
 
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        gate = torch.sigmoid(1.702 * x)
+        return x.mul_(gate) if inplace else x * gate
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu": GELU,
+    "gelu_tanh": lambda: GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
 
@@ -37,7 +47,10 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(self.act(self.fc1(x)))))
+        hidden = self.fc1(x)
+        # A second tensor of this size would cost more than the activation; a hook may have kept the first.
+        hidden = self.act(hidden, inplace=backends.may_overwrite(hidden) and not self.fc1._forward_hooks)
+        return self.dropout(self.fc2(self.dropout(hidden)))
 
 
 class LayerScale(nn.Module):

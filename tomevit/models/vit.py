@@ -29,6 +29,7 @@ class VisionTransformer(nn.Module):
         r: how many tokens merge in each block. Set it at any time, or pass it to a call.
         num_read: how many tokens the head reads off the front of the last block; None if it reads them all.
         head_names: the attributes that are classifiers.
+        optimizations: what `tomevit.optimize` did.
     """
 
     head_names: tuple[str, ...] = ("head",)
@@ -41,6 +42,7 @@ class VisionTransformer(nn.Module):
         self.r = r
         self.num_read = 1 + config.dist_token if config.pool == "token" else None
         self.grad_checkpointing = False
+        self.optimizations: tuple[str, ...] = ()
 
         dim, eps, norm_pooled = config.embed_dim, config.norm_eps, config.pool_norm == "after"
         self.patch_embed = PatchEmbed(config)
@@ -85,7 +87,7 @@ class VisionTransformer(nn.Module):
         """Classify.
 
         Args:
-            images: (B, C, H, W) floating, normalised (`tomevit.transform`).
+            images: (B, C, H, W) floating, normalised (`tomevit.transform`); taken in the dtype of the weights.
             r: instead of the model's own.
 
         Returns:
@@ -134,6 +136,9 @@ class VisionTransformer(nn.Module):
         for name, head in initial_heads(self.head_names, self.config).items():
             setattr(self, name, head.to(self.pos_embed).train(self.training))
         self.card = replace(self.card, config=self.config, class_names=(), figures=())
+
+    def extra_repr(self) -> str:
+        return "\n".join([f"r={self.r}", *self.optimizations])
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that are no matrices, whatever their shape: tokens and positions."""
@@ -186,6 +191,7 @@ class VisionTransformer(nn.Module):
             )
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
+        images = images.to(self.pos_embed.dtype)
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
         if visible is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tomevit.config import Card
 from tomevit.models import VisionTransformer
+from tomevit.programs import PROGRAMS
 from tomevit.weights import native, rules
 from tomevit.weights.convert import card_of_name, published
 from tomevit.weights.formats import FORMATS
@@ -44,7 +45,7 @@ def export(
         out: a file, whose suffix says what it is: .safetensors, .npz, or .pth, .pt, .bin, .torch for torch.save, which
             puts DeiT's and MAE's weights under "model" as those projects do. Or a directory, for timm and transformers:
             model.safetensors with the config.json (and preprocessor_config.json) by which they load it.
-        format: a name in `tomevit.weights.formats.FORMATS`.
+        format: a name in `tomevit.weights.formats.FORMATS`; for programs there is `tomevit.export_program`.
 
     Returns:
         What was written, and what the format has no words for.
@@ -53,6 +54,8 @@ def export(
         ValueError: the format cannot hold this model, or there is no such format or suffix.
         FileNotFoundError, OSError: nothing to read, or no place to write. A file is written whole or not at all.
     """
+    if format in PROGRAMS:
+        raise ValueError(f"{format} is a format of programs, not of weights: use tomevit.export_program")
     table, out = FORMATS[check_format(format)], Path(out)
     to_directory = out.is_dir() or not out.suffix
     if not to_directory:

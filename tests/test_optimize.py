@@ -1,0 +1,207 @@
+"""Faster ways to the same result: those that every model takes, and `tomevit.optimize`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tomevit
+from tests.helpers import images_for, relative_error, tiny
+from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching
+from tomevit.layers.attention import attend
+from tomevit.layers.bare import linear
+from tomevit.layers.merge import mean_by_index, mean_by_product, merge_mean
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+def tokens(dtype: torch.dtype, seed: int, count: int = 41, dim: int = 16) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, count, dim, generator=draw).to(dtype)
+    return x, torch.randint(1, 200, (3, count, 1), generator=draw).float()
+
+
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
+@settings(max_examples=60)
+@given(
+    matching=st.sampled_from(sorted(MATCHINGS)),
+    dtype=st.sampled_from([torch.float64, torch.float32, *HALF]),
+    count=st.integers(6, 60),
+    share=st.floats(0, 1),
+    num_prefix=st.integers(0, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_both_ways_to_average_agree(
+    matching: str, dtype: torch.dtype, count: int, share: float, num_prefix: int, seed: int
+) -> None:
+    x, size = tokens(dtype, seed, count)
+    merge = MATCHINGS[matching](x, round(share * ((count - num_prefix) // 2)), num_prefix)
+    by_index, by_product = mean_by_index(x, size, merge), mean_by_product(x, size, merge)
+    assert torch.equal(by_index[1], by_product[1])
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(by_index[0], by_product[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("way", [mean_by_index, mean_by_product])
+def test_many_join_one_at_the_ends_of_float16(way: Any) -> None:
+    x = torch.full((1, 40, 8), 65504.0, dtype=torch.float16)
+    x[:, ::2] *= -1
+    merge = MATCHINGS["every_kth"](torch.ones(1, 40, 4), None, 0)
+    merged, size = way(x, torch.ones(1, 40, 1), merge)
+    assert merged.isfinite().all()
+    assert size.sum() == 40
+    assert (merge.dst[0].bincount() > 5).any(), "no group is large"
+
+
+def test_the_gradient_is_that_of_the_product() -> None:
+    x, size = tokens(torch.float64, 0)
+    merge = bipartite_soft_matching(x, 18, 1)
+    x.requires_grad_()
+    ahead = torch.randn(3, 23, 16, dtype=torch.float64)
+    expected = torch.autograd.grad(mean_by_product(x, size, merge)[0], x, ahead)
+    torch.testing.assert_close(torch.autograd.grad(merge_mean(x, size, merge)[0], x, ahead), expected)
+    assert torch.autograd.gradgradcheck(lambda x: merge_mean(x, size, merge)[0], x[:, :, :2].detach().requires_grad_())
+
+
+def test_the_operators_for_compilers_keep_their_promises() -> None:
+    x, size = tokens(torch.float32, 1, dim=4)
+    torch.library.opcheck(torch.ops.tomevit.bipartite_soft_matching.default, (x, 9, 1))
+    merge = bipartite_soft_matching(x, 9, 1)
+    torch.library.opcheck(torch.ops.tomevit.merge_mean.default, (x.requires_grad_(), size, *merge))
+
+
+def test_exported_programs_hold_operators_of_torch_alone() -> None:
+    model = tiny(4, depth=2)
+    program = torch.export.export(model, (images_for(model),))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in names if "tomevit" in name or "index_add" in name or "index_put" in name]
+
+
+# ------------------------------------------------------------------------------------------- products and activations
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_emulated_types_are_widened_and_round_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EMULATED", frozenset({dtype}))
+    layer, x = linear(32, 8), torch.randn(5, 32)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+    wide, x = layer.to(dtype).float()(x.to(dtype).float()), x.to(dtype)
+    assert torch.equal(layer.to(dtype)(x), wide.to(dtype))
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(layer.float()(x.float()), wide.to(dtype))
+    q, k, v = torch.randn(3, 2, 4, 9, 16).to(dtype)
+    size = torch.randint(1, 5, (2, 9, 1)).float()
+    bias = size.log().to(dtype).float().mT[:, None]
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias)
+    assert torch.equal(attend(q, k, v, size), expected.to(dtype))
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_what_a_hook_kept_is_left_alone(act: str) -> None:
+    model, kept = tiny(4, depth=2, act=act), []
+    images = images_for(model)
+    with torch.no_grad():
+        expected = model(images)
+        handle = model.blocks[0].mlp.fc1.register_forward_hook(
+            lambda module, args, out: kept.append((out, out.clone()))
+        )
+        assert torch.equal(model(images), expected)
+        handle.remove()
+    assert torch.equal(*kept[0])
+    torch.testing.assert_close(model(images), expected)  # with gradients, so not in place
+
+
+# ------------------------------------------------------------------------------------------------------------ optimize
+
+
+def test_layer_scale_is_folded(tmp_path: Path) -> None:
+    model = tiny(4, depth=3, layer_scale=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = tomevit.optimize(model, keep_memory=False)
+    images = images_for(model)
+    with torch.inference_mode():
+        assert relative_error(fast(images), model(images)) < 1e-5
+        assert relative_error(fast(images, r=0), model(images, r=0)) < 1e-5
+    assert fast.optimizations == ("LayerScale folded into the layers before it",)
+    assert fast.optimizations[0] in str(fast)
+    assert not [name for name in fast.state_dict() if "ls1" in name]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    tomevit.save(fast, tmp_path / "fast.safetensors")
+    again = tomevit.load(tmp_path / "fast.safetensors")
+    assert all(torch.equal(tensor, fast.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert relative_error(again(images), fast(images)) < 1e-5
+
+
+def test_emulated_types_become_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(4, depth=2).bfloat16()
+    images = images_for(model)
+    for emulated, dtype in ((frozenset({torch.bfloat16}), torch.float32), (frozenset(), torch.bfloat16)):
+        monkeypatch.setattr(backends, "EMULATED", emulated)
+        fast = tomevit.optimize(model, keep_memory=False)
+        assert fast.pos_embed.dtype == dtype
+        assert ("float32: this processor emulates bfloat16" in fast.optimizations) == bool(emulated)
+        with torch.inference_mode():
+            assert relative_error(fast(images.bfloat16()).float(), model(images).float()) < 0.05
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_blocks_take_one_program_for_every_r() -> None:
+    model = tiny(depth=4)
+    fast = tomevit.optimize(model, compiled=True, keep_memory=False)
+    images, counters = images_for(model), torch._dynamo.utils.counters
+    with torch.inference_mode():
+        for r, programs in ((5, 1), (3, 1), ([6, 2, 4, 1], 1), (0, 2)):
+            torch.testing.assert_close(fast(images, r), model(images, r), rtol=1e-4, atol=1e-5)
+            assert counters["stats"]["unique_graphs"] == programs, r
+    assert fast.optimizations == ("compiled block by block, one program for every r",)
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_the_fused_merge_is_refused_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match="bipartite matching on a GPU, and this model has 'bipartite' on cpu"):
+        tomevit.optimize(tiny(4), fused_merge=True)
+
+
+FAULTS = """
+import resource, torch, tomevit
+from tests.helpers import images_for, tiny
+torch.set_num_threads(1)
+model = tiny(depth=2)
+images = images_for(model, 8192)
+
+def faults(model):
+    with torch.inference_mode():
+        for i in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            model(images)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+plain, fast = faults(model), tomevit.optimize(model)
+print(plain, faults(fast), *fast.optimizations, sep=",")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_memory_is_kept() -> None:
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    plain, fast, *done = run.stdout.strip().split(",")
+    assert done == ["freed memory kept by the process"]
+    assert int(fast) < 0.1 * int(plain), (plain, fast)

@@ -1,0 +1,279 @@
+"""How fast, and why: `tomevit bench`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from tomevit import plot
+from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
+from tomevit.bounds import SHARES
+from tomevit.cli.options import Many, R, Size
+from tomevit.config import Schedule
+from tomevit.factory import create
+from tomevit.models import VisionTransformer
+from tomevit.weights import native
+
+MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
+COLUMNS = (*MEASURED, *SHARES)
+LEGEND = (
+    "Times are of a batch. Speed-up is over the fastest that merges nothing, marked *. Efficiency is the speed-up over "
+    "the FLOP ratio of what is computed; 1 is its limit. The last columns are estimates, from what the device reaches: "
+    "the share of the time that matrix products, reading and writing memory, starting operators, and memory fetched "
+    "from the system would take alone."
+)
+
+
+@click.command(cls=Many)
+@click.argument("model", metavar="NAME|FILE", default="vit_b16")
+@click.option(
+    "--r", "r_values", type=R(), multiple=True, help="Values to compare with r = 0; default: three that fit its depth."
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1),
+    multiple=True,
+    help="Images per call; default: 1 8, beyond a CPU 1 64.",
+)
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(list(PRECISIONS)), multiple=True, default=("float32",), show_default=True
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
+@click.option(
+    "--mode",
+    "modes",
+    type=click.Choice(list(MODES)),
+    multiple=True,
+    help="How models run: compiled is block by block, whole a program for each r.  [default: eager]",
+)
+@click.option("--compile", "compiled", is_flag=True, help="The same as --mode compiled.")
+@click.option("--timm/--no-timm", default=None, help="Against timm's model too; default: where it is installed.")
+@click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each.")
+@click.option("--target", type=click.FloatRange(1, min_open=True), help="Suggest the least r with this speed-up.")
+@click.option("--json", "as_what", flag_value="json", help="As JSON.")
+@click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed.")
+def bench(
+    model: str,
+    r_values: tuple[Schedule, ...],
+    batches: tuple[int, ...],
+    img_size: tuple[int, int] | None,
+    dtypes: tuple[str, ...],
+    device: str,
+    threads: int | None,
+    modes: tuple[str, ...],
+    compiled: bool,
+    timm: bool | None,
+    rounds: int,
+    target: float | None,
+    as_what: str | None,
+    picture: Path | None,
+    out: Path | None,
+) -> None:
+    """Throughput of a model at several r, against the fastest that merges nothing: itself at r = 0, or timm's.
+
+    All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
+    the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
+    """
+    for path in filter(None, (picture, out)):
+        _check_writable(path)
+    if picture is not None:
+        plot.require_matplotlib()
+        plot.check_suffix(picture)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = _device(device)
+    subject = _subject(model, img_size)
+    r_values = r_values or tuple(default_r(subject.card))
+    modes = tuple(dict.fromkeys((*modes, *(("compiled",) if compiled else ())))) or ("eager",)
+    batches = tuple(dict.fromkeys(batches)) or ((1, 8) if place.type == "cpu" else (1, 64))
+    with_timm, notes = _with_timm(subject, timm)
+
+    found: list[Comparison] = []
+    where = setting(subject, device=place, rounds=rounds, timm=with_timm, name=model)
+    interrupted = False
+    shape = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
+    with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=shape) as bar:
+        try:
+            for comparison in sweep(
+                subject,
+                r_values,
+                batches=batches,
+                dtypes=tuple(dict.fromkeys(dtypes)),
+                device=place,
+                modes=modes,
+                timm=with_timm,
+                rounds=rounds,
+                target=target,
+                progress=bar.update,
+            ):
+                found.append(comparison)  # noqa: PERF402  # what was found counts, if this loop is interrupted
+        except KeyboardInterrupt:
+            interrupted = True
+
+    if as_what == "json":
+        text = json.dumps(as_json(where, found), indent=2)
+    else:
+        text = "\n".join((_markdown if as_what == "markdown" else _text)(where, found, notes))
+    if out is None:
+        click.echo(text)
+    else:
+        with native.draft(out) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
+    if picture is not None and any(comparison.rows for comparison in found):
+        with native.draft(picture) as unfinished:
+            _draw(unfinished, picture.suffix, where, found)
+    for path in filter(None, (picture, out)):
+        if path.is_file():
+            click.echo(f"written to {path}", err=True)
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _subject(model: str, img_size: tuple[int, int] | None) -> VisionTransformer:
+    """A model by name, or in a file that tomevit wrote."""
+    if not Path(model).is_file():
+        return create(model, img_size=img_size)
+    if img_size is None:
+        return native.load(model)
+    return create(native.read(model).card.full_name, pretrained=model, img_size=img_size)
+
+
+def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, list[str]]:
+    """Whether to compare with timm's model; if nobody said and it cannot be had, the reason."""
+    if wanted is False:
+        return False, []
+    try:
+        timm_twin(model)
+    except ValueError as error:
+        if wanted:
+            raise
+        return False, [f"Not compared with timm's model: {error}."]
+    return True, []
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _check_writable(path: Path) -> None:
+    """Before the minutes of measuring."""
+    directory = native.check_place(path).parent
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
+    lines = [_setting(where)]
+    for comparison in found:
+        lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
+        if comparison.rows:
+            rows = [COLUMNS, *_cells(comparison)]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for first, *others in rows:
+                right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+                lines.append("  ".join([first.ljust(widths[0]), *right]))
+        lines += _sentences(comparison)
+    return [*lines, "", *notes, LEGEND, _paper(found)]
+
+
+def _markdown(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
+    lines = [f"### tomevit bench: {where['model']}", "", _setting(where)]
+    for comparison in found:
+        lines += ["", f"**{comparison.dtype}, batch {comparison.batch}**", ""]
+        if comparison.rows:
+            lines += [_line(COLUMNS), _line(["---", *["---:"] * (len(COLUMNS) - 1)])]
+            lines += [*map(_line, _cells(comparison)), ""]
+        lines += [f"- {sentence}" for sentence in _sentences(comparison)]
+    return [*lines, "", *notes, LEGEND, _paper(found)]
+
+
+def _line(cells: Iterable[str]) -> str:
+    """A row of a table in Markdown, which a bare asterisk could take for emphasis."""
+    return f"| {' | '.join(cells)} |".replace("*", r"\*")
+
+
+def _setting(where: dict[str, Any]) -> str:
+    """The setting in one line."""
+    height, width = where["img_size"]
+    threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
+    names = {"cuda": "CUDA", "python": "Python", "torch": "torch", "timm": "timm", "tomevit": "tomevit"}
+    versions = ", ".join(f"{names[key]} {where[key]}" for key in names if key in where)
+    return f"{where['model']}, {height}x{width}, {where['rounds']} rounds, on {where['device']}{threads}; {versions}"
+
+
+def _cells(comparison: Comparison) -> list[list[str]]:
+    best = comparison.best
+    return [_row_cells(row, row is best) for row in comparison.rows]
+
+
+def _row_cells(row: Row, best: bool) -> list[str]:
+    lower, median, upper = (1000 * seconds for seconds in row.seconds)
+    digits = max(0, 2 - len(str(int(median))) + 1)
+    shares = {} if row.bounds is None else row.bounds.shares
+    return [
+        row.name + " *" * best,
+        str(row.r),
+        str(row.tokens),
+        f"{row.images_per_second:.1f}",
+        f"{median:.{digits}f}",
+        f"{lower:.{digits}f}–{upper:.{digits}f}",
+        f"{row.speed_up:.2f}",
+        f"{row.flop_ratio_computed:.2f}",
+        f"{row.efficiency:.2f}" if row.merges else "",
+        *(f"{100 * shares[name]:.0f} %" if name in shares else "" for name in SHARES),
+    ]
+
+
+def _sentences(comparison: Comparison) -> list[str]:
+    """What is to be said below a table, each on a line of its own."""
+    found = [*([comparison.note] if comparison.note else []), *comparison.hints]
+    if comparison.suggestion is not None:
+        found.append(f"suggested: r = {comparison.suggestion.r}; {comparison.suggestion.why}")
+    return [f"{sentence}." for sentence in found]
+
+
+def _paper(found: Iterable[Comparison]) -> str:
+    """The FLOP ratios as the paper has them, which are larger where the last block computes one token alone."""
+    ratios = {str(row.r): f"r = {row.r}: {row.flop_ratio:.2f}" for c in found for row in c.rows if row.merges}
+    return (
+        f"FLOP ratios by the paper's count, with every token in the last block: {', '.join(ratios.values()) or 'none'}."
+    )
+
+
+def _draw(path: Path, suffix: str, where: dict[str, Any], found: Iterable[Comparison]) -> None:
+    """The speed-up over r, a panel for each dtype."""
+    panels: dict[str, dict[str, list[tuple[Schedule, float, float]]]] = {}
+    for comparison in found:
+        fastest: dict[str, Row] = {}
+        for row in sorted(comparison.rows, key=lambda row: row.seconds.median):
+            if row.merges or row is comparison.best:
+                fastest.setdefault(str(row.r), row)
+        line = sorted(fastest.values(), key=lambda row: -row.gflops)
+        points = [(row.r, row.speed_up, row.flop_ratio_computed) for row in line]
+        best = comparison.best
+        if best is not None:
+            label = f"batch {comparison.batch}, {best.images_per_second:.3g} images/s at r = 0"
+            panels.setdefault(comparison.dtype, {})[label] = points
+    plot.speed_up(path, suffix, panels, f"{where['model']} merging, against the fastest that does not", _setting(where))

@@ -1,0 +1,98 @@
+"""Models for other software: `tomevit export`, weights in another project's format, or programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tomevit.cli.options import R
+from tomevit.errors import either, nearest
+from tomevit.programs import DTYPES, PROGRAMS, Program, export_program
+from tomevit.weights.export import export as export_weights
+from tomevit.weights.formats import FORMATS
+from tomevit.weights.recognise import MAIN_FORMATS
+
+FORMAT_HELP = f"A program: {either(PROGRAMS)}. Or weights: {', '.join(FORMATS)}."
+
+
+@click.command()
+@click.argument("source")
+@click.option("--format", "format_name", required=True, metavar="NAME", help=FORMAT_HELP)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="A file, or a directory for timm and transformers.",
+)
+@click.option("--r", type=R(), help="Of a program: tokens that merge in each block; default: the model's own.")
+@click.option(
+    "--dtype",
+    type=click.Choice([*DTYPES, "int8"]),
+    help="Of a program; default float32. int8 (onnx): weights in 8 bits, by onnxruntime.",
+)
+@click.option("--batch", type=click.IntRange(1), help="Of a program: images per call; default: any number.")
+@click.option("--opset", type=int, help="Of ONNX; default: what torch's exporter recommends.")
+@click.option("--raw", is_flag=True, default=None, help="Of a program: it takes pixels, uint8, and normalises within.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def export(
+    source: str,
+    format_name: str,
+    out: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write a model as a program that runs without tomevit, or its weights in another project's format.
+
+    SOURCE is a file that tomevit wrote, or a name of the zoo with its weights. A program is a file that ends in .onnx
+    or .pt2, and is run and compared with the model before it is put there. Of weights the suffix of OUT says what is
+    written: .safetensors, .npz, or .pth, .pt, .bin, .torch; a directory gets model.safetensors and its config.json.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if format_name in PROGRAMS:
+        program = export_program(source, out, format_name, **given)
+        click.echo(_as_json(program)) if as_json else _print(program)
+        return
+    if format_name not in FORMATS:
+        known = [*PROGRAMS, *MAIN_FORMATS]
+        choices = nearest(format_name, known, f"there are {', '.join(known)}")
+        raise ValueError(f"there is no format {format_name!r}; {choices}")
+    if given:
+        raise ValueError(
+            f"--{next(iter(given))} is for programs ({', '.join(PROGRAMS)}), and {format_name} is of weights"
+        )
+    written, unsaid = export_weights(source, out, format_name)
+    if as_json:
+        click.echo(json.dumps({"written": list(map(str, written)), "unsaid": unsaid}, indent=2))
+        return
+    for path in written:
+        click.echo(f"written     {path}")
+    for sentence in unsaid:
+        click.echo(f"left out    {sentence}")
+
+
+def _as_json(program: Program) -> str:
+    parity = program.parity._asdict() if program.parity else None
+    described = {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
+    return json.dumps(described, indent=2)
+
+
+def _print(program: Program) -> None:
+    for path in program.written:
+        click.echo(f"written     {path}")
+    metadata = program.metadata
+    tokens = json.loads(metadata["tokens"])
+    click.echo(f"r           {metadata['r']}: of {tokens[0]} tokens {tokens[-1]} leave the last block")
+    for end in ("input", "output"):
+        click.echo(f"{end:12}{metadata[end]}")
+    if program.parity is None:
+        click.echo("compared    no: onnxruntime is not installed (pip install 'tomevit[export]')")
+        return
+    runtime, images, difference, largest, same = program.parity
+    click.echo(
+        f"compared    {runtime} with torch in float32, {images} generated images: largest difference {difference:.2g} "
+        f"of values up to {largest:.2g}, same top-1 {same} of {images}"
+    )

@@ -1,0 +1,110 @@
+"""A model as it runs fastest on its device."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from copy import deepcopy
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from tomevit.layers import Block, backends
+from tomevit.layers.mlp import LayerScale
+from tomevit.models import VisionTransformer
+
+#: mallopt's numbers in glibc's malloc.h, and what they are set to.
+KEEP_FREED_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: never return, never map
+
+
+def optimize(
+    model: VisionTransformer, *, compiled: bool | None = None, fused_merge: bool = False, keep_memory: bool = True
+) -> VisionTransformer:
+    """A copy for inference, as it runs fastest where the model is; its `optimizations` say what was done.
+
+    Exact but for rounding: LayerScale is folded into the layer before it, and half precision becomes float32 on
+    processors that have no instructions for it. The copy takes the same calls, any r among them, and can be saved.
+
+    Args:
+        model: on the device and in the dtype that it is to run in.
+        compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
+            batch (mode "reduce-overhead"). On a CPU all blocks but the first and the last, with shapes left open, so
+            that one program serves every r; the other two would be programs of their own.
+        fused_merge: match and merge in two Triton kernels (`tomevit.layers.triton_merge`), on a GPU.
+        keep_memory: on a CPU under glibc, have the process keep the memory that it frees: large activations that go
+            back to the system are fetched again, page by page, in every call. Holds for the whole process.
+
+    Raises:
+        ValueError: the fused merge was asked for where it cannot run.
+        ImportError: it was asked for without Triton.
+    """
+    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    model = deepcopy(model).eval().requires_grad_(False)
+    done: list[str] = []
+    if model.config.layer_scale is not None:
+        _fold_layer_scale(model)
+        done.append("LayerScale folded into the layers before it")
+    if device.type == "cpu" and dtype in backends.EMULATED:
+        model.float()
+        done.append(f"float32: this processor emulates {str(dtype).removeprefix('torch.')}")
+    if fused_merge:
+        _fuse_merge(model)
+        done.append("matching and merging in two Triton kernels")
+    if compiled or (compiled is None and device.type == "cuda"):
+        done.append(_compile(model))
+    if keep_memory and device.type == "cpu" and _keep_freed_memory():
+        done.append("freed memory kept by the process")
+    model.optimizations = tuple(done)
+    return model
+
+
+def _fold_layer_scale(model: VisionTransformer) -> None:
+    for block in _blocks(model):
+        for layer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
+            assert isinstance(scale, LayerScale)
+            # float32 keeps half precision from being rounded twice.
+            gamma = scale.gamma.to(torch.promote_types(scale.gamma.dtype, torch.float32))
+            layer.weight.copy_(layer.weight * gamma[:, None])
+            layer.bias.copy_(layer.bias * gamma)
+        block.ls1, block.ls2 = nn.Identity(), nn.Identity()
+    model.config = replace(model.config, layer_scale=None)
+    model.card = replace(model.card, config=model.config)
+
+
+def _fuse_merge(model: VisionTransformer) -> None:
+    if model.pos_embed.device.type != "cuda" or model.config.matching != "bipartite":
+        raise ValueError(
+            f"the fused merge is bipartite matching on a GPU, and this model has {model.config.matching!r} on "
+            f"{model.pos_embed.device}"
+        )
+    from tomevit.layers.triton_merge import match_and_merge_fused
+
+    for block in _blocks(model):
+        block.match_and_merge = match_and_merge_fused
+
+
+def _compile(model: VisionTransformer) -> str:
+    if model.pos_embed.device.type != "cpu":
+        model.compile(mode="reduce-overhead", dynamic=False)
+        return "compiled whole, one program and one CUDA graph for each r and batch"
+    compile_blocks(model)
+    return "compiled block by block, one program for every r"
+
+
+def compile_blocks(model: VisionTransformer) -> None:
+    """Compile, in place, the blocks between the first and the last: one program, or two where some calls have r = 0."""
+    for block in _blocks(model)[1:-1]:
+        block.compile(dynamic=True)
+
+
+def _blocks(model: VisionTransformer) -> list[Block]:
+    return cast("list[Block]", list(model.blocks))
+
+
+def _keep_freed_memory() -> bool:
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(parameter, value) for parameter, value in KEEP_FREED_MEMORY.items())
