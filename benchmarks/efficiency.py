@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, help="default: all, on a CPU without whole")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--no-peers", action="store_true", help="without timm and the reference design")
     parser.add_argument("--store", action="store_true", help="keep the results in benchmarks/results/")
     args = parser.parse_args()
     if args.threads:
@@ -119,7 +120,7 @@ def main() -> None:
     limits = Limits(device)
     table: list[tuple[str, ...]] = [HEAD]
     for each in settings:
-        result, where = measure(each, device, modes, args.rounds, limits)
+        result, where = measure(each, device, modes, args.rounds, limits, peers=not args.no_peers)
         lines = summary(each, result)
         table += lines
         for line in lines or [(each.name, result.note)]:
@@ -139,12 +140,12 @@ def main() -> None:
 
 
 def measure(
-    each: Setting, device: torch.device, modes: Sequence[str], rounds: int, limits: Limits
+    each: Setting, device: torch.device, modes: Sequence[str], rounds: int, limits: Limits, *, peers: bool
 ) -> tuple[Comparison, dict[str, object]]:
     """One setting: all candidates, and what the figures must be read with."""
     model = tomevit.create(each.model, img_size=each.img_size).to(device, PRECISIONS[each.dtype][0])
-    those = candidates(model, each.r, modes=modes, timm=timm_twin(model))
-    for r in each.r:  # not 0: what is best without merging is timm or ours
+    those = candidates(model, each.r, modes=modes, timm=timm_twin(model) if peers else None)
+    for r in each.r if peers else ():  # not 0: what is best without merging is timm or ours
         cost, weights = tomevit.flops(model.config, r), those[0].weights
         those.append(Candidate("reference", "eager", r, partial(reference, model, r=r), cost, weights))
     where = setting(model, device=device, rounds=rounds, timm=True, name=each.model)

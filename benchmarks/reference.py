@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import torch
 from einops import rearrange
@@ -10,14 +11,20 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tomevit import VisionTransformer
-from tomevit.layers import Block, add_prefix_and_positions
+from tomevit.layers import Block, add_prefix_and_positions, backends
 
 
 def reference(model: VisionTransformer, images: Tensor, r: int) -> Tensor:
     """What the published patch of ToMe computes (facebookresearch/ToMe, tome/patch and tome/merge.py), on our weights.
 
-    Attention is written out, merging gathers and scatters sums of tokens times sizes, and sizes have the tokens' dtype.
+    Attention is written out, merging gathers and scatters sums of tokens times sizes, sizes have the tokens' dtype, and
+    products are computed in it.
     """
+    with mock.patch.object(backends, "EMULATED", frozenset()):
+        return _forward(model, images, r)
+
+
+def _forward(model: VisionTransformer, images: Tensor, r: int) -> Tensor:
     config = model.config
     assert model.cls_token is not None
     x = add_prefix_and_positions(model.patch_embed(images), [model.cls_token], model.pos_embed, config.pos_embed_prefix)

@@ -330,7 +330,7 @@ def state(model: VisionTransformer) -> dict[str, Any]:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if not attribute.startswith("_") or attribute == "_r":
-                found[f"{name}.{attribute}"] = copy.copy(value)
+                found[f"{name}.{attribute}"] = value if callable(value) else copy.copy(value)
         found[f"{name}.hooks"] = [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")]
         found[f"{name}.class"] = type(module), list(vars(module))
     for name, tensor in model.state_dict().items():

@@ -1,0 +1,197 @@
+"""Ways to do each step of a block in which tokens merge, at a ViT's shapes, all ways of a step taking turns.
+
+    python -m benchmarks.kernels --tokens 197 --r 16 --store
+
+The first way of each step is the library's; the others are checked against it before they are timed. What came of it is
+in NOTES.md. "match and merge" starts from the keys of all heads; the fused kernels take part on CUDA only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tomevit.layers import Tokens, attend, bipartite_soft_matching, merge_tokens, slot_map
+from tomevit.layers.merge import mean_by_index, mean_by_product
+from tomevit.timing import environment, interleave
+
+RESULTS = Path(__file__).parent / "results"
+WITHOUT = "all sizes 1"
+Calls = dict[str, Callable[[], Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="ways to do each step of a merging block, interleaved, medians")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=197, help="of which the first is the class token")
+    parser.add_argument("--heads", type=int, default=12, help="of 64 channels each")
+    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--store", action="store_true", help="keep the result in benchmarks/results/")
+    args = parser.parse_args()
+
+    dtype, dim = getattr(torch, args.dtype), 64 * args.heads
+    qkv = torch.randn(args.batch, args.tokens, 3, args.heads, 64, device=args.device).to(dtype)
+    query, key, value = (qkv[:, :, i].transpose(1, 2) for i in range(3))  # strided as in a block
+    x = torch.randn(args.batch, args.tokens, dim, device=args.device).to(dtype)
+    size = torch.randint(1, 9, (args.batch, args.tokens, 1), device=args.device).float()
+    similarity = torch.rand(args.batch, (args.tokens - 1) // 2, device=args.device)
+
+    groups = {
+        "attention": attentions(query, key, value, size),
+        "metric": metrics(key),
+        "select": selections(similarity, args.r),
+        "merge": merges(x, size, key, args.r),
+        "match and merge": matches(x, size, key, args.r),
+    }
+    rows = []
+    with torch.inference_mode():
+        for what, calls in groups.items():
+            expected = next(iter(calls.values()))().float()
+            tolerance = 8 * torch.finfo(dtype).eps  # sums in another order, rounded to dtype once
+            for way, call in calls.items():
+                if way == WITHOUT:
+                    continue
+                torch.testing.assert_close(call().float(), expected, rtol=tolerance, atol=tolerance)
+            seconds = interleave(calls, rounds=args.rounds, device=args.device)
+            first = seconds[next(iter(calls))]
+            rows += [
+                {"what": what, "way": way, "microseconds": round(1e6 * time, 1), "over_ours": round(time / first, 3)}
+                for way, time in seconds.items()
+            ]
+
+    shape = {"batch": args.batch, "tokens": args.tokens, "channels": dim, "r": args.r}
+    setting = shape | {"dtype": args.dtype, "rounds": args.rounds} | environment(args.device)
+    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    print(f"{'':54}{'µs':>10}{'over ours':>11}")
+    for row in rows:
+        print(f"{row['what']:18}{row['way']:36}{row['microseconds']:10.1f}{row['over_ours']:11.3f}")
+    if args.store:
+        name = f"kernels_n{args.tokens}_d{dim}_r{args.r}_{args.dtype}_b{args.batch}_{args.device}.json"
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / name).write_text(json.dumps(setting | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
+        print(f"written to {RESULTS / name}")
+
+
+def attentions(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Calls:
+    """Proportional attention, and for the price of it the plain one."""
+    log_size = size.log()  # (B, N, 1)
+    head_dim = q.shape[-1]
+
+    def written_out() -> Tensor:
+        scores = q @ k.mT * head_dim**-0.5 + log_size.mT[:, None].to(q.dtype)
+        return scores.softmax(-1) @ v
+
+    def channel() -> Tensor:
+        """The log size as one more channel of the keys, which meets a √d in the queries; padded to a multiple of 8."""
+        more = q.new_zeros(*q.shape[:3], 8)
+        more[..., 0] = head_dim**0.5
+        extra = torch.zeros_like(more)
+        extra[..., 0] = log_size.mT.to(q.dtype)
+        wide = F.pad(v, (0, 8))
+        wide_q, wide_k = torch.cat([q, more], -1), torch.cat([k, extra], -1)
+        return F.scaled_dot_product_attention(wide_q, wide_k, wide, scale=head_dim**-0.5)[..., :head_dim]
+
+    return {
+        "log size as a bias": lambda: attend(q, k, v, size),
+        "log size as a channel of the keys": channel,
+        "written out": written_out,
+        WITHOUT: lambda: attend(q, k, v),
+    }
+
+
+def metrics(key: Tensor) -> Calls:
+    """The keys averaged over the heads."""
+    batch, heads, n, dim = key.shape
+    average = (torch.eye(dim, device=key.device) / heads).repeat(heads, 1).to(key.dtype)
+    return {
+        "mean": lambda: key.mean(1),
+        "one product": lambda: key.transpose(1, 2).reshape(batch, n, heads * dim) @ average,
+    }
+
+
+def selections(similarity: Tensor, r: int) -> Calls:
+    """Which r are the largest: as a mask, which is the same whatever the order."""
+
+    def mask(chosen: Tensor) -> Tensor:
+        return torch.zeros_like(similarity).scatter_(1, chosen, 1)
+
+    def rank() -> Tensor:
+        position = torch.arange(similarity.shape[1], device=similarity.device)
+        mine, other = similarity[:, :, None], similarity[:, None]
+        larger = (other > mine) | ((other == mine) & (position < position[:, None]))
+        return (larger.sum(2) < r).float()
+
+    return {
+        "argsort, stable": lambda: mask(similarity.argsort(dim=1, descending=True, stable=True)[:, :r]),
+        "sort": lambda: mask(similarity.sort(dim=1, descending=True).indices[:, :r]),
+        "topk": lambda: mask(similarity.topk(r, 1).indices),
+        "topk, not sorted": lambda: mask(similarity.topk(r, 1, sorted=False).indices),
+        "counting ranks": rank,
+    }
+
+
+def merges(x: Tensor, size: Tensor, key: Tensor, r: int) -> Calls:
+    """The means, from a merge that is known."""
+    merge = bipartite_soft_matching(key.mean(1), r, 1)
+    batch, n, dim = x.shape
+    left = n - r
+
+    def weighted() -> tuple[Tensor, Tensor]:
+        """Every token times its share in its group, and the row that it goes to."""
+        slots = slot_map(merge)
+        total = size.new_zeros(batch, left, 1).scatter_add_(1, slots[..., None], size)
+        share = size / total.gather(1, slots[..., None])
+        return x * share, slots + left * torch.arange(batch, device=x.device)[:, None]
+
+    def scatter_reduce() -> Tensor:
+        parts, rows = weighted()
+        index = rows.flatten()[:, None].expand(-1, dim)
+        out = parts.new_zeros(batch * left, dim).scatter_reduce_(0, index, parts.flatten(0, 1), "sum")
+        return out.view(batch, left, dim).to(x.dtype)
+
+    def index_add() -> Tensor:
+        parts, rows = weighted()
+        out = parts.new_zeros(batch * left, dim).index_add_(0, rows.flatten(), parts.flatten(0, 1))
+        return out.view(batch, left, dim).to(x.dtype)
+
+    def segment_sum() -> Tensor:
+        parts, rows = weighted()
+        sorted_rows, order = rows.flatten().sort(stable=True)
+        lengths = torch.bincount(sorted_rows, minlength=batch * left)
+        out = torch.segment_reduce(parts.flatten(0, 1)[order], "sum", lengths=lengths, axis=0)
+        return out.view(batch, left, dim).to(x.dtype)
+
+    return {
+        "by index": lambda: mean_by_index(x, size, merge)[0],
+        "gather and one-hot product": lambda: mean_by_product(x, size, merge)[0],
+        "scatter_reduce": scatter_reduce,
+        "index_add": index_add,
+        "sorted segment sum": segment_sum,
+    }
+
+
+def matches(x: Tensor, size: Tensor, key: Tensor, r: int) -> Calls:
+    def plain() -> Tensor:
+        return merge_tokens(Tokens(x, size), bipartite_soft_matching(key.mean(1), r, 1)).x
+
+    calls: Calls = {"plain": plain}
+    if x.is_cuda:
+        from tomevit.layers.triton_merge import match_and_merge_fused
+
+        fused = partial(match_and_merge_fused, Tokens(x, size), key, r, 1)
+        calls["two Triton kernels"] = lambda: fused().x
+    return calls
+
+
+if __name__ == "__main__":
+    main()
