@@ -13,6 +13,7 @@ join, each by position. No gradient passes through a matching.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ def bipartite_soft_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
 
 
 def _bipartite(key: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    position = torch.arange(key.shape[1], device=key.device)
     even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+    position = torch.arange(key.shape[1], device=key.device)
     return _join_most_similar(key, position[even::2], position[odd::2], r, num_prefix)
 
 
@@ -100,19 +101,25 @@ def find_matching(matching: str | Matching) -> Matching:
 def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix: int) -> Merge:
     """Of the tokens at positions src, the r that are most similar (cosine) to one at positions dst join it."""
     batch = key.shape[0]
-    src, dst = src.expand(batch, -1), dst.expand(batch, -1)  # (B, S), (B, T), positions ascending
-    prefix = torch.arange(num_prefix, device=key.device).expand(batch, -1)
+    prefix = torch.arange(num_prefix, device=key.device)
     if r == 0:
-        return Merge(keep=torch.cat([prefix, src, dst], 1), src=src[:, :0], dst=src[:, :0])
+        keep = torch.cat([index.expand(batch, -1) for index in (prefix, src, dst)], 1)
+        return Merge(keep, keep[:, :0], keep[:, :0])
     # float32 before the norm: squares of float16 overflow from 256 on.
     key = F.normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
     with torch.autocast(key.device.type, enabled=False):
-        scores = rows(key, src) @ rows(key, dst).mT  # (B, S, T)
+        scores = _take(key, src) @ _take(key, dst).mT  # (B, S, T)
     similarity, nearest = scores.max(-1)  # (B, S)
     order = similarity.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the earlier token
     merged, stays = order[:, :r], order[:, r:].sort(-1).values
+    src_of = src.__getitem__ if src.ndim == 1 else partial(src.gather, 1)
     return Merge(
-        keep=torch.cat([prefix, src.gather(1, stays), dst], 1),
-        src=src.gather(1, merged),
-        dst=nearest.gather(1, merged) + (num_prefix + src.shape[1] - r),
+        keep=torch.cat([prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)], 1),
+        src=src_of(merged),
+        dst=nearest.gather(1, merged) + (num_prefix + src.shape[-1] - r),
     )
+
+
+def _take(key: Tensor, index: Tensor) -> Tensor:
+    """The keys at the positions (S,) in every image, or (B, S) in each."""
+    return key.index_select(1, index) if index.ndim == 1 else rows(key, index)

@@ -83,22 +83,22 @@ def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor
     Each group gathers in the row of one of its joining tokens, in order, and goes to its place from there: indexed
     additions on a CPU are sequential, so the result is deterministic. It has no gradient.
     """
-    (batch, _, dim), (keep, src, dst) = x.shape, merge
+    batch, tokens, dim = x.shape
     dtype = torch.promote_types(x.dtype, torch.float32)
-    target = (dst + torch.arange(batch, device=dst.device)[:, None] * keep.shape[1]).flatten()  # rows of (B M, D)
-    out, size_keep, size_src = (
-        rows(x, keep).flatten(0, 1),
-        rows(size, keep).flatten(0, 1),
-        rows(size, src).flatten(0, 1),
-    )
-    size_out = size_keep.index_add(0, target, size_src)
-    sizes = size_out[target].to(dtype)
+    image = torch.arange(batch, device=x.device)[:, None]
+    keep, src = ((index + tokens * image).flatten() for index in (merge.keep, merge.src))  # of (B N) rows
+    target = (merge.dst + merge.keep.shape[1] * image).flatten()  # of (B M) rows
+    x, size = x.flatten(0, 1), size.flatten()
+    out, size_out, size_src = x.index_select(0, keep), size.index_select(0, keep), size.index_select(0, src)
+    size_before = size_out.index_select(0, target)
+    size_out = size_out.index_add(0, target, size_src)
+    total = size_out.index_select(0, target).to(dtype)
     # Any one of a group may speak for it, as long as all agree.
-    joining = torch.arange(len(target), device=dst.device)
-    speaker = target.new_zeros(batch * keep.shape[1]).scatter(0, target, joining)[target]
-    mean = out[target].to(dtype) * (size_keep[target] / sizes)
-    mean.index_add_(0, speaker, rows(x, src).flatten(0, 1).to(dtype) * (size_src / sizes))
-    out[target] = mean[speaker].to(x.dtype)
+    joining = torch.arange(len(target), device=x.device)
+    speaker = size_out.to(torch.int64).scatter(0, target, joining).index_select(0, target)
+    mean = out.index_select(0, target).to(dtype) * (size_before / total)[:, None]
+    mean.index_add_(0, speaker, x.index_select(0, src).to(dtype) * (size_src / total)[:, None])
+    out[target] = mean.index_select(0, speaker).to(x.dtype)
     return out.view(batch, -1, dim), size_out.view(batch, -1, 1)
 
 
