@@ -31,6 +31,9 @@ from tomevit.weights.convert import card_of_name, published
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+#: torch 2.6 cannot export an open batch, and nothing between the two is tested.
+LEAST_TORCH = (2, 13)
+
 #: How far the logits of a float32 program may be from the model's, as a share of the largest. Rounding is 1e-5 or less;
 #: where two tokens are equally similar, rounding decides which of them merges, which may be 1e-3.
 MOST_APART = 1e-2
@@ -101,8 +104,8 @@ def export_program(
         What was written, and how its answers compare with the model's.
 
     Raises:
-        ValueError: the program cannot be written: an argument, a package or a compiler that is missing, or a model
-            that answers otherwise in this form.
+        ValueError: the program cannot be written: an argument, a package or a compiler that is missing, torch before
+            2.13, or a model that answers otherwise in this form or that onnxruntime does not run.
         FileNotFoundError, OSError: nothing to read, or no place to write. What was at `out` before stays, in any case.
     """
     if format not in PROGRAMS:
@@ -116,6 +119,9 @@ def export_program(
         raise ValueError(f"batch is {batch}, and must be a number of images, or None for any")
     if opset is not None and format != "onnx":
         raise ValueError(f"opset is ONNX's, and the format is {format}")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
+        least = ".".join(map(str, LEAST_TORCH))
+        raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
     kind.check(opset)
     card, tensors = _source(model, out)
     if r is not None:

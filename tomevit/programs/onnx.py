@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 NEEDED = ("onnx", "onnxscript")
 LEAST_OPSET = 18  # what torch's exporter writes without converting, which may fail
+
+FATAL = 4  # of onnxruntime's severities: it would print its errors besides raising them
 
 #: Weights beyond this, in bytes, go to a file of their own: protobuf ends at 2 GiB.
 ONE_FILE = 2**31 - 2**27
@@ -73,20 +76,37 @@ def write(program: ExportedProgram, path: Path, metadata: dict[str, str], *, dty
 
 
 def load(path: Path) -> tuple[str, Callable[[Tensor], Tensor]] | None:
-    """What runs the file here: onnxruntime on the CPU, if it is installed."""
+    """What runs the file here: onnxruntime on the CPU, if it is installed. Both raise ValueError if it cannot."""
     if find_spec("onnxruntime") is None:
         return None
     import onnxruntime
 
+    name = f"onnxruntime {version_of(onnxruntime)}"
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = FATAL
+    with _in_one_sentence(name):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
-        (output,) = session.run(None, {"images": images.cpu().numpy()})
+        with _in_one_sentence(name):
+            (output,) = session.run(None, {"images": images.cpu().numpy()})
         return torch.from_numpy(output)
 
-    return f"onnxruntime {version_of(onnxruntime)}", run
+    return name, run
+
+
+@contextmanager
+def _in_one_sentence(runtime: str) -> Iterator[None]:
+    """Turns what onnxruntime raises, classes of its own without a base, into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime."):
+            raise
+        # "[ONNXRuntimeError] : 1 : FAIL : why", with spaces and line breaks as they come
+        why = " ".join(str(error).rpartition(" : ")[2].split())
+        raise ValueError(f"{runtime} cannot run this program, and nothing was written: {why}") from error
 
 
 def version_of(module: Any) -> str:
