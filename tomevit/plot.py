@@ -317,8 +317,8 @@ def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]
     for (label, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
         across, up = zip(*points, strict=True)
         axis.plot(across, up, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
-    axis.set_ylim(bottom=0)
     axis.margins(x=0.05, y=0.14)
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens entering the first block", fontsize=10.5, color=INK)
     axis.set_ylabel("share of the time, %", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
