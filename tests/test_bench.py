@@ -206,7 +206,11 @@ def interrupted_after(count: int) -> Callable[..., Any]:
             yield turn
             left["turns"] -= 1
             if not left["turns"]:
-                signal.raise_signal(signal.SIGINT)
+                before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                finally:
+                    signal.signal(signal.SIGINT, before)
 
     return until
 
