@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
 class Mode(NamedTuple):
     """A way to run a model."""
 
-    prepare: Callable[[nn.Module], nn.Module]  # a model with the same weights, which must stay as they are
+    prepare: Callable[[nn.Module], nn.Module]  # a model to the same result; the given one stays as it is
     for_timm: bool  # or for tomevit's models alone
     eager: bool  # operators run one by one
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tomevit.config import Config
+from tomevit.layers import backends
 from tomevit.layers.bare import linear
 from tomevit.models import build
 from tomevit.timing import seconds, seconds_of_host
@@ -214,12 +215,6 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _bfloat16() -> bool:
-    """Whether the processor multiplies matrices in bfloat16, as far as torch's library uses it."""
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return available and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def faster_dtype(limits: Limits, config: Config, dtype: torch.dtype, tokens: int) -> str | None:
     """A sentence on the dtype whose matrix products are clearly faster here, if it is another one.
 
@@ -237,6 +232,6 @@ def faster_dtype(limits: Limits, config: Config, dtype: torch.dtype, tokens: int
         return None
     names = [str(each).removeprefix("torch.") for each in (best, dtype)]
     why = ""
-    if limits.device.type == "cpu" and dtype == torch.bfloat16 and not _bfloat16():
+    if limits.device.type == "cpu" and dtype == torch.bfloat16 and dtype in backends.EMULATED:
         why = "; this processor has no instructions for bfloat16"
     return f"matrix products are {factor:.1f} times faster here in {names[0]} than in {names[1]}{why}"

@@ -103,6 +103,11 @@ class Config:
         return int(self.class_token) + int(self.dist_token) + self.reg_tokens
 
     @property
+    def num_read(self) -> int | None:
+        """Tokens that the head reads off the front of the last block; None if it reads them all."""
+        return 1 + self.dist_token if self.pool == "token" else None
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that enter the first block."""
         return self.num_prefix + self.num_patches

@@ -27,9 +27,8 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
     total = config.num_patches * config.patch_size**2 * config.in_chans * dim
     counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
     steps = [(entering, entering, leaving) for entering, leaving in pairwise(counts)]
-    if computed and config.pool == "token":
-        read = 1 + config.dist_token
-        steps[-1] = (counts[-2], read, read)
+    if computed and config.num_read is not None:
+        steps[-1] = (counts[-2], config.num_read, config.num_read)
     for keys, queries, leaving in steps:
         total += 2 * (keys + queries) * dim**2 + 2 * queries * keys * dim
         total += 2 * leaving * dim * hidden

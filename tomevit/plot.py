@@ -7,7 +7,7 @@ from colorsys import hsv_to_rgb
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +182,7 @@ def accuracy_throughput(
     axis.set_xlabel("throughput, images/s", fontsize=10.5, color=INK)
     axis.set_ylabel("held-out accuracy, %", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
-    axis.grid(color="#e4e6ea", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=INK, labelsize=9.5, length=0)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    _tidy(axis)
     axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel(note, fontsize=9, color=GREY)
     _save(figure, path)
@@ -230,11 +226,7 @@ def accuracy_and_time(
     right.set_ylabel("time of a training step, ms", fontsize=10.5, color=INK)
     for axis in (left, right):
         axis.set_xlabel("r, tokens merged in each block", fontsize=10.5, color=INK)
-        axis.grid(axis="y" if axis is right else "both", color="#e4e6ea", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=INK, labelsize=9.5, length=0)
-        for side in axis.spines.values():
-            side.set_visible(False)
+        _tidy(axis, grid="y" if axis is right else "both")
     left.set_xticks(across)
     figure.suptitle(title, fontsize=12.5, color=INK)
     figure.supxlabel(note, fontsize=9, color=GREY)
@@ -291,11 +283,7 @@ def speed_up(
         axis.margins(x=0.05, y=0.1)
         axis.set_xlabel("r, tokens merged in each block", fontsize=10.5, color=INK)
         axis.set_title(dtype, fontsize=11, color=INK)
-        axis.grid(color="#e4e6ea", linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=INK, labelsize=9.5, length=0)
-        for side in axis.spines.values():
-            side.set_visible(False)
+        _tidy(axis)
         axis.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")
     axes[0].set_ylabel("speed-up over the best unmerged", fontsize=10.5, color=INK)
     figure.suptitle(title, fontsize=12.5, color=INK)
@@ -322,11 +310,7 @@ def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]
     axis.set_xlabel("tokens entering the first block", fontsize=10.5, color=INK)
     axis.set_ylabel("share of the time, %", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
-    axis.grid(color="#e4e6ea", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=INK, labelsize=9.5, length=0)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    _tidy(axis)
     axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel("\n".join(wrap(note, 92)), fontsize=9, color=GREY)
     _save(figure, path)
@@ -338,6 +322,15 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.07))
+
+
+def _tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """A light grid behind what is drawn, and no frame."""
+    axis.grid(axis=grid, color="#e4e6ea", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=INK, labelsize=9.5, length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
 
 
 def _show(axis: Axes, picture: Tensor) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tomevit import plot
 from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.bounds import SHARES
-from tomevit.cli.options import Many, R, Size
+from tomevit.cli.options import Many, R, Size, aligned
 from tomevit.config import Schedule
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
@@ -189,11 +189,7 @@ def _text(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[st
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
-            rows = [COLUMNS, *_cells(comparison)]
-            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-            for first, *others in rows:
-                right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-                lines.append("  ".join([first.ljust(widths[0]), *right]))
+            lines += aligned(COLUMNS, _cells(comparison))
         lines += _sentences(comparison)
     return [*lines, "", *notes, LEGEND, _paper(found)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,15 @@ def _is_value(kind: Any, argument: str) -> bool:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print aligned: the first column to the left, the others to the right."""
+    """Print aligned."""
+    for line in aligned(columns, rows):
+        click.echo(line)
+
+
+def aligned(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """The lines of a table: the first column to the left, the others to the right."""
     cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for first, *others in cells:
         right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        click.echo("  ".join([first.ljust(widths[0]), *right]))
+        yield "  ".join([first.ljust(widths[0]), *right])

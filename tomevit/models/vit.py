@@ -27,7 +27,6 @@ class VisionTransformer(nn.Module):
         config: the architecture and how it runs, frozen.
         card: what the weights are, how their images are prepared, who may use them.
         r: how many tokens merge in each block. Set it at any time, or pass it to a call.
-        num_read: how many tokens the head reads off the front of the last block; None if it reads them all.
         head_names: the attributes that are classifiers.
         optimizations: what `tomevit.optimize` did.
     """
@@ -40,7 +39,6 @@ class VisionTransformer(nn.Module):
         self.config = config
         self.card = Card(name="", config=config)
         self.r = r
-        self.num_read = 1 + config.dist_token if config.pool == "token" else None
         self.grad_checkpointing = False
         self.optimizations: tuple[str, ...] = ()
 
@@ -96,7 +94,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: images of another size or of integers, or an r of no known form.
         """
-        return self.forward_head(self._encode(images, r, num_read=self.num_read))
+        return self.forward_head(self._encode(images, r, num_read=self.config.num_read))
 
     def forward_features(
         self, images: Tensor, r: Schedule | None = None, *, trace: bool = True, visible: Tensor | None = None
