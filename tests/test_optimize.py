@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch import Tensor
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching
+from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching, packed
 from tomevit.layers.attention import attend
 from tomevit.layers.bare import linear
 from tomevit.layers.merge import mean_by_index, mean_by_product, merge_mean
@@ -130,7 +133,7 @@ def test_what_a_hook_kept_is_left_alone(act: str) -> None:
 def test_layer_scale_is_folded(tmp_path: Path) -> None:
     model = tiny(4, depth=3, layer_scale=0.1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fast = tomevit.optimize(model, keep_memory=False)
+    fast = tomevit.optimize(model, packed=False, keep_memory=False)
     images = images_for(model)
     with torch.inference_mode():
         assert relative_error(fast(images), model(images)) < 1e-5
@@ -150,11 +153,78 @@ def test_emulated_types_become_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     images = images_for(model)
     for emulated, dtype in ((frozenset({torch.bfloat16}), torch.float32), (frozenset(), torch.bfloat16)):
         monkeypatch.setattr(backends, "EMULATED", emulated)
-        fast = tomevit.optimize(model, keep_memory=False)
+        fast = tomevit.optimize(model, packed=False, keep_memory=False)
         assert fast.pos_embed.dtype == dtype
         assert ("float32: this processor emulates bfloat16" in fast.optimizations) == bool(emulated)
         with torch.inference_mode():
             assert relative_error(fast(images.bfloat16()).float(), model(images).float()) < 0.05
+
+
+def can_pack() -> bool:
+    return packed.can_pack(torch.empty(1))
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+@pytest.mark.parametrize("fields", [{}, {"pool": "avg", "class_token": False}, {"qkv_bias": False, "dist_token": True}])
+def test_packed_weights_give_the_same(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny(4, depth=3, **fields)
+    fast = tomevit.optimize(model, packed=True, keep_memory=False)
+    images, weights = images_for(model), model.state_dict()
+    assert "weights packed" in fast.optimizations[-1]
+    assert sum(isinstance(module, packed.PackedLinear) for module in fast.modules()) in {11, 12}
+    for same in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert same.state_dict().keys() == weights.keys()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in same.state_dict().items())
+        for r in (0, 4, [8, 0, 3]):
+            with torch.inference_mode():
+                assert relative_error(same(images, r), model(images, r)) < 1e-5
+        with torch.inference_mode():
+            features, expected = (each.forward_features(images, 4).x for each in (same, model))
+            assert relative_error(features, expected) < 1e-5
+    tomevit.save(fast, tmp_path / "fast.safetensors")
+    again = tomevit.load(tmp_path / "fast.safetensors")
+    assert torch.equal(again(images), model(images))
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+def test_packed_weights_step_aside_where_their_product_does_not_do() -> None:
+    model = tiny(4, depth=3)
+    fast = tomevit.optimize(model, packed=True, keep_memory=False)
+    images = images_for(model)
+    gradients = [torch.autograd.grad(each(x).sum(), x)[0] for each in (fast, model) for x in [images.requires_grad_()]]
+    assert relative_error(*gradients) < 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert fast(images).dtype == torch.bfloat16
+        assert torch.equal(fast(images), model(images))
+    with torch.no_grad():
+        in_double = copy.deepcopy(fast).double()(images.double())
+        torch.testing.assert_close(in_double, copy.deepcopy(model).double()(images.double()))
+    layer = fast.blocks[0].mlp.fc1
+    with torch.inference_mode():  # a product of packed weights minds neither strides nor how many dimensions there are
+        x = torch.randn(5, 2 * 24, 7).mT[..., ::2]
+        expected = F.linear(x, layer.weight, layer.bias)
+        assert relative_error(layer(x), expected) < 1e-5
+        assert relative_error(layer(x[0, 0]), expected[0, 0]) < 1e-5
+        assert layer(x[:0]).shape == (0, 7, 96)
+    with pytest.raises(RuntimeError, match="weight is packed: load into the model itself"):
+        fast.load_state_dict(model.state_dict())
+
+
+def test_packed_weights_are_refused_where_they_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"cannot be packed here: .*; the model is torch.float64 on cpu"):
+        tomevit.optimize(tiny(4).double(), packed=True)
+    with pytest.raises(ValueError, match="packed weights are not for compiled models"):
+        tomevit.optimize(tiny(4), packed=True, compiled=True)
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_weights_are_packed_if_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interleave(candidates: dict[Any, Any], **_: Any) -> dict[Any, float]:
+        return {each: 1.0 if isinstance(each, packed.PackedLinear) == faster else 1.5 for each in candidates}
+
+    monkeypatch.setattr(importlib.import_module("tomevit.optimize"), "interleave", interleave)
+    done = tomevit.optimize(tiny(4), keep_memory=False).optimizations
+    assert done == (("weights packed: products 1.50 times as fast",) if faster and can_pack() else ())
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -194,7 +264,7 @@ def faults(model):
             model(images)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-plain, fast = faults(model), tomevit.optimize(model)
+plain, fast = faults(model), tomevit.optimize(model, packed=False)
 print(plain, faults(fast), *fast.optimizations, sep=",")
 """
 
