@@ -28,6 +28,23 @@ class DownloadError(OSError):
     """A file could not be had, from the network or from the cache."""
 
 
+class ImageError(ValueError):
+    """A file is no image, or a damaged one, or cannot be read.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it, without its name.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it survives the way from a worker process
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
 class UploadError(OSError):
     """A model could not be brought to the hub: it cannot be reached, or refuses."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from tomevit import plot
 from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.bounds import SHARES
-from tomevit.cli.options import Many, R, Size, aligned
+from tomevit.cli.options import Many, R, Size, aligned, check_writable, device_of
 from tomevit.config import Schedule
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
@@ -87,13 +86,13 @@ def bench(
     the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
     """
     for path in filter(None, (picture, out)):
-        _check_writable(path)
+        check_writable(path)
     if picture is not None:
         plot.require_matplotlib()
         plot.check_suffix(picture)
     if threads is not None:
         torch.set_num_threads(threads)
-    place = _device(device)
+    place = device_of(device)
     subject = _subject(model, img_size)
     r_values = r_values or tuple(default_r(subject.card))
     modes = tuple(dict.fromkeys((*modes, *(("compiled",) if compiled else ())))) or ("eager",)
@@ -161,24 +160,6 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
             raise
         return False, [f"Not compared with timm's model: {error}."]
     return True, []
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def _check_writable(path: Path) -> None:
-    """Before the minutes of measuring."""
-    directory = native.check_place(path).parent
-    try:
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

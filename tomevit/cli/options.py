@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,11 @@ from typing import Any
 import click
 import torch
 
+from tomevit.config import Schedule
+from tomevit.factory import create
 from tomevit.layers.schedule import check_schedule
+from tomevit.models import VisionTransformer
+from tomevit.weights import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,6 +79,49 @@ def _is_value(kind: Any, argument: str) -> bool:
     if isinstance(kind, click.Choice):
         return argument in kind.choices
     return re.match(r"[\d\[.]", argument) is not None and not Path(argument).is_file()
+
+
+def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | None = None) -> VisionTransformer:
+    """A model with its weights: by name, which downloads them on first use, or a file that tomevit wrote.
+
+    Raises:
+        ValueError, OSError: there is no such model or file, or the weights cannot be had; the message says more.
+    """
+    if not Path(model).is_file():
+        return create(model, pretrained=True, r=r, img_size=img_size)
+    if img_size is not None:
+        return create(native.read(model).card.full_name, pretrained=model, r=r, img_size=img_size)
+    loaded = native.load(model)
+    if r is not None:
+        loaded.r = r
+    return loaded
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        ValueError: there is none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def check_writable(path: Path) -> None:
+    """Before the minutes of work whose result is to go there.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    directory = native.check_place(path).parent
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
