@@ -15,7 +15,7 @@ from torch import nn
 from tomevit.layers import Block, backends
 from tomevit.layers.bare import Linear
 from tomevit.layers.mlp import LayerScale
-from tomevit.layers.packed import PackedLinear, can_pack
+from tomevit.layers.packed import MANY_ROWS, PackedLinear, can_pack
 from tomevit.models import VisionTransformer
 from tomevit.timing import interleave
 
@@ -43,9 +43,10 @@ def optimize(
         compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
             batch (mode "reduce-overhead"). On a CPU all blocks but the first and the last, with shapes left open, so
             that one program serves every r; the other two would be programs of their own.
-        packed: keep the blocks' weights in the order in which oneDNN multiplies by them. None: where a layer of the
-            model's, timed on the spot, is faster so, and nothing is compiled. It rounds otherwise than torch's own
-            product: say True or False where two runs must agree to the bit.
+        packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies few rows by them, those
+            of a small batch or of merged tokens. None: where a layer of the model's, timed on the spot, is faster so,
+            and nothing is compiled. It rounds otherwise than torch's own product: say True or False where two runs
+            must agree to the bit.
         fused_merge: match and merge in two Triton kernels (`tomevit.layers.triton_merge`), on a GPU.
         keep_memory: on a CPU under glibc, have the process keep the memory that it frees: large activations that go
             back to the system are fetched again, page by page, in every call. Holds for the whole process.
@@ -72,7 +73,7 @@ def optimize(
         done.append(_compile(model))
     elif packed is not False and (gain := _gain_of_packing(model, required=packed is True)) is not None:
         _pack(model)
-        done.append(f"weights packed: products {gain:.2f} times as fast")
+        done.append(f"weights packed: products with few rows {gain:.2f} times as fast")
     if keep_memory and device.type == "cpu" and _keep_freed_memory():
         done.append("freed memory kept by the process")
     model.optimizations = tuple(done)
@@ -102,7 +103,7 @@ def _gain_of_packing(model: VisionTransformer, *, required: bool) -> float | Non
                 f"have instructions for it; the model is {layer.weight.dtype} on {layer.weight.device}"
             )
         return None
-    x = torch.zeros(model.config.num_tokens, layer.in_features, dtype=layer.weight.dtype)
+    x = torch.zeros(min(model.config.num_tokens, MANY_ROWS - 1), layer.in_features, dtype=layer.weight.dtype)
     with torch.inference_mode():
         times = interleave({each: partial(each, x) for each in (layer, PackedLinear(layer))}, rounds=ROUNDS)
     plain, packed = times.values()
@@ -110,13 +111,10 @@ def _gain_of_packing(model: VisionTransformer, *, required: bool) -> float | Non
 
 
 def _pack(model: VisionTransformer) -> None:
-    *others, last = _blocks(model)
-    for block in (*others, last):
+    for block in _blocks(model):
         for parent in (block.attn, block.mlp):
             for name, layer in parent.named_children():
-                # Where the last block computes the class token alone, it needs parts of this weight.
-                used_in_parts = block is last and layer is block.attn.qkv and model.config.num_read is not None
-                if isinstance(layer, Linear) and not used_in_parts:
+                if isinstance(layer, Linear):
                     setattr(parent, name, PackedLinear(layer))
 
 
