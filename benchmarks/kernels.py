@@ -16,14 +16,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from tomevit.layers import Tokens, attend, bipartite_soft_matching, merge_tokens, slot_map
 from tomevit.layers.merge import mean_by_index, mean_by_product
+from tomevit.layers.packed import can_pack
 from tomevit.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 WITHOUT = "all sizes 1"
+PRODUCT = "first MLP layer"
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -52,12 +55,14 @@ def main() -> None:
         "select": selections(similarity, args.r),
         "merge": merges(x, size, key, args.r),
         "match and merge": matches(x, size, key, args.r),
+        PRODUCT: products(x),
     }
     rows = []
     with torch.inference_mode():
         for what, calls in groups.items():
             expected = next(iter(calls.values()))().float()
-            tolerance = 8 * torch.finfo(dtype).eps  # sums in another order, rounded to dtype once
+            # Sums in another order, rounded to dtype once; those over all channels are longer.
+            tolerance = (2 * dim**0.5 if what == PRODUCT else 8) * torch.finfo(dtype).eps
             for way, call in calls.items():
                 if way == WITHOUT:
                     continue
@@ -101,9 +106,16 @@ def attentions(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Calls:
         wide_q, wide_k = torch.cat([q, more], -1), torch.cat([k, extra], -1)
         return F.scaled_dot_product_attention(wide_q, wide_k, wide, scale=head_dim**-0.5)[..., :head_dim]
 
+    bias = log_size[..., 0].to(q.dtype)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def flex() -> Tensor:
+        return compiled(q, k, v, score_mod=lambda score, b, _head, _query, j: score + bias[b, j])
+
     return {
         "log size as a bias": lambda: attend(q, k, v, size),
         "log size as a channel of the keys": channel,
+        "FlexAttention": flex,
         "written out": written_out,
         WITHOUT: lambda: attend(q, k, v),
     }
@@ -190,6 +202,18 @@ def matches(x: Tensor, size: Tensor, key: Tensor, r: int) -> Calls:
 
         fused = partial(match_and_merge_fused, Tokens(x, size), key, r, 1)
         calls["two Triton kernels"] = lambda: fused().x
+    return calls
+
+
+def products(x: Tensor) -> Calls:
+    """A linear layer, D to 4 D."""
+    layer = nn.Linear(x.shape[2], 4 * x.shape[2]).to(x)
+    calls: Calls = {"torch's": lambda: layer(x)}
+    if can_pack(layer.weight):
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        calls["weight packed for oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(
+            x, packed, layer.bias, "none", [], ""
+        )
     return calls
 
 

@@ -43,9 +43,9 @@ def optimize(
         compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
             batch (mode "reduce-overhead"). On a CPU all blocks but the first and the last, with shapes left open, so
             that one program serves every r; the other two would be programs of their own.
-        packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies few rows by them, those
-            of a small batch or of merged tokens. None: where a layer of the model's, timed on the spot, is faster so,
-            and nothing is compiled. It rounds otherwise than torch's own product: say True or False where two runs
+        packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies few rows by them,
+            those of a small batch or of merged tokens. None: where a layer of the model's, timed on the spot, is faster
+            so, and nothing is compiled. It rounds otherwise than torch's own product: say True or False where two runs
             must agree to the bit.
         fused_merge: match and merge in two Triton kernels (`tomevit.layers.triton_merge`), on a GPU.
         keep_memory: on a CPU under glibc, have the process keep the memory that it frees: large activations that go
