@@ -179,7 +179,8 @@ def summary(each: Setting, result: Comparison) -> list[tuple[str, ...]]:
             continue
         over = f"{published.seconds.median / ours.seconds.median:.2f}" if published else ""
         rates = [f"{row.images_per_second:.2f}" for row in (best, ours)]
-        ratios = [f"{number:.3f}" for number in (ours.speed_up, ours.flop_ratio_computed, ours.efficiency)]
+        ratios = [f"{number:.3f}" for number in (ours.speed_up, ours.flop_ratio_computed)]
+        ratios.append("{:.3f} ({:.3f}–{:.3f})".format(ours.efficiency, *ours.efficiency_range))
         lines.append((each.name, str(r), best.name, rates[0], ours.name, rates[1], *ratios, over))
     return lines
 

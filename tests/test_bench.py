@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from tomevit import flops
 from tomevit.bench import Candidate, Comparison, Row, candidates, compare, default_r, suggest, sweep, timm_twin
 from tomevit.bounds import Limits, bounds
 from tomevit.config import Config, Figure
-from tomevit.timing import Quartiles, Turn, interleave, turns
+from tomevit.timing import Quartiles, Turn, interleave, ratio_interval, turns
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,22 @@ def test_flops_computed_and_published_differ_where_the_class_token_is_read() -> 
 
 
 # ------------------------------------------------------------------------------------------------------------- timing
+
+
+def test_the_range_of_a_ratio_is_narrow_where_rounds_agree_and_holds_the_truth() -> None:
+    draw = random.Random(1)
+    steady = [1.0 + 0.01 * draw.random() for _ in range(20)]
+    lower, upper = ratio_interval([2 * seconds for seconds in steady], steady)  # slow together, fast together
+    assert lower > 1.98
+    assert upper < 2.02
+    assert ratio_interval([3.0], [2.0, 9.0]) == (1.5, 1.5)
+    held = 0
+    for _ in range(60):
+        first, second = ([mean * (1 + draw.gauss(0, 0.1)) for _ in range(15)] for mean in (1.5, 1.0))
+        lower, upper = ratio_interval(first, second)
+        held += lower <= 1.5 <= upper
+        assert upper - lower > 0.03
+    assert held >= 50  # of 60; 57 are expected
 
 
 def test_candidates_take_turns() -> None:
@@ -144,7 +161,21 @@ def test_every_mode_runs_the_model_on_its_weights_and_leaves_it_as_it_is(mode: s
 def row(r: int, speed_up: float) -> Row:
     config = Config()
     cost, ratio = flops(config, r) / 1e9, flops(config) / flops(config, r)
-    return Row("tomevit", "eager", r, 1, cost, cost, Quartiles(1, 1, 1), 1.0, speed_up, ratio, ratio, r > 0)
+    return Row(
+        "tomevit",
+        "eager",
+        r,
+        1,
+        cost,
+        cost,
+        Quartiles(1, 1, 1),
+        1.0,
+        speed_up,
+        (speed_up, speed_up),
+        ratio,
+        ratio,
+        r > 0,
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -29,7 +30,7 @@ from tomevit.flops import flops
 from tomevit.layers.schedule import token_counts
 from tomevit.models import VisionTransformer
 from tomevit.optimize import compile_blocks, optimize
-from tomevit.timing import WARMUP, Quartiles, environment, turns
+from tomevit.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 
 #: What can be asked for as a dtype: torch's, and the precision of float32 matrix products.
 PRECISIONS = {
@@ -178,6 +179,7 @@ class Row(NamedTuple):
     seconds: Quartiles  # of a call, which is a batch
     images_per_second: float  # by the median
     speed_up: float  # over the fastest candidate that merges nothing
+    speed_up_range: tuple[float, float]  # of 95 % confidence
     flop_ratio: float  # r = 0 over this r, as the paper counts
     flop_ratio_computed: float  # as our model computes: what the speed-up would be if time followed FLOPs
     merges: bool
@@ -187,6 +189,12 @@ class Row(NamedTuple):
     def efficiency(self) -> float:
         """The share of the FLOPs saved that became time saved; 1 is the limit."""
         return self.speed_up / self.flop_ratio_computed
+
+    @property
+    def efficiency_range(self) -> tuple[float, float]:
+        """What it lies between, with 95 % confidence."""
+        lower, upper = self.speed_up_range
+        return lower / self.flop_ratio_computed, upper / self.flop_ratio_computed
 
     @property
     def name(self) -> str:
@@ -379,32 +387,36 @@ def sweep(
 def _rows(
     those: Sequence[Candidate], times: Sequence[Sequence[float]], found: dict[int, Bounds], config: Config, batch: int
 ) -> list[Row]:
+    medians = {i: statistics.median(found) for i, found in enumerate(times) if found}
+    counts = [token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1] for each in those]
+    merges = [tokens < config.num_tokens for tokens in counts]
+    best = min((i for i in medians if not merges[i]), key=lambda i: medians[i], default=None)
     rows = []
     for i, each in enumerate(those):
-        if not times[i]:
+        if i not in medians:
             continue
+        over = times[i if best is None else best]
         spread = Quartiles.of(times[i])
-        tokens = token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1]
         paper, computed = flops(config, each.r), flops(config, each.r, computed=True)
         rows.append(
             Row(
                 implementation=each.implementation,
                 mode=each.mode,
                 r=each.r,
-                tokens=tokens,
+                tokens=counts[i],
                 gflops=paper / 1e9,
                 gflops_computed=computed / 1e9,
                 seconds=spread,
                 images_per_second=batch / spread.median,
-                speed_up=1.0,
+                speed_up=statistics.median(over) / spread.median,
+                speed_up_range=ratio_interval(over, times[i]),
                 flop_ratio=flops(config) / paper,
                 flop_ratio_computed=flops(config, computed=True) / computed,
-                merges=tokens < config.num_tokens,
+                merges=merges[i],
                 bounds=found.get(i),
             )
         )
-    best = min((row.seconds.median for row in rows if not row.merges), default=1.0)
-    return [row._replace(speed_up=best / row.seconds.median) for row in rows]
+    return rows
 
 
 def _binding(rows: Sequence[Row]) -> list[str]:
@@ -499,9 +511,11 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
             seconds             {lower, median, upper}: quartiles of a call
             images_per_second   by the median
             speed_up            over the fastest row of the comparison that merges nothing
+            speed_up_range      [lower, upper], with 95 % confidence
             gflops, flop_ratio  multiply-adds as the paper counts, and those of r = 0 over these
             gflops_computed, flop_ratio_computed    as they are computed
             efficiency          speed_up / flop_ratio_computed
+            efficiency_range    [lower, upper], with 95 % confidence
             bounds              {arithmetic, memory, launches, allocation, rate, bandwidth, bound_by}, or null:
                                     shares of the time (null: unknown), and what the device reaches, per second
     """
@@ -511,7 +525,7 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     rows = [
         row._asdict()
-        | {"seconds": row.seconds._asdict(), "efficiency": row.efficiency}
+        | {"seconds": row.seconds._asdict(), "efficiency": row.efficiency, "efficiency_range": row.efficiency_range}
         | {"bounds": None if row.bounds is None else row.bounds._asdict() | {"bound_by": row.bounds.bound_by}}
         for row in comparison.rows
     ]

@@ -14,6 +14,7 @@ import torch
 
 Key = TypeVar("Key", bound=Hashable)
 WARMUP = 2
+RESAMPLES = 400
 
 
 class Turn(NamedTuple, Generic[Key]):
@@ -37,6 +38,25 @@ class Quartiles(NamedTuple):
             return cls(times[0], times[0], times[0])
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
         return cls(lower, median, upper)
+
+
+def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Between what median(first) / median(second) lies, with 95 % confidence, as far as the rounds tell.
+
+    By the bootstrap: rounds are drawn anew, the same for both, since what slowed one in a round may have slowed the
+    other.
+
+    Args:
+        first, second: times of two candidates, round by round; of an unfinished last round one may be missing.
+    """
+    rounds, draw = range(min(len(first), len(second))), random.Random(0)
+    ratios = []
+    for _ in range(RESAMPLES):
+        drawn = draw.choices(rounds, k=len(rounds))
+        ratios.append(statistics.median(first[i] for i in drawn) / statistics.median(second[i] for i in drawn))
+    ratios.sort()
+    outside = RESAMPLES // 40
+    return ratios[outside], ratios[-1 - outside]
 
 
 def turns(

@@ -24,9 +24,9 @@ MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP 
 COLUMNS = (*MEASURED, *SHARES)
 LEGEND = (
     "Times are of a batch. Speed-up is over the fastest that merges nothing, marked *. Efficiency is the speed-up over "
-    "the FLOP ratio of what is computed; 1 is its limit. The last columns are estimates, from what the device reaches: "
-    "the share of the time that matrix products, reading and writing memory, starting operators, and memory fetched "
-    "from the system would take alone."
+    "the FLOP ratio of what is computed, with the range of 95 % confidence; 1 is its limit. The last columns are "
+    "estimates, from what the device reaches: the share of the time that matrix products, reading and writing memory, "
+    "starting operators, and memory fetched from the system would take alone."
 )
 
 
@@ -218,7 +218,7 @@ def _row_cells(row: Row, best: bool) -> list[str]:
         f"{lower:.{digits}f}–{upper:.{digits}f}",
         f"{row.speed_up:.2f}",
         f"{row.flop_ratio_computed:.2f}",
-        f"{row.efficiency:.2f}" if row.merges else "",
+        "{:.2f} ({:.2f}–{:.2f})".format(row.efficiency, *row.efficiency_range) if row.merges else "",
         *(f"{100 * shares[name]:.0f} %" if name in shares else "" for name in SHARES),
     ]
 
