@@ -69,7 +69,7 @@ class Row(NamedTuple):
     difference: Share | None  # top-1 less that of r = 0 on the same images; None: r = 0 was not evaluated, or is this
     agreement: Share | None  # images with the same answer as at r = 0
     seconds: Quartiles | None  # of the forward pass on a batch; None: no batch was whole
-    images_per_second: float | None  # by the median: of the forward pass alone
+    images_per_second: float | None  # by the median: of the forward pass alone, in one process
     speed_up: float | None  # over r = 0 in this run
     not_finite: int  # images whose logits were not finite; they count as wrong
 
@@ -101,7 +101,9 @@ def wilson(count: int, total: int) -> Share:
     share, spread = count / total, Z * Z / total
     centre = (share + spread / 2) / (1 + spread)
     half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return Share(100 * share, 100 * max(0.0, centre - half), 100 * min(1.0, centre + half))
+    # At the ends the interval ends there too, and rounding must not leave the end out.
+    lower, upper = centre - half if count else 0.0, centre + half if count < total else 1.0
+    return Share(100 * share, 100 * lower, 100 * upper)
 
 
 def paired(gained: int, lost: int, total: int) -> Share:

@@ -168,8 +168,10 @@ def _classes(
     """
     imagenet = is_imagenet(num_classes, class_names)
     known: list[tuple[dict[str, int], str]] = []
-    if len(set(class_names)) == len(class_names):  # "crane" and "maillot" are two classes each in some lists
-        known.append(({name: i for i, name in enumerate(class_names)}, "named as the model's classes"))
+    if class_names:
+        count = Counter(class_names)  # "crane" and "maillot" are two classes each in some lists
+        own = {name: i for i, name in enumerate(class_names) if count[name] == 1}
+        known.append((own, "named as the model's classes"))
     if imagenet:
         known.append((imagenet_classes(), "by WordNet id"))
     for index, how in known:
@@ -177,17 +179,15 @@ def _classes(
             return Classes({name: index[name] for name in names}, how)
 
     numbers = {name: int(name) for name in names if re.fullmatch(r"[0-9]{1,9}", name)}
-    if len(numbers) == len(names) and len(set(numbers.values())) == len(names) and max(numbers.values()) < num_classes:
-        # Loaders that sort folders by name take "10" for the third of twelve.
-        if imagenet or not complete or sorted(names) == sorted(names, key=int):
-            return Classes(numbers, "numbered as the model's outputs, from 0")
-        raise ValueError(
-            f"{what} are numbers, and the order that loaders give them is that of text, 0, 1, 10, …: which one the "
-            f"model was trained with must be said, by a file with its classes in order (--classes)"
-        )
+    if imagenet and len(set(numbers.values())) == len(names) and max(numbers.values()) < num_classes:
+        return Classes(numbers, "numbered as the model's outputs, from 0")  # as ImageNetV2 has them
     if complete and not class_names and not imagenet:
+        if len(numbers) == len(names) and sorted(names) != sorted(names, key=int):
+            raise ValueError(
+                f"{what} are numbers, which most loaders take in the order of text, 0, 1, 10, …: which order the model "
+                f"was trained with must be said, by a file with its classes in order (--classes)"
+            )
         return Classes({name: i for i, name in enumerate(sorted(names))}, "sorted by name, in the order of the outputs")
-
     expected = []
     if class_names:
         expected.append(f"names of the model's {num_classes} classes, such as {class_names[0]!r}")

@@ -205,7 +205,8 @@ def accuracy_throughput(
     axis.set_ylabel("top-1 accuracy, %", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
     _tidy(axis)
-    axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel(note, fontsize=9, color=GREY)
     _save(figure, path, suffix[1:])
 

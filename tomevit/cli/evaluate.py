@@ -240,8 +240,9 @@ def eval_command(
     }
     click.echo(forms[as_what or "text"]())
     if found.interrupted:
-        kept = "the same command goes on from there" if state else "with -o the next run would go on from there"
-        click.echo(f"{found.evaluated + len(found.unreadable)} of {found.images} images are done; {kept}", err=True)
+        if found.rows:
+            kept = "the same command goes on from there" if state else "with -o the next run would go on from there"
+            click.echo(kept, err=True)
         raise KeyboardInterrupt
     if out is not None:
         by_name = {".json": "json", ".md": "markdown"}.get(out.suffix.lower(), "text")
@@ -308,7 +309,7 @@ def _figures(
         r = r_values[0] if r is None else r
         if str(r) not in evaluated:
             raise ValueError(f"--expect has r = {r}, which --r does not have")
-        found.append(Expected(r, percent, "as expected"))
+        found.append(Expected(r, percent, "--expect"))
     return found
 
 
@@ -379,14 +380,14 @@ def _show(bar: tqdm[Any], rank: int, step: Step) -> None:
 
 
 def _text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *aligned(COLUMNS, map(_cells, found.rows)), ""] if found.rows else []
-    return [*_heading(result), *table, *_sentences(result, found, verdicts), LEGEND]
+    table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
+    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
 
 
 def _markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *markdown(COLUMNS, map(_cells, found.rows)), ""] if found.rows else []
+    table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
-    return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences, "", LEGEND]
+    return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
 
 
 def _heading(result: dict[str, Any]) -> list[str]:
@@ -434,11 +435,11 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     for verdict in verdicts:
         off = verdict.measured.value - verdict.expected
         said.append(
-            f"At r = {verdict.r} top-1 is {off:+.2f} points off {verdict.expected:.2f} % ({verdict.source}): "
-            f"{'within' if verdict.within else 'outside'} the interval."
+            f"At r = {verdict.r} top-1 is {off:+.2f} points from the {verdict.expected:.2f} % of {verdict.source}, "
+            f"which {'is within' if verdict.within else 'is not within'} the interval."
         )
     if found.rate is not None:
-        said.append(f"{found.rate:.4g} images/s over all, reading ({result['workers']} processes) and all r included.")
+        said.append(f"{found.rate:.4g} images/s in all, every r and reading included (--workers {result['workers']}).")
     if found.unreadable:
         said.append(f"{len(found.unreadable)} of {found.images} files cannot be read, and are not counted:")
         said += [f"  {file}: {reason}" for file, reason in found.unreadable[:NAMED]]

@@ -84,13 +84,13 @@ def draw(path: Path, suffix: str, results: Mapping[str, Mapping[str, Any]]) -> N
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
         raise ValueError("there is no r of which both accuracy and throughput are known")
-    first = next(iter(evaluations.values()))
+    models = list(dict.fromkeys(found["model"] for found in evaluations.values()))
     notes = dict.fromkeys(f"{found['evaluated']} images, {machine(found)}" for found in evaluations.values())
     notes |= dict.fromkeys(f"throughput: {machine(found)}" for found in benches.values())
     plot.accuracy_throughput(
         path,
         lines,
-        f"{first['model']}, merging" if len({found["model"] for found in evaluations.values()}) == 1 else "Merging",
+        f"Accuracy over throughput{f', {models[0]}' if len(models) == 1 else ''}",
         "\n".join(["Bars are intervals of 95 %.", *notes]),
         suffix=suffix,
     )
