@@ -103,7 +103,7 @@ def wilson(count: int, total: int) -> Share:
     half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
     # At the ends the interval ends there too, and rounding must not leave the end out.
     lower, upper = centre - half if count else 0.0, centre + half if count < total else 1.0
-    return Share(100 * share, 100 * lower, 100 * upper)
+    return Share(100 * count / total, 100 * lower, 100 * upper)
 
 
 def paired(gained: int, lost: int, total: int) -> Share:

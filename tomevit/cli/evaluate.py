@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tomevit import plot
+from tomevit import plot, zoo
 from tomevit.bench import subject, with_zero
 from tomevit.cli.options import (
     DTYPES,
@@ -31,7 +31,7 @@ from tomevit.cli.options import (
     trained,
 )
 from tomevit.cli.plot import draw
-from tomevit.config import Schedule
+from tomevit.config import Card, Schedule
 from tomevit.evaluate import (
     Evaluation,
     Expected,
@@ -47,6 +47,7 @@ from tomevit.evaluate import (
     published,
 )
 from tomevit.folders import Labelled, labelled, read_class_names
+from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer
 from tomevit.weights import native
 
@@ -183,14 +184,15 @@ def eval_command(
         if restart and out is None:
             raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
         place = _place(device)
-        loaded = trained(model, img_size=img_size)
-        values = list(r_values) or with_zero([loaded.r])
+        # Whatever the user may have got wrong comes before a download, and before the model is read.
+        card = native.read(model).card if Path(model).is_file() else zoo.card(model)
+        values = list(r_values) or with_zero([card.r])
         for r in values:
-            loaded.schedule(r)
-        figures = _figures(expected, loaded, values, img_size)
-        names = read_class_names(classes, loaded.config.num_classes) if classes else loaded.card.class_names
-        images = _some(labelled(data, loaded.config.num_classes, names, truth=truth), limit)
-        return _Task(loaded.to(place, DTYPES[dtype]), images, values, figures)
+            check_schedule(r, card.config.depth)
+        figures = _figures(expected, card, values, img_size)
+        names = read_class_names(classes, card.config.num_classes) if classes else card.class_names
+        images = _some(labelled(data, card.config.num_classes, names, truth=truth), limit)
+        return _Task(trained(model, img_size=img_size).to(place, DTYPES[dtype]), images, values, figures)
 
     with _joined():
         rank, world = processes()
@@ -283,7 +285,7 @@ def _workers(device: torch.device) -> int:
 
 def _figures(
     wanted: Sequence[tuple[Schedule | None, float] | None],
-    model: VisionTransformer,
+    card: Card,
     r_values: Sequence[Schedule],
     img_size: tuple[int, int] | None,
 ) -> list[Expected]:
@@ -292,7 +294,7 @@ def _figures(
     found: list[Expected] = []
     for item in wanted:
         if item is None:
-            name, known = model.card.full_name or "these weights", published(model.card)
+            name, known = card.full_name or "these weights", published(card)
             if not known:
                 raise ValueError(f"no accuracy is published for {name}; --expect takes one, as in --expect 16=84.57")
             if img_size is not None:
