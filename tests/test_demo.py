@@ -91,8 +91,8 @@ from tomevit import plot
 assert "matplotlib" not in sys.modules
 image, groups = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [1, 1]])
 plot.merged_tokens(Path({str(tmp_path / "a.png")!r}), [image], [[groups]], ["image", "merged"], ["0"], "title")
-lines = {{"one": [(1.0, 2.0)], "two": [(1.0, 3.0)]}}
-plot.accuracy_throughput(Path({str(tmp_path / "b.png")!r}), lines, ["r = 0"], "title", "note")
+lines = {{"one": [plot.Point("r = 0", 1.0, 2.0)], "two": [plot.Point("r = 0", 1.0, 3.0)]}}
+plot.accuracy_throughput(Path({str(tmp_path / "b.png")!r}), lines, "title", "note")
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)

@@ -285,7 +285,7 @@ def compare(
     except KeyboardInterrupt:
         note, interrupted = f"interrupted after {min(map(len, times))} of {rounds} rounds", True
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         note, times, found = f"a batch of {batch} does not fit into the memory of {device}", [[] for _ in those], {}
         if device.type == "cuda":
@@ -484,16 +484,21 @@ def setting(
     model: VisionTransformer, *, device: torch.device | str, rounds: int, timm: bool, name: str | None = None
 ) -> dict[str, Any]:
     """What figures must be read with: the model, the machine, the versions."""
-    found: dict[str, Any] = {"model": name or model.card.full_name, "img_size": list(model.config.img_size)}
-    found |= {"rounds": rounds} | environment(device)
-    if torch.device(device).type == "cuda":
-        found["cuda"] = str(torch.version.cuda)
-    found |= {"platform": platform.platform(terse=True), "tomevit": tomevit.__version__}
+    found = subject(model, device, name) | {"rounds": rounds}
     if timm:
         import timm as theirs
 
         found["timm"] = theirs.__version__
     return found
+
+
+def subject(model: VisionTransformer, device: torch.device | str, name: str | None = None) -> dict[str, Any]:
+    """The model, and where it runs: what any figure must be read with."""
+    found: dict[str, Any] = {"model": name or model.card.full_name, "img_size": list(model.config.img_size)}
+    found |= environment(device)
+    if torch.device(device).type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    return found | {"platform": platform.platform(terse=True), "tomevit": tomevit.__version__}
 
 
 def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[str, Any]:
@@ -556,5 +561,6 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
     return config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what it says, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

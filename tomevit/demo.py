@@ -20,6 +20,7 @@ from tomevit import plot
 from tomevit.bench import bench, with_zero
 from tomevit.config import Schedule
 from tomevit.models import VisionTransformer
+from tomevit.plot import Point
 from tomevit.timing import environment
 
 PLAIN = "digits_p1.plain"
@@ -198,13 +199,12 @@ def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
     plot.accuracy_throughput(
         path,
         {
-            name: [(row["images_per_second"], row["accuracy"][key]) for row in rows]
+            name: [Point(f"r = {row['r']}", row["images_per_second"], row["accuracy"][key]) for row in rows]
             for key, name in (
                 ("off_the_shelf", "merging off the shelf"),
                 ("trained_with_merging", f"trained with merging, r = {results['trained_r']}"),
             )
         },
-        [f"r = {row['r']}" for row in rows],
         f"Merging on {results['images']} held-out digits",
         f"{_setting(results)}\n{results['environment']['device']}",
     )

@@ -9,7 +9,7 @@ import glob
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
@@ -153,7 +153,7 @@ def stream(
     workers: int = 0,
     indices: Sequence[int] | None = None,
     upright: bool = False,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Files as batches for a model, in order, read and prepared by several processes.
 
     What cannot be read is reported in its batch, which is so much smaller and may be empty.

@@ -7,7 +7,7 @@ from colorsys import hsv_to_rgb
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,38 +138,60 @@ def merged_tokens(
     _save(figure, path)
 
 
+class Point(NamedTuple):
+    """What one r gives."""
+
+    label: str
+    throughput: float  # images per second
+    accuracy: float  # per cent
+    interval: tuple[float, float] | None = None  # around the accuracy; None: not drawn
+
+
 def accuracy_throughput(
-    path: Path,
-    lines: Mapping[str, Sequence[tuple[float, float]]],
-    labels: Sequence[str],
-    title: str,
-    note: str,
+    path: Path, lines: Mapping[str, Sequence[Point]], title: str, note: str, *, suffix: str = ".png"
 ) -> None:
     """Accuracy against throughput, one line for each model, each point labelled.
 
     Args:
-        path: the PNG to write.
-        lines: for each model's name, points (images per second, per cent right), in the order of `labels`.
-        labels: one for each point of a line.
+        path: the picture to write.
+        lines: for each model's name, its points, the one without merging first. Points of several lines that have a
+            label in common are joined, and labelled once.
         title: above the plot.
         note: below it, what the figures must be read with.
+        suffix: the picture's kind, whatever the path's.
     """
     from matplotlib.patheffects import withStroke
 
     figure = _figure(7.6, 4.9)
     axis = figure.subplots()
-    for (name, points), colour, marker in zip(lines.items(), COLOURS, "os^D", strict=False):
-        across, up = zip(*points, strict=True)
-        axis.plot(across, up, color=colour, marker=marker, markersize=6, linewidth=1.8, label=name, clip_on=False)
-    for i, label in enumerate(labels):
-        points = [line[i] for line in lines.values()]
-        axis.plot(*zip(*points, strict=True), color="#c9ccd2", linewidth=1, linestyle=(0, (3, 3)), zorder=1)
+    alike: dict[str, list[Point]] = {}
+    for i, (name, points) in enumerate(lines.items()):
+        across, up = [point.throughput for point in points], [point.accuracy for point in points]
+        colour = COLOURS[i % len(COLOURS)]
+        axis.plot(
+            across, up, color=colour, marker="os^Dv"[i % 5], markersize=6, linewidth=1.8, label=name, clip_on=False
+        )
+        for point in points:
+            alike.setdefault(point.label, []).append(point)
+            if point.interval is not None:
+                axis.vlines(point.throughput, *point.interval, color=colour, linewidth=1, alpha=0.6)
+    firsts = {points[0].label for points in lines.values()}
+    for label, points in alike.items():
+        axis.plot(
+            [point.throughput for point in points],
+            [point.accuracy for point in points],
+            color="#c9ccd2",
+            linewidth=1,
+            linestyle=(0, (3, 3)),
+            zorder=1,
+        )
         # The first point, without merging, is the highest: its label stands above, clear of those that follow.
-        below = i > 0
-        point = (min if below else max)(points, key=lambda point: point[1])
+        below = label not in firsts
+        point = (min if below else max)(points, key=lambda point: point.accuracy)
+        ends = point.interval or (point.accuracy, point.accuracy)
         text = axis.annotate(
             label,
-            point,
+            (point.throughput, ends[0] if below else ends[1]),
             (0, -9 if below else 9),
             textcoords="offset points",
             ha="center",
@@ -180,12 +202,13 @@ def accuracy_throughput(
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axis.margins(x=0.07, y=0.14)
     axis.set_xlabel("throughput, images/s", fontsize=10.5, color=INK)
-    axis.set_ylabel("held-out accuracy, %", fontsize=10.5, color=INK)
+    axis.set_ylabel("top-1 accuracy, %", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
     _tidy(axis)
-    axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+    if len(lines) > 1:
+        axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel(note, fontsize=9, color=GREY)
-    _save(figure, path)
+    _save(figure, path, suffix[1:])
 
 
 def accuracy_and_time(

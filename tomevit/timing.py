@@ -13,6 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+T = TypeVar("T")
 WARMUP = 2
 RESAMPLES = 400
 
@@ -107,11 +108,16 @@ def interleave(
 
 def seconds(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """How long a call takes, until the device has finished what it was given."""
+    return timed(call, device)[1]
+
+
+def timed(call: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, float]:
+    """What a call returns, and how many seconds it takes, until the device has finished what it was given."""
     _wait_for(device)
     start = time.perf_counter()
-    call()
+    result = call()
     _wait_for(device)
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def seconds_of_host(call: Callable[[], object], device: torch.device | str) -> float:

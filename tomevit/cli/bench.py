@@ -14,7 +14,8 @@ from tqdm import tqdm
 from tomevit import plot
 from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.bounds import SHARES
-from tomevit.cli.options import Many, R, Size, aligned, check_writable, device_of
+from tomevit.cli.options import Many, R, Size, aligned, check_writable, described, device_of, markdown
+from tomevit.cli.plot import draw
 from tomevit.config import Schedule
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
@@ -132,7 +133,7 @@ def bench(
             unfinished.write_text(text + "\n", encoding="utf-8")
     if picture is not None and any(comparison.rows for comparison in found):
         with native.draft(picture) as unfinished:
-            _draw(unfinished, picture.suffix, where, found)
+            draw(unfinished, picture.suffix, {model: as_json(where, found)})
     for path in filter(None, (picture, out)):
         if path.is_file():
             click.echo(f"written to {path}", err=True)
@@ -166,7 +167,7 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
 
 
 def _text(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
-    lines = [_setting(where)]
+    lines = [described(where)]
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
@@ -176,28 +177,13 @@ def _text(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[st
 
 
 def _markdown(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
-    lines = [f"### tomevit bench: {where['model']}", "", _setting(where)]
+    lines = [f"### tomevit bench: {where['model']}", "", described(where)]
     for comparison in found:
         lines += ["", f"**{comparison.dtype}, batch {comparison.batch}**", ""]
         if comparison.rows:
-            lines += [_line(COLUMNS), _line(["---", *["---:"] * (len(COLUMNS) - 1)])]
-            lines += [*map(_line, _cells(comparison)), ""]
+            lines += [*markdown(COLUMNS, _cells(comparison)), ""]
         lines += [f"- {sentence}" for sentence in _sentences(comparison)]
     return [*lines, "", *notes, LEGEND, _paper(found)]
-
-
-def _line(cells: Iterable[str]) -> str:
-    """A row of a table in Markdown, which a bare asterisk could take for emphasis."""
-    return f"| {' | '.join(cells)} |".replace("*", r"\*")
-
-
-def _setting(where: dict[str, Any]) -> str:
-    """The setting in one line."""
-    height, width = where["img_size"]
-    threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
-    names = {"cuda": "CUDA", "python": "Python", "torch": "torch", "timm": "timm", "tomevit": "tomevit"}
-    versions = ", ".join(f"{names[key]} {where[key]}" for key in names if key in where)
-    return f"{where['model']}, {height}x{width}, {where['rounds']} rounds, on {where['device']}{threads}; {versions}"
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -237,20 +223,3 @@ def _paper(found: Iterable[Comparison]) -> str:
     return (
         f"FLOP ratios by the paper's count, with every token in the last block: {', '.join(ratios.values()) or 'none'}."
     )
-
-
-def _draw(path: Path, suffix: str, where: dict[str, Any], found: Iterable[Comparison]) -> None:
-    """The speed-up over r, a panel for each dtype."""
-    panels: dict[str, dict[str, list[tuple[Schedule, float, float]]]] = {}
-    for comparison in found:
-        fastest: dict[str, Row] = {}
-        for row in sorted(comparison.rows, key=lambda row: row.seconds.median):
-            if row.merges or row is comparison.best:
-                fastest.setdefault(str(row.r), row)
-        line = sorted(fastest.values(), key=lambda row: -row.gflops)
-        points = [(row.r, row.speed_up, row.flop_ratio_computed) for row in line]
-        best = comparison.best
-        if best is not None:
-            label = f"batch {comparison.batch}, {best.images_per_second:.3g} images/s at r = 0"
-            panels.setdefault(comparison.dtype, {})[label] = points
-    plot.speed_up(path, suffix, panels, f"{where['model']} merging, against the fastest that does not", _setting(where))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,27 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned."""
     for line in aligned(columns, rows):
         click.echo(line)
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """The lines of a table in Markdown, which a bare asterisk could take for emphasis; aligned as `aligned` does."""
+    for cells in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows):
+        yield f"| {' | '.join(map(str, cells))} |".replace("*", r"\*")
+
+
+def machine(where: Mapping[str, Any]) -> str:
+    """Where and with which versions something was measured, from what `tomevit.bench.subject` says, in words."""
+    threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
+    names = {"cuda": "CUDA", "python": "Python", "torch": "torch", "timm": "timm", "tomevit": "tomevit"}
+    versions = ", ".join(f"{names[key]} {where[key]}" for key in names if key in where)
+    return f"on {where['device']}{threads}; {versions}"
+
+
+def described(where: Mapping[str, Any]) -> str:
+    """What was measured, and where, in one line."""
+    height, width = where["img_size"]
+    rounds = f"{where['rounds']} rounds, " if "rounds" in where else ""
+    return f"{where['model']}, {height}x{width}, {rounds}{machine(where)}"
 
 
 def aligned(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:

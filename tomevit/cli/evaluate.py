@@ -1,0 +1,450 @@
+"""How right: `tomevit eval`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import click
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from tomevit import plot, zoo
+from tomevit.bench import subject, with_zero
+from tomevit.cli.options import (
+    DTYPES,
+    Many,
+    R,
+    Size,
+    aligned,
+    check_writable,
+    described,
+    device_of,
+    markdown,
+    trained,
+)
+from tomevit.cli.plot import draw
+from tomevit.config import Card, Schedule
+from tomevit.evaluate import (
+    Evaluation,
+    Expected,
+    Row,
+    Share,
+    Step,
+    Verdict,
+    as_json,
+    evaluate,
+    forget,
+    judge,
+    processes,
+    published,
+)
+from tomevit.folders import Labelled, labelled, read_class_names
+from tomevit.layers.schedule import check_schedule
+from tomevit.models import VisionTransformer
+from tomevit.weights import native
+
+RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
+COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "FLOP ratio")
+LEGEND = (
+    "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
+    "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read."
+)
+NAMED = 20  # unreadable files that are named; all are in the JSON
+PUBLISHED = "published"
+
+T = TypeVar("T")
+
+
+class _Task(NamedTuple):
+    model: VisionTransformer  # on its device, in its dtype
+    images: Labelled
+    r_values: list[Schedule]
+    expected: list[Expected]
+
+
+def _expected(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Schedule | None, float] | None]:
+    """(r or None, per cent) for each; None for what is published."""
+    found: list[tuple[Schedule | None, float] | None] = []
+    for value in values:
+        r, equals, percent = value.rpartition("=")
+        try:
+            number = None if value == PUBLISHED else float(percent)
+        except ValueError:
+            number = -1.0
+        if number is not None and not 0 <= number <= 100:
+            raise click.BadParameter(f"{value!r} is neither 84.57 (per cent) nor 16=84.57 (at r = 16)", ctx, param)
+        found.append(None if number is None else (R().convert(r, param, ctx) if equals else None, number))
+    return found
+
+
+@click.command("eval", cls=Many)
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A folder for each class; or images and a list of their classes; or ILSVRC's or any folder with val/ in it.",
+)
+@click.option("--model", required=True, metavar="NAME|FILE", help="A name of the zoo, with its weights, or a file.")
+@click.option(
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help="Values to evaluate; default: 0 and what the weights were trained with.",
+)
+@click.option(
+    "--truth",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The images' classes, if there are no folders for them; default: ILSVRC's file, by its name.",
+)
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The names of the model's classes, one on each line, in the order of its outputs.",
+)
+@click.option("--limit", type=click.IntRange(1), help="So many images only, drawn by chance, the same each time.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs.")
+@click.option(
+    "--skip-broken", is_flag=True, help="Unreadable files are no failure: status 0. They are named either way."
+)
+@click.option(
+    "--expect",
+    "expected",
+    multiple=True,
+    is_flag=False,
+    flag_value=PUBLISHED,
+    metavar="[[R=]PERCENT]",
+    callback=_expected,
+    help="Compare top-1 with what is published for the weights, or with a figure, as in 84.57 or 16=84.57; "
+    "status 1 if it is not within the interval.",
+)
+@click.option("--json", "as_what", flag_value="json", help="As JSON.")
+@click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write it to a file too: .json and .md have their own form. An interrupted run goes on from OUT.progress.",
+)
+@click.option("--restart", is_flag=True, help="Begin anew, whatever OUT.progress has.")
+@click.pass_context
+def eval_command(
+    ctx: click.Context,
+    data: Path,
+    model: str,
+    r_values: tuple[Schedule, ...],
+    truth: Path | None,
+    classes: Path | None,
+    limit: int | None,
+    batch: int,
+    img_size: tuple[int, int] | None,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    workers: int | None,
+    skip_broken: bool,
+    expected: list[tuple[Schedule | None, float] | None],
+    as_what: str | None,
+    picture: Path | None,
+    out: Path | None,
+    restart: bool,
+) -> None:
+    """Accuracy and throughput on labelled images at several r, each image read once.
+
+    Top-1 and top-5 with intervals of 95 %, the difference to r = 0 on the same images and how often the answer is the
+    same. Images are prepared as the weights were evaluated when they were published.
+
+    On several GPUs: torchrun --nproc-per-node N --no-python -- tomevit eval --device cuda …
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    def prepare() -> _Task:
+        for path in filter(None, (picture, out)):
+            check_writable(path)
+        if picture is not None:
+            plot.require_matplotlib()
+            plot.check_suffix(picture)
+        if restart and out is None:
+            raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
+        place = _place(device)
+        # Whatever the user may have got wrong comes before a download, and before the model is read.
+        card = native.read(model).card if Path(model).is_file() else zoo.card(model)
+        values = list(r_values) or with_zero([card.r])
+        for r in values:
+            check_schedule(r, card.config.depth)
+        figures = _figures(expected, card, values, img_size)
+        names = read_class_names(classes, card.config.num_classes) if classes else card.class_names
+        images = _some(labelled(data, card.config.num_classes, names, truth=truth), limit)
+        return _Task(trained(model, img_size=img_size).to(place, DTYPES[dtype]), images, values, figures)
+
+    with _joined():
+        rank, world = processes()
+        task = _agreed(prepare)
+        place = task.model.pos_embed.device
+        workers = _workers(place) if workers is None else workers
+        state = None if out is None else out.with_name(f"{out.name}.progress")
+        if state is not None and restart and rank == 0:
+            forget(state)
+        with tqdm(unit=" images", delay=2, leave=False, disable=True if rank else None) as bar:
+            found = evaluate(
+                task.model,
+                task.images.files,
+                task.images.labels,
+                task.r_values,
+                batch=batch,
+                workers=workers,
+                state=state,
+                progress=partial(_show, bar, rank),
+            )
+    if rank:
+        ctx.exit(130 if found.interrupted else 0)
+    if not found.rows and not found.interrupted:
+        file, reason = found.unreadable[0]
+        raise ValueError(f"none of the {found.images} images can be read, as {file}: {reason}")
+
+    verdicts = judge(found.rows, task.expected)
+    result = as_json(
+        subject(task.model, place, model)
+        | {
+            "weights": task.model.card.full_name,
+            "data": str(data),
+            "labels": task.images.how,
+            "notes": list(task.images.notes),
+            "limit": limit,
+            "dtype": dtype,
+            "workers": workers,
+            "processes": world,
+        },
+        found,
+        verdicts,
+    )
+    forms: dict[str, Callable[[], str]] = {
+        "text": lambda: "\n".join(_text(result, found, verdicts)),
+        "json": lambda: json.dumps(result, indent=2),
+        "markdown": lambda: "\n".join(_markdown(result, found, verdicts)),
+    }
+    click.echo(forms[as_what or "text"]())
+    if found.interrupted:
+        if found.rows:
+            kept = "the same command goes on from there" if state else "with -o the next run would go on from there"
+            click.echo(kept, err=True)
+        raise KeyboardInterrupt
+    if out is not None:
+        by_name = {".json": "json", ".md": "markdown"}.get(out.suffix.lower(), "text")
+        with native.draft(out) as unfinished:
+            unfinished.write_text(forms[as_what or by_name]() + "\n", encoding="utf-8")
+    if picture is not None:
+        with native.draft(picture) as unfinished:
+            draw(unfinished, picture.suffix, {model: result})
+    if state is not None:
+        forget(state)
+    for path in filter(None, (picture, out)):
+        click.echo(f"written to {path}", err=True)
+    broken = bool(found.unreadable) and not skip_broken
+    ctx.exit(1 if broken or not all(verdict.within for verdict in verdicts) else 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- preparation
+
+
+def _place(name: str) -> torch.device:
+    """The device of that name; of processes that torchrun started, each has a GPU of its own."""
+    if processes()[1] > 1 and name == "cuda":
+        if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise ValueError(
+                f"there are {os.environ['LOCAL_WORLD_SIZE']} processes on this machine and {torch.cuda.device_count()} "
+                f"GPUs; start one for each, with torchrun --nproc-per-node {torch.cuda.device_count()}"
+            )
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device_of(name)
+
+
+def _workers(device: torch.device) -> int:
+    """As many as this process has CPUs; half of them where the model needs them too."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, cpus // 2 if device.type == "cpu" else cpus))
+
+
+def _figures(
+    wanted: Sequence[tuple[Schedule | None, float] | None],
+    card: Card,
+    r_values: Sequence[Schedule],
+    img_size: tuple[int, int] | None,
+) -> list[Expected]:
+    """What --expect asks for, at r that are evaluated."""
+    evaluated = {str(r): r for r in r_values}
+    found: list[Expected] = []
+    for item in wanted:
+        if item is None:
+            name, known = card.full_name or "these weights", published(card)
+            if not known:
+                raise ValueError(f"no accuracy is published for {name}; --expect takes one, as in --expect 16=84.57")
+            if img_size is not None:
+                raise ValueError("what is published holds for the weights' own image size: leave out --img-size")
+            fitting = [each for each in known if str(each.r) in evaluated]
+            if not fitting:
+                there = ", ".join(str(each.r) for each in known)
+                raise ValueError(f"the accuracy of {name} is published at r = {there}, which --r does not have")
+            found += fitting
+            continue
+        r, percent = item
+        if r is None and len(evaluated) > 1:
+            raise ValueError(f"--expect {percent:g} must say at which r, as in --expect {r_values[-1]}={percent:g}")
+        r = r_values[0] if r is None else r
+        if str(r) not in evaluated:
+            raise ValueError(f"--expect has r = {r}, which --r does not have")
+        found.append(Expected(r, percent, "--expect"))
+    return found
+
+
+def _some(images: Labelled, limit: int | None) -> Labelled:
+    """Some of them, drawn by chance: the first would be of the first classes alone."""
+    if limit is None or limit >= len(images.files):
+        return images
+    chosen = (
+        torch.randperm(len(images.files), generator=torch.Generator().manual_seed(0))[:limit].sort().values.tolist()
+    )
+    return images._replace(
+        files=[images.files[i] for i in chosen],
+        labels=[images.labels[i] for i in chosen],
+        notes=(*images.notes, f"{limit} of {len(images.files)} images, drawn by chance."),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+@contextmanager
+def _joined() -> Iterator[None]:
+    """Join the other processes, if torchrun started this one."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    # What they tell each other is in the CPU's memory, wherever they compute; the last may end long after the first.
+    dist.init_process_group("gloo", timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _agreed(call: Callable[[], T]) -> T:
+    """What a call returns; if it raises in any process, all end, and the first says why."""
+    result: list[T] = []
+    error: Exception | None = None
+    try:
+        result.append(call())
+    except (ValueError, NotImplementedError, OSError) as raised:
+        error = raised
+    rank, world = processes()
+    if world > 1:
+        said: list[Any] = [None] * world
+        dist.all_gather_object(said, None if error is None else str(error))
+        if rank and any(said):
+            raise click.exceptions.Exit(2)
+        if error is None and any(said):
+            i = next(i for i, message in enumerate(said) if message)
+            raise ValueError(f"process {i}: {said[i]}")
+    if error is not None:
+        raise error
+    return result[0]
+
+
+def _show(bar: tqdm[Any], rank: int, step: Step) -> None:
+    """How far it is, on the bar of the first process."""
+    if step.done == 0 and rank == 0 and step.resumed:
+        click.echo(f"going on from {step.resumed} images of an earlier run", err=True)
+    bar.total = step.images
+    bar.update(step.done - bar.n)
+    if step.unreadable:
+        bar.set_postfix_str(f"{step.unreadable} unreadable", refresh=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
+    table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
+    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
+
+
+def _markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
+    table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
+    sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
+    return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
+
+
+def _heading(result: dict[str, Any]) -> list[str]:
+    processes = f" in each of {result['processes']} processes" * (result["processes"] > 1)
+    return [
+        f"{described(result)}",
+        f"{result['evaluated']} images from {result['data']} ({result['labels']}), {result['dtype']}, in batches of "
+        f"{result['batch']}{processes}",
+    ]
+
+
+def _cells(row: Row) -> list[str]:
+    def rounded(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    def between(share: Share) -> str:
+        return f"{share.lower:.2f}–{share.upper:.2f}"
+
+    difference = ["", ""]
+    if row.difference is not None:
+        difference = [f"{row.difference.value:+.2f}", f"{row.difference.lower:+.2f} to {row.difference.upper:+.2f}"]
+    return [
+        str(row.r),
+        str(row.tokens),
+        f"{row.top1.value:.2f}",
+        between(row.top1),
+        f"{row.top5.value:.2f}",
+        between(row.top5),
+        *difference,
+        "" if row.agreement is None else f"{row.agreement.value:.2f}",
+        rounded(row.images_per_second, 1),
+        rounded(row.speed_up, 2),
+        f"{row.flop_ratio:.2f}",
+    ]
+
+
+def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
+    """What is to be said below the table, each on a line of its own."""
+    said = list(result["notes"])
+    if found.interrupted:
+        said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
+    said += [
+        f"At r = {row.r} the logits of {row.not_finite} images are not finite." for row in found.rows if row.not_finite
+    ]
+    for verdict in verdicts:
+        off = verdict.measured.value - verdict.expected
+        said.append(
+            f"At r = {verdict.r} top-1 is {off:+.2f} points from the {verdict.expected:.2f} % of {verdict.source}, "
+            f"which {'is within' if verdict.within else 'is not within'} the interval."
+        )
+    if found.rate is not None:
+        said.append(f"{found.rate:.4g} images/s in all, every r and reading included (--workers {result['workers']}).")
+    if found.unreadable:
+        said.append(f"{len(found.unreadable)} of {found.images} files cannot be read, and are not counted:")
+        said += [f"  {file}: {reason}" for file, reason in found.unreadable[:NAMED]]
+        if len(found.unreadable) > NAMED:
+            said.append(f"  … and {len(found.unreadable) - NAMED} more; --json has all")
+    return said
