@@ -216,7 +216,7 @@ def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(tomevit.evaluate, "stream", deadly)
-        with pytest.raises(OSError, match="a process that reads images died: DataLoader worker .* Killed"):
+        with pytest.raises(OSError, match=r"a process that reads images died: DataLoader worker .* Killed"):
             evaluate(model, files, labels, batch=8, state=state)
     found = evaluate(model, files, labels, batch=8, state=state)
     assert found.resumed == 40
