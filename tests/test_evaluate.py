@@ -202,6 +202,27 @@ def test_a_batch_that_does_not_fit_leaves_nothing_behind(
     assert evaluate(model, *files_of(digits), batch=4, state=tmp_path / "state").complete
 
 
+def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
+    digits: Path, model: tomevit.VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, labels = files_of(digits)
+    real, state = tomevit.images.stream, tmp_path / "state"
+
+    def deadly(*args: Any, **how: Any) -> Any:
+        for i, batch in enumerate(real(*args, **how)):
+            if i == 5:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")  # as torch raises it
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tomevit.evaluate, "stream", deadly)
+        with pytest.raises(OSError, match=r"a process that reads images died: DataLoader worker .* Killed"):
+            evaluate(model, files, labels, batch=8, state=state)
+    found = evaluate(model, files, labels, batch=8, state=state)
+    assert found.resumed == 40
+    assert found.rows[0].top1 == evaluate(model, files, labels).rows[0].top1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
