@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 INK = "#1f2430"
 GREY = "#8a8f98"
 COLOURS = ("#c8553d", "#2b6cb0", "#3a7d44", "#7b4fa3")
+GLOW = "inferno"
 DPI = 160
+
+MERGED_NOTE = "Patches of one token share their mean colour and the hue of their border; grey borders hold one patch."
 
 
 def require_matplotlib() -> None:
@@ -66,13 +69,17 @@ def outline(groups: Tensor, scale: int, width: int) -> Tensor:
     fine = _enlarge(groups, groups.shape[0] * scale, groups.shape[1] * scale)
     # Nothing is the last group's successor, so the image's own edge is an edge too.
     around = F.pad(fine[None, None].to(torch.float32), [width] * 4, value=-1.0)
-    highest = F.max_pool2d(around, 2 * width + 1, stride=1)[0, 0]
-    lowest = -F.max_pool2d(-around, 2 * width + 1, stride=1)[0, 0]
+    highest, lowest = _highest(around, 2 * width + 1), -_highest(-around, 2 * width + 1)
     return (highest != fine) | (lowest != fine)
 
 
+def _highest(values: Tensor, across: int) -> Tensor:
+    """The highest value in the square around each pixel, one direction after the other."""
+    return F.max_pool2d(F.max_pool2d(values, (across, 1), stride=1), (1, across), stride=1)[0, 0]
+
+
 def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:
-    """Every group in its mean colour, with a line inside its edge: grey around a single patch, else a hue of its own.
+    """Every group in its mean colour, with a line inside its edge: thin and grey around a single patch, else of a hue.
 
     Args:
         image: (C, H, W) uint8, with one or three channels.
@@ -85,21 +92,58 @@ def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) 
     """
     height, across = groups.shape[0] * scale, groups.shape[1] * scale
     _, index, count = torch.unique(groups.flatten(), return_inverse=True, return_counts=True)
-    # The hue follows the group's first patch: it stays when the group grows. Steps of the golden ratio spread hues.
+    # The hue follows the group's first patch: it stays when the group grows. The steps down and across are those that
+    # spread points best in a plane (powers of 1 over the plastic number), so that neighbours differ on any grid.
     position = torch.arange(len(index))
     first = torch.full_like(count, len(index)).scatter_reduce(0, index, position, "amin")
-    colours = torch.tensor([hsv_to_rgb(i * 0.618 % 1, 0.75, 0.95) for i in first.tolist()])
+    places = [divmod(i, groups.shape[1]) for i in first.tolist()]
+    colours = torch.tensor([hsv_to_rgb((row * 0.7549 + column * 0.5698) % 1, 0.75, 0.95) for row, column in places])
     colours[count == 1] = 0.32
     lines = colours[_enlarge(index.view(groups.shape), height, across)].permute(2, 0, 1)
     painted = paint_groups(image, groups) / 255
+    down, right = (image.shape[i + 1] // groups.shape[i] for i in (0, 1))
+    painted = painted[:, ::down, ::right]  # all pixels of a patch are the same
     painted = torch.stack([_enlarge(channel, height, across) for channel in painted]).expand(3, -1, -1)
-    return torch.where(outline(groups, scale, width), lines, painted)
+    edges = outline(groups, scale, width)
+    if width > 1:  # a thin line around a single patch, of which there may be hundreds
+        single = _enlarge((count == 1)[index].view(groups.shape), height, across)
+        edges = torch.where(single, outline(groups, scale, -(-width // 3)), edges)
+    return torch.where(edges, lines, painted)
 
 
 def _enlarge(values: Tensor, height: int, width: int) -> Tensor:
     """(rows, columns) to (height, width), multiples of them, by repetition."""
     rows, columns = values.shape
     return values.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
+
+
+def draw_attention(image: Tensor, groups: Tensor, share: Tensor, scale: int = 24, width: int = 1) -> Tensor:
+    """How much each patch is attended to, glowing over a dark grey image, with a thin line inside each group's edge.
+
+    Args:
+        image: (C, H, W) uint8, with one or three channels.
+        groups: (rows, columns) int64 from 0, the group of each patch.
+        share: (rows, columns) float32, each patch's share of the attention; the largest glows brightest.
+        scale: pixels along a patch.
+        width: of the line, in pixels.
+
+    Returns:
+        (3, rows * scale, columns * scale) float32 in [0, 1]
+    """
+    from matplotlib import colormaps
+
+    height, across = groups.shape[0] * scale, groups.shape[1] * scale
+    level = _enlarge(share / share.max(), height, across)
+    glow = torch.tensor(colormaps[GLOW](level.numpy())[..., :3], dtype=torch.float32).permute(2, 0, 1)
+    grey = image.to(torch.float32).mean(0)[None, None] / 255
+    if image.shape[1] > 4 * groups.shape[0]:
+        grey = F.interpolate(grey, (height, across), mode="bilinear", antialias=True)
+    else:  # a patch of few pixels, which had better show as such
+        grey = F.interpolate(grey, (height, across), mode="nearest-exact")
+    grey = 0.6 * grey[0]
+    opacity = 0.25 + 0.65 * level
+    picture = grey * (1 - opacity) + glow * opacity
+    return torch.where(outline(groups, scale, width), 0.7 * picture + 0.3, picture)
 
 
 def merged_tokens(
@@ -120,22 +164,88 @@ def merged_tokens(
         labels: one for each image.
         title: above everything.
     """
-    figure = _figure(1.45 * len(columns) + 0.6, 1.45 * len(images) + 0.95)
-    axes = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    for row, (image, steps, label) in enumerate(zip(images, groups, labels, strict=True)):
-        _show(axes[row][0], image / 255)
-        for axis, step in zip(axes[row][1:], steps, strict=True):
-            _show(axis, draw_groups(image, step))
-        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8)
+    pictures = [
+        [image / 255, *(draw_groups(image, step) for step in steps)]
+        for image, steps in zip(images, groups, strict=True)
+    ]
+    panels(path, ".png", pictures, columns, labels, title, MERGED_NOTE)
+
+
+def panels(
+    path: Path,
+    suffix: str,
+    pictures: Sequence[Sequence[Tensor]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    title: str,
+    note: str,
+    *,
+    captions: Sequence[Sequence[str]] = (),
+    inches: float = 1.45,
+) -> None:
+    """Pictures of one shape in rows and columns.
+
+    Args:
+        path: the picture to write.
+        suffix: its kind, as in ".png", whatever the path's.
+        pictures: rows of (C, H, W) in [0, 1], with one or three channels.
+        columns: headings.
+        labels: one for each row, to its left.
+        title: above everything.
+        note: below everything.
+        captions: for each picture, a line below it; none at all if empty.
+        inches: the longer edge of each picture.
+    """
+    height, width = pictures[0][0].shape[1:]
+    across, down = inches * width / max(height, width), inches * height / max(height, width)
+    lines = 0.2 if captions else 0.0
+    figure = _figure(across * len(columns) + 0.6, (down + lines) * len(pictures) + 0.95)
+    axes = figure.subplots(len(pictures), len(columns), squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
+    for row, (shown, label) in enumerate(zip(pictures, labels, strict=True)):
+        for axis, picture in zip(axes[row], shown, strict=True):
+            _show(axis, picture)
+        for axis, caption in zip(axes[row], captions[row] if captions else (), strict=False):
+            axis.set_xlabel(caption, fontsize=9, color=INK, labelpad=4, parse_math=False)
+        axes[row][0].set_ylabel(
+            label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8, parse_math=False
+        )
     for axis, heading in zip(axes[0], columns, strict=True):
-        axis.set_title(heading, fontsize=10, color=INK, pad=6)
-    figure.suptitle(title, fontsize=12.5, color=INK)
-    figure.supxlabel(
-        "Patches of one token share their mean colour and the hue of their border; grey borders hold one patch.",
-        fontsize=9,
-        color=GREY,
-    )
-    _save(figure, path)
+        axis.set_title(heading, fontsize=10, color=INK, pad=6, parse_math=False)
+    figure.suptitle(title, fontsize=12.5, color=INK, parse_math=False)
+    figure.supxlabel(note, fontsize=9, color=GREY)
+    _save(figure, path, suffix[1:])
+
+
+def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]], title: str, note: str = "") -> None:
+    """How many tokens are left behind each block, a line for each schedule.
+
+    Args:
+        path: the picture to write.
+        suffix: its kind, as in ".png", whatever the path's.
+        lines: for each schedule's label, the tokens that enter the first block and that leave each: depth + 1 numbers.
+        title: above the plot.
+        note: below it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(7.6, 4.6)
+    axis = figure.subplots()
+    for i, (label, counts) in enumerate(lines.items()):
+        colour = colormaps["viridis"](0.05 + 0.8 * i / max(1, len(lines) - 1))
+        axis.plot(
+            range(len(counts)), counts, color=colour, marker="os^Dv"[i % 5], markersize=5, linewidth=1.8, label=label
+        )
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(x=0.03)
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("block", fontsize=10.5, color=INK)
+    axis.set_ylabel("tokens behind it", fontsize=10.5, color=INK)
+    axis.set_title(title, fontsize=12.5, color=INK, pad=12)
+    _tidy(axis)
+    axis.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")
+    figure.supxlabel("\n".join(wrap(note, 92)), fontsize=9, color=GREY)
+    _save(figure, path, suffix[1:])
 
 
 class Point(NamedTuple):
@@ -358,7 +468,7 @@ def _tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
 
 def _show(axis: Axes, picture: Tensor) -> None:
     """A picture (C, H, W) in [0, 1], with one or three channels."""
-    axis.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="antialiased")
     axis.set_xticks([])
     axis.set_yticks([])
     for side in axis.spines.values():

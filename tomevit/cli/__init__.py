@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 import tomevit
-from tomevit.cli import bench, evaluate, export, plot, run, weights, zoo
+from tomevit.cli import bench, evaluate, export, plot, run, visualize, weights, zoo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,6 +43,16 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-COMMANDS = (zoo.list_command, zoo.info, run.demo, bench.bench, evaluate.eval_command, plot.plot_command)
-for command in (*COMMANDS, *weights.COMMANDS, export.export):
+COMMANDS = (
+    zoo.list_command,
+    zoo.info,
+    run.demo,
+    evaluate.eval_command,
+    bench.bench,
+    visualize.visualize,
+    plot.plot_command,
+    *weights.COMMANDS,
+    export.export,
+)
+for command in COMMANDS:
     cli.add_command(command)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import click
 
-from tomevit import zoo
-from tomevit.cli.options import R, Size, table
+from tomevit import plot, zoo
+from tomevit.cli.options import Many, R, Size, check_writable, table
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
 from tomevit.layers.schedule import token_counts
 from tomevit.models import build_meta
+from tomevit.visualize import written
+from tomevit.weights import native
 
 
 @click.command("list")
@@ -67,27 +70,55 @@ def _top1(row: dict[str, Any]) -> str:
     return f"{row['figures'][0]['top1']:.2f}" if row["figures"] else "—"
 
 
-@click.command()
+@click.command(cls=Many)
 @click.argument("name")
-@click.option("--r", type=R(), help="Tokens to merge per block: 8, or 8,-1, or [20,0,7], or 0.08.")
+@click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
 @click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_json: bool) -> None:
-    """One model: architecture, cost and tokens at an r, preprocessing, weights, licence."""
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the tokens behind each block, a line for each r: .png, .svg or .pdf.",
+)
+def info(
+    name: str,
+    r_values: tuple[Schedule, ...],
+    img_size: tuple[int, int] | None,
+    as_json: bool,
+    picture: Path | None,
+) -> None:
+    """One model: architecture, cost and tokens at each r, preprocessing, weights, licence."""
+    if picture is not None:
+        check_writable(picture)
+        plot.require_matplotlib()
+        plot.check_suffix(picture)
     card = zoo.card(name)
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
-    r = card.r if r is None else r
-    counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
-    cost: dict[str, Any] = {
-        "params": sum(p.numel() for p in build_meta(config).parameters()),
-        "r": r,
-        "tokens": counts,
-        "gflops": flops(config, r) / 1e9,
-        "gflops_unmerged": flops(config) / 1e9,
-    }
+    schedules: list[dict[str, Any]] = [
+        {
+            "r": r,
+            "tokens": token_counts(r, config.depth, config.num_tokens, config.num_prefix),
+            "gflops": flops(config, r) / 1e9,
+        }
+        for r in r_values or (card.r,)
+    ]
+    params, unmerged = sum(p.numel() for p in build_meta(config).parameters()), flops(config) / 1e9
+    if picture is not None:
+        lines = {f"r = {written(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
+        with native.draft(picture) as unfinished:
+            plot.tokens_per_layer(
+                unfinished, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first"
+            )
+        click.echo(f"written to {picture}", err=True)
     weights = [other for other in zoo.cards(name) if other.weights and ("." not in name or other == card)]
     if as_json:
-        described = asdict(replace(card, config=config)) | cost
+        described = asdict(replace(card, config=config)) | {
+            "params": params,
+            **schedules[0],
+            "gflops_unmerged": unmerged,
+        }
+        described["schedules"] = schedules
         described["all_weights"] = [asdict(other) for other in weights]
         click.echo(json.dumps(described, indent=2))
         return
@@ -100,11 +131,14 @@ def info(name: str, r: Schedule | None, img_size: tuple[int, int] | None, as_jso
         f"MLP x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}\n"
         f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the "
         f"{'class token' if config.pool == 'token' else 'mean patch'}\n"
-        f"parameters     {cost['params'] / 1e6:.2f} M, {config.num_classes} classes\n"
-        f"r = {r!s:<11}{cost['gflops']:.4g} GFLOPs, {cost['gflops_unmerged'] / cost['gflops']:.2f} times fewer than "
-        f"the {cost['gflops_unmerged']:.4g} of r = 0\n"
-        f"               tokens {' '.join(map(str, counts))}"
+        f"parameters     {params / 1e6:.2f} M, {config.num_classes} classes"
     )
+    for at in schedules:
+        click.echo(
+            f"r = {written(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer than "
+            f"the {unmerged:.4g} of r = 0\n"
+            f"               tokens {' '.join(map(str, at['tokens']))}"
+        )
     prepare = card.preprocess
     how = "shorter edge" if prepare.resize == "shorter" else "both edges"
     click.echo(

@@ -1,0 +1,91 @@
+"""What merging does to an image: `tomevit visualize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from tomevit import images, plot
+from tomevit.bench import default_r
+from tomevit.cli.options import Many, R, Size, check_writable, device_of, trained
+from tomevit.config import Schedule
+from tomevit.visualize import observe, page, pictures
+from tomevit.weights import native
+
+PAGE = (".html", ".htm")
+
+
+@click.command(cls=Many)
+@click.argument("image", type=click.Path())
+@click.option("--model", default="vit_b16", show_default=True, metavar="NAME|FILE", help="With its weights.")
+@click.option(
+    "--r", "r_values", type=R(), multiple=True, help="Values to compare; default: 0, and three that fit the depth."
+)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="A page, .html, or a picture, .png, .svg or .pdf.",
+)
+@click.option(
+    "--show",
+    type=click.Choice(pictures.SHOW),
+    help="Of a picture: the image beside what the last block leaves; a strip over blocks; or where the class token "
+    "looks in these.  [default: strip]",
+)
+@click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: six.")
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+def visualize(
+    image: str,
+    model: str,
+    r_values: tuple[Schedule, ...],
+    out: Path,
+    show: pictures.Show | None,
+    blocks: tuple[int, ...],
+    img_size: tuple[int, int] | None,
+    device: str,
+) -> None:
+    """Which patches of IMAGE are one token behind each block, at several r, and where the class token looks.
+
+    A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
+    is one for print. Both show the pixels that the model saw, resized and cropped.
+    """
+    check_writable(out)
+    as_page = out.suffix.lower() in PAGE
+    if as_page and (show or blocks):
+        raise ValueError(
+            f"--{'show' if show else 'block'} is for pictures, and {out.name} is a page: it shows everything"
+        )
+    if not as_page:
+        plot.require_matplotlib()
+        _check_suffix(out)
+    if show == "picture" and blocks:
+        raise ValueError("--block is for strips, and --show picture shows the last block")
+    place = device_of(device)
+    photograph = images.read(image, upright=True)
+    subject = trained(model, img_size=img_size).to(place)
+    r_values = tuple({str(r): r for r in r_values or (0, *default_r(subject.card))}.values())
+    if not as_page:
+        pictures.check(subject.config, show or "strip", blocks)
+
+    with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
+        observation = observe(subject, photograph, r_values, progress=bar.update)
+    name = Path(image).name
+    with native.draft(out) as unfinished:
+        if as_page:
+            unfinished.write_text(page.html(observation, name), encoding="utf-8")
+        else:
+            title = f"{name} in {subject.card.full_name}"
+            pictures.draw(unfinished, out.suffix, observation, title, show=show or "strip", blocks=blocks)
+    click.echo(f"written to {out}", err=True)
+
+
+def _check_suffix(out: Path) -> None:
+    try:
+        plot.check_suffix(out)
+    except ValueError as error:
+        raise ValueError(f"{error}, a page's in .html") from None
