@@ -129,9 +129,11 @@ def test_what_is_stored_is_not_measured_again(stored: Path) -> None:
 
 
 def test_a_killed_training_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(active_children())  # of an earlier test, on their way out
+
     def kill() -> None:
-        wait_until(active_children)
-        for child in active_children():
+        wait_until(lambda: set(active_children()) - before)
+        for child in set(active_children()) - before:
             child.kill()
 
     killer = threading.Thread(target=kill)
