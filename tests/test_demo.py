@@ -91,7 +91,7 @@ from tomevit import plot
 assert "matplotlib" not in sys.modules
 image, groups = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [1, 1]])
 plot.merged_tokens(Path({str(tmp_path / "a.png")!r}), [image], [[groups]], ["image", "merged"], ["0"], "title")
-lines = {{"one": [plot.Point("r = 0", 1.0, 2.0)], "two": [plot.Point("r = 0", 1.0, 3.0)]}}
+lines = {{"one": [plot.Point("r = 0", 1.0, 2.0, 1.0)], "two": [plot.Point("r = 0", 1.0, 3.0, 1.0)]}}
 plot.accuracy_throughput(Path({str(tmp_path / "b.png")!r}), lines, "title", "note")
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """

@@ -580,7 +580,8 @@ def test_restart_begins_anew(
 def evaluation(model: str, r_values: list[Any], **fields: Any) -> dict[str, Any]:
     """A result as tomevit eval writes it, with made-up figures."""
     rows = [
-        {"r": r, "images_per_second": 100.0 + i, "top1": {"value": 80.0 - i, "lower": 79.0 - i, "upper": 81.0 - i}}
+        {"r": r, "images_per_second": 100.0 + i, "gflops": 9.0 - i}
+        | {"top1": {"value": 80.0 - i, "lower": 79.0 - i, "upper": 81.0 - i}}
         for i, r in enumerate(r_values)
     ]
     where = {"img_size": [8, 8], "device": "a device", "torch": "2", "evaluated": 360}
@@ -637,7 +638,7 @@ def test_stored_evaluations_are_drawn(tmp_path: Path, drawn: list[Any], capsys: 
     (lines,) = drawn
     assert list(lines) == ["vit_b16, plain", "vit_b16, half", "deit_s16"]
     assert [point.label for point in lines["vit_b16, plain"]] == ["r = 0", "r = 8", "r = (4, -1.0)", "r = [20, 0]"]
-    assert lines["vit_b16, plain"][1] == ("r = 8", 101.0, 79.0, (78.0, 80.0))
+    assert lines["vit_b16, plain"][1] == ("r = 8", 101.0, 79.0, 8.0, (78.0, 80.0))
 
 
 def test_stored_benchmarks_are_drawn(tmp_path: Path, drawn: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

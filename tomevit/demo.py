@@ -199,7 +199,9 @@ def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
     plot.accuracy_throughput(
         path,
         {
-            name: [Point(f"r = {row['r']}", row["images_per_second"], row["accuracy"][key]) for row in rows]
+            name: [
+                Point(f"r = {row['r']}", row["images_per_second"], row["accuracy"][key], row["gflops"]) for row in rows
+            ]
             for key, name in (
                 ("off_the_shelf", "merging off the shelf"),
                 ("trained_with_merging", f"trained with merging, r = {results['trained_r']}"),

@@ -254,6 +254,7 @@ class Point(NamedTuple):
     label: str
     throughput: float  # images per second
     accuracy: float  # per cent
+    cost: float  # FLOPs, in any unit: at one r the same for models of one architecture
     interval: tuple[float, float] | None = None  # around the accuracy; None: not drawn
 
 
@@ -264,8 +265,8 @@ def accuracy_throughput(
 
     Args:
         path: the picture to write.
-        lines: for each model's name, its points, the one without merging first. Points of several lines that have a
-            label in common are joined, and labelled once.
+        lines: for each model's name, its points, the one without merging first. Points of several lines with the same
+            label and cost are joined, and labelled once.
         title: above the plot.
         note: below it, what the figures must be read with.
         suffix: the picture's kind, whatever the path's.
@@ -274,7 +275,7 @@ def accuracy_throughput(
 
     figure = _figure(7.6, 4.9)
     axis = figure.subplots()
-    alike: dict[str, list[Point]] = {}
+    alike: dict[tuple[str, float], list[Point]] = {}
     for i, (name, points) in enumerate(lines.items()):
         across, up = [point.throughput for point in points], [point.accuracy for point in points]
         colour = COLOURS[i % len(COLOURS)]
@@ -282,11 +283,11 @@ def accuracy_throughput(
             across, up, color=colour, marker="os^Dv"[i % 5], markersize=6, linewidth=1.8, label=name, clip_on=False
         )
         for point in points:
-            alike.setdefault(point.label, []).append(point)
+            alike.setdefault((point.label, point.cost), []).append(point)
             if point.interval is not None:
                 axis.vlines(point.throughput, *point.interval, color=colour, linewidth=1, alpha=0.6)
     firsts = {points[0].label for points in lines.values()}
-    for label, points in alike.items():
+    for (label, _), points in alike.items():
         axis.plot(
             [point.throughput for point in points],
             [point.accuracy for point in points],

@@ -84,7 +84,7 @@ def draw(path: Path, suffix: str, results: Mapping[str, Mapping[str, Any]]) -> N
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
         raise ValueError("there is no r of which both accuracy and throughput are known")
-    models = list(dict.fromkeys(found["model"] for found in evaluations.values()))
+    models = list(dict.fromkeys(map(_model, evaluations.values())))
     notes = dict.fromkeys(f"{found['evaluated']} images, {machine(found)}" for found in evaluations.values())
     notes |= dict.fromkeys(f"throughput: {machine(found)}" for found in benches.values())
     plot.accuracy_throughput(
@@ -97,12 +97,17 @@ def draw(path: Path, suffix: str, results: Mapping[str, Mapping[str, Any]]) -> N
 
 
 def _labels(results: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """What to call each in a legend: by its model, or by its name where several are of one."""
-    count = Counter(found["model"] for found in results.values())
+    """What to call each in a legend: by its model, or by its name too where several are of one."""
+    count = Counter(map(_model, results.values()))
     return {
-        name: found["model"] if count[found["model"]] == 1 else f"{found['model']}, {name}"
+        name: _model(found) if count[_model(found)] == 1 else f"{_model(found)}, {name}"
         for name, found in results.items()
     }
+
+
+def _model(found: Mapping[str, Any]) -> str:
+    """The model's name; of a file without the folders it is in."""
+    return Path(found["model"]).name
 
 
 def _points(evaluation: Mapping[str, Any], throughput: Mapping[str, float] | None = None) -> list[Point]:
@@ -113,7 +118,8 @@ def _points(evaluation: Mapping[str, Any], throughput: Mapping[str, float] | Non
         rate = row["images_per_second"] if throughput is None else throughput.get(r)
         if rate is not None:
             top1 = row["top1"]
-            points.append(Point(f"r = {r}", rate, top1["value"], (top1["lower"], top1["upper"])))
+            interval = (top1["lower"], top1["upper"])
+            points.append(Point(f"r = {r}", rate, top1["value"], row["gflops"], interval))
     return points
 
 
@@ -160,7 +166,7 @@ def _draw_speed_up(path: Path, suffix: str, benches: Mapping[str, Mapping[str, A
             panels.setdefault(comparison["dtype"], {})[label] = points
     if not panels:
         raise ValueError("there is no row in what was measured: it was interrupted, or did not fit into memory")
-    models = ", ".join(dict.fromkeys(found["model"] for found in benches.values()))
+    models = ", ".join(dict.fromkeys(map(_model, benches.values())))
     settings = dict.fromkeys(described(found) for found in benches.values())
     plot.speed_up(path, suffix, panels, f"{models} merging, against the fastest that does not", "; ".join(settings))
 
