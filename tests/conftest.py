@@ -14,7 +14,8 @@ from tests.server import ENVIRONMENT, Server
 settings.register_profile("tomevit", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("tomevit")
 
-THREADS = torch.get_num_threads()
+#: This process's share: workers that run beside it have theirs.
+THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.fixture(autouse=True, scope="session")

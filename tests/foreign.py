@@ -318,7 +318,7 @@ def fill(shapes: dict[str, Shape], *, dtype: torch.dtype = torch.float32, seed: 
             if shape[0] == 1 or shape[1] == 1
             else (torch.Size(shape).numel() / max(shape)) ** -0.5
         )
-        noise = torch.randn(shape, generator=generator) * scale
+        noise = torch.randn(shape, generator=generator).mul_(scale)
         centre = (
             1.0
             if name.endswith(
@@ -340,7 +340,7 @@ def fill(shapes: dict[str, Shape], *, dtype: torch.dtype = torch.float32, seed: 
             )
             else 0.0
         )
-        out[name] = (noise + centre).to(dtype)
+        out[name] = noise.add_(centre).to(dtype)
     return out
 
 

@@ -20,8 +20,9 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> None:
     """Fill every parameter with noise at a scale that keeps activations near 1: no zero bias, no norm that is 1."""
-    # The same 2^17 + 1 draws over and over, from another place for each parameter: drawing 300 million takes long.
-    noise = torch.randn(2**17 + 1, generator=torch.Generator().manual_seed(seed))
+    # The same draws over and over, from another place for each parameter: drawing 300 million takes long.
+    length = 2**17 + 1
+    noise = torch.randn(length, generator=torch.Generator().manual_seed(seed)).repeat(2)
     for i, (name, parameter) in enumerate(module.named_parameters()):
         if parameter.ndim == 1:
             centre, deviation = (0.0 if name.endswith("bias") else 1.0), 0.2
@@ -29,9 +30,10 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
             centre, deviation = 0.0, 0.5
         else:
             centre, deviation = 0.0, parameter[0].numel() ** -0.5
-        repeats = -(-parameter.numel() // len(noise))
-        values = noise.roll(7919 * i).repeat(repeats)[: parameter.numel()]
-        parameter.copy_(values.view_as(parameter).mul_(deviation).add_(centre))
+        start = -7919 * i % length
+        values = noise[start : start + min(length, parameter.numel())] * deviation + centre
+        for part in parameter.view(-1).split(length):
+            part.copy_(values[: len(part)])
 
 
 def tiny(r: Schedule = 0, *, seed: int = 0, **fields: Any) -> VisionTransformer:
