@@ -277,7 +277,7 @@ def compare(
     except KeyboardInterrupt:
         note, interrupted = f"interrupted after {min(map(len, times))} of {rounds} rounds", True
     except RuntimeError as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         note, times, found = f"a batch of {batch} does not fit into the memory of {device}", [[] for _ in those], {}
         if device.type == "cuda":
@@ -542,5 +542,6 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
     return config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what it says, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

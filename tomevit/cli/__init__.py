@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 import tomevit
-from tomevit.cli import bench, export, run, weights, zoo
+from tomevit.cli import bench, classify, export, run, weights, zoo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,5 +43,5 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for command in (zoo.list_command, zoo.info, run.demo, bench.bench, *weights.COMMANDS, export.export):
+for command in (zoo.list_command, zoo.info, run.demo, classify.classify, bench.bench, *weights.COMMANDS, export.export):
     cli.add_command(command)
