@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import skimage
+import sklearn.datasets
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 
 from benchmarks.peers import timm, torchvision
 from tests.helpers import tiny
-from tomevit import card, create, list_models, transform
+from tests.test_images import FILES
+from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
+from tomevit.images import read
 from tomevit.transform import Transform
 
 T = torchvision.transforms
@@ -96,6 +104,103 @@ def test_as_timm_bit_for_bit(preprocess: Preprocess, resize: str, size: tuple[in
     for name, picture in pictures().items():
         if name != "one_pixel_wide":
             assert torch.equal(ours(picture), theirs(picture)), name
+
+
+# ---------------------------------------------------------------------------- from files, as each family is evaluated
+
+CARDS = [found for found in map(card, list_models(weights=True)) if found.config.in_chans == 3]
+TIMM = {f"{c.timm}.{c.weights}": c for c in CARDS if c.timm and timm.is_model_pretrained(f"{c.timm}.{c.weights}")}
+TORCHVISION = {
+    weights.url: weights
+    for name in ("B_16", "B_32", "L_16", "L_32", "H_14")
+    for weights in getattr(torchvision.models, f"ViT_{name}_Weights")
+}
+
+SKIMAGE, SKLEARN = Path(skimage.__file__).parent / "data", Path(sklearn.datasets.__file__).parent / "images"
+SHIPPED = {  # photographs and pictures, as files that others wrote
+    "photograph.jpg": SKLEARN / "china.jpg",
+    "other_photograph.jpg": SKIMAGE / "rocket.jpg",
+    "photograph.png": SKIMAGE / "chelsea.png",
+    "grey.png": SKIMAGE / "camera.png",
+    "alpha.png": SKIMAGE / "logo.png",
+    "palette.gif": SKIMAGE / "no_time_for_that_tiny.gif",  # 14 × 25 pixels
+}
+MADE = ("odd.png", "grey16.png", "grey_alpha.png", "cmyk.jpg", "palette_transparent.png", "turned.jpg", "one_pixel.png")
+
+
+@cache
+def read_by_both(name: str, directory: Path) -> tuple[Image.Image, Image.Image]:
+    """A file as our loader and as torchvision's, whose lines are timm's, read it."""
+    path = SHIPPED[name] if name in SHIPPED else directory / name
+    if name not in SHIPPED:
+        path.write_bytes(FILES[name])
+    return read(path), torchvision.datasets.folder.default_loader(str(path))
+
+
+def evaluation(found: Card) -> tuple[str, Callable[[Image.Image], Tensor]]:
+    """What images go through before weights are measured, by the code that defines it, and whose code that is."""
+    for source in found.sources:
+        if source.url in TORCHVISION:
+            return "torchvision", TORCHVISION[source.url].transforms()
+    name = f"{found.timm}.{found.weights}"
+    if name in TIMM:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        return "timm", timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    return "own", reference(found.preprocess, found.config.img_size[0])  # as MAE, DeiT and SWAG compose it themselves
+
+
+def distinct() -> dict[str, Card]:
+    """One set of weights for each preprocessing at each size, from each of those who define it."""
+    found: dict[tuple[object, ...], Card] = {}
+    for each in CARDS:
+        by = "torchvision" if any(s.url in TORCHVISION for s in each.sources) else f"{each.timm}.{each.weights}" in TIMM
+        found.setdefault((by, each.title, each.preprocess, each.config.img_size), each)
+    return {each.full_name: each for each in found.values()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("made")
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # from their loader
+@pytest.mark.parametrize("name", distinct())
+def test_from_file_to_tensor_as_each_family_is_evaluated_bit_for_bit(name: str, made: Path) -> None:
+    found = distinct()[name]
+    ours, (_, theirs) = Transform(found.preprocess, found.config.img_size), evaluation(found)
+    for file in (*SHIPPED, *MADE):
+        our_image, their_image = read_by_both(file, made)
+        answer = ours(our_image)
+        assert answer.shape == (3, *found.config.img_size), file
+        assert torch.equal(answer, theirs(their_image)), file
+
+
+def test_all_of_them_are_compared() -> None:
+    by = {name: evaluation(found)[0] for name, found in distinct().items()}
+    titles = {who: {distinct()[name].title for name in by if by[name] == who} for who in by.values()}
+    assert titles["timm"] >= {"Vision Transformer", "DeiT", "DeiT III", "Distilled DeiT"}
+    assert titles["torchvision"] == {"Vision Transformer", "SWAG"}
+    assert "MAE, global pooling" in titles["own"]
+    presets = {s.url for c in CARDS for s in c.sources if s.url in TORCHVISION}
+    assert presets == TORCHVISION.keys()
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_cards_say_what_timm_says(name: str) -> None:
+    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    ours = TIMM[name].preprocess
+    assert data == {
+        "input_size": (3, *TIMM[name].config.img_size),
+        "interpolation": ours.interpolation,
+        "mean": ours.mean,
+        "std": ours.std,
+        "crop_pct": ours.crop_pct,
+        "crop_mode": {"shorter": "center", "squash": "squash"}[ours.resize],
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
 
 
 @pytest.mark.parametrize("preprocess", ZOO, ids=lambda p: f"{p.interpolation}-{p.crop_pct}-{p.mean[0]}-{p.resize}")

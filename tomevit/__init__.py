@@ -6,6 +6,8 @@ model = tomevit.create("vit_b16", r=16)      # eval mode, on the CPU, ready
 logits = model(images)                       # (B, 3, 224, 224) normalised -> (B, 1000)
 """
 
+from tomevit.class_names import class_names
+from tomevit.classify import classify
 from tomevit.config import Card, Config, Preprocess
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UploadError
 from tomevit.factory import create
@@ -41,6 +43,8 @@ __all__ = [
     "UploadError",
     "VisionTransformer",
     "card",
+    "class_names",
+    "classify",
     "convert",
     "create",
     "export",

@@ -146,7 +146,7 @@ class Strings(Sequence[str]):
 
 
 def stream(
-    files: Sequence[str],
+    files: Sequence[str | bytes | Image | Tensor],
     transform: Transform,
     *,
     batch: int = 32,
@@ -159,7 +159,7 @@ def stream(
     What cannot be read is reported in its batch, which is so much smaller and may be empty.
 
     Args:
-        files: to read.
+        files: to read; or what is in one, or an image in memory as the transform takes it.
         transform: the model's (`tomevit.transform`).
         batch: files per batch.
         workers: processes that read; 0: this one.
@@ -177,15 +177,19 @@ def stream(
 
 
 class _Files(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, files: Sequence[str], transform: Transform, upright: bool) -> None:
-        self.files = Strings(files)
+    def __init__(self, files: Sequence[str | bytes | Image | Tensor], transform: Transform, upright: bool) -> None:
+        names = [file for file in files if isinstance(file, str)]
+        self.files = Strings(names) if len(names) == len(files) else files
         self.transform = transform
         self.mode = "L" if len(transform.preprocess.mean) == 1 else "RGB"
         self.upright = upright
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        image = self.files[index]
         try:
-            return index, self.transform(read(self.files[index], mode=self.mode, upright=self.upright))
+            if isinstance(image, str | bytes):
+                image = read(image, mode=self.mode, upright=self.upright)
+            return index, self.transform(image)
         except ImageError as error:
             return index, error.reason
 

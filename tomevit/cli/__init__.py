@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 import tomevit
-from tomevit.cli import bench, evaluate, export, plot, run, visualize, weights, zoo
+from tomevit.cli import bench, classify, evaluate, export, plot, run, visualize, weights, zoo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,6 +47,7 @@ COMMANDS = (
     zoo.list_command,
     zoo.info,
     run.demo,
+    classify.classify,
     evaluate.eval_command,
     bench.bench,
     visualize.visualize,

@@ -1,0 +1,391 @@
+"""What images show: `tomevit classify`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from tqdm import tqdm
+
+import tomevit
+from tomevit import zoo
+from tomevit.class_names import ClassNames, class_names
+from tomevit.classify import Answer, Guess, answers, check, summary
+from tomevit.cli.options import DTYPES, R, Size, check_writable, device_of, trained
+from tomevit.config import Schedule
+from tomevit.errors import ImageError
+from tomevit.images import find, read
+from tomevit.timing import environment
+from tomevit.weights import native
+
+SCHEMA = 1
+WIDTH = 80  # of text
+BLOCKS = 10  # images that have several lines each; of more each has one
+NAME = 34  # the widest column of classes, where each image has one line
+MOST_WORKERS = 8
+
+
+@click.command()
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+@click.option("--model", metavar="NAME|FILE", default="vit_b16", show_default=True, help="With its weights.")
+@click.option("--r", type=R(), help="Tokens to merge per block: 8, or 8,-1, or [20,0,7], or 0.08.  [default: its own]")
+@click.option("--compare", is_flag=True, help="Show r = 0 beside r, and whether the answer changed.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
+@click.option(
+    "--upright/--no-upright",
+    default=True,
+    show_default=True,
+    help="Turn photographs as their EXIF data says. Published accuracies were measured without.",
+)
+@click.option("--batch", type=click.IntRange(1), help="Images per call; default: 8, beyond a CPU 64.")
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that read images; default: none, beyond a CPU one per core, at most 8.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: that of the weights.")
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option("--json", "as_what", flag_value="json", help="As JSON.")
+@click.option("--csv", "as_what", flag_value="csv", help="As CSV, a row for each image and rank.")
+@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed.")
+@click.pass_context
+def classify(
+    ctx: click.Context,
+    images: tuple[str, ...],
+    model: str,
+    r: Schedule | None,
+    compare: bool,
+    top: int,
+    upright: bool,
+    batch: int | None,
+    workers: int | None,
+    device: str,
+    dtype: str | None,
+    img_size: tuple[int, int] | None,
+    as_what: str | None,
+    out: Path | None,
+) -> None:
+    """The likeliest classes of images: files, folders, patterns, and - for standard input.
+
+    Standard input is an image, or a list of files, one per line. Of up to 10 images all classes are shown; of more the
+    first, on one line each; --csv and --json have them all. Files that cannot be read are named on standard error: the
+    status is then 1 at the end, and 2 if none can be read.
+    """
+    if out is not None:
+        check_writable(out)
+    place = device_of(device)
+    # A name may cost a download: what can be wrong is found before.
+    loaded = trained(model, r, img_size) if Path(model).is_file() else None
+    check(zoo.card(model) if loaded is None else native.card_of(loaded), r, compare=compare)
+    sources = _sources(images)
+    loaded = (trained(model, r, img_size) if loaded is None else loaded).to(place, DTYPES[dtype] if dtype else None)
+
+    on_cpu = place.type == "cpu"
+    batch = batch or (8 if on_cpu else 64)
+    if workers is None:
+        workers = 0 if on_cpu else min(MOST_WORKERS, os.cpu_count() or 1, len(sources) // batch)
+    classes = class_names(loaded.card)
+    setting = _Setting(
+        model=model if Path(model).is_file() else loaded.card.full_name,
+        r=loaded.r,
+        tokens=loaded.token_counts(),
+        classes=classes,
+        compare=compare,
+        images=len(sources),
+        one_line_each=len(sources) > BLOCKS or min(top, loaded.config.num_classes) == 1,
+        width=_width(classes, compare),
+        upright=upright,
+        batch=batch,
+        dtype=str(loaded.pos_embed.dtype).removeprefix("torch."),
+        machine=environment(place),
+    )
+    shape = FORMATS[as_what or "text"]
+    written: list[str] = []
+
+    def tell(lines: Iterable[str]) -> None:
+        for line in lines:
+            click.echo(line) if out is None else written.append(line)
+
+    said: list[Answer] = []
+    interrupted = False
+    tell(shape.head(setting))
+    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar:
+        try:
+            run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
+            for answer, source in zip(run, sources, strict=True):
+                answer = answer._replace(image=source if isinstance(source, str) else "-")
+                said.append(answer)
+                with tqdm.external_write_mode():
+                    if answer.error:
+                        click.echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
+                    else:
+                        tell(shape.each(setting, answer))
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+    tell(shape.foot(setting, said, interrupted))
+    if out is not None:
+        with native.draft(out) as unfinished:
+            unfinished.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
+        click.echo(f"written to {out}", err=True)
+    if interrupted:
+        raise KeyboardInterrupt
+    unreadable = summary(said).unreadable
+    if unreadable == len(sources) > 1:
+        click.echo(f"tomevit: none of {unreadable} images can be read", err=True)
+    ctx.exit(0 if not unreadable else 2 if unreadable == len(sources) else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- input
+
+
+def _sources(arguments: Sequence[str]) -> list[str | bytes]:
+    """The files that arguments name, and what comes by standard input.
+
+    Raises:
+        ValueError: an argument names nothing, or standard input is empty or neither an image nor a list of files.
+    """
+    if arguments.count("-") > 1:
+        raise ValueError("standard input, -, can be read only once")
+    found: list[str | bytes] = []
+    for argument in arguments:
+        found += _given(sys.stdin.buffer.read()) if argument == "-" else find([argument])
+    return found
+
+
+def _given(data: bytes) -> list[str | bytes]:
+    """An image, or the files that are listed, one per line."""
+    names = [os.fsdecode(line.removesuffix(b"\r")) for line in data.split(b"\n") if line.strip()]
+    if not names:
+        raise ValueError("standard input is empty: it must be an image, or a list of files, one per line")
+    if _is_image(data):
+        return [data]
+    if re.search(rb"[\0-\x08\x0e-\x1f]", data):
+        raise ValueError("standard input is neither an image of a known format nor a list of files, one per line")
+    return [*names]
+
+
+def _is_image(data: bytes) -> bool:
+    """Whether it is meant to be one, however damaged."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        read(data)
+    except ImageError as error:
+        return not isinstance(error.__cause__, UnidentifiedImageError)
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+class _Setting(NamedTuple):
+    """What answers must be read with."""
+
+    model: str
+    r: Schedule
+    tokens: tuple[int, ...]  # entering each block, and leaving the last
+    classes: ClassNames
+    compare: bool
+    images: int
+    one_line_each: bool  # of text
+    width: int  # of the column of classes there
+    upright: bool
+    batch: int
+    dtype: str
+    machine: dict[str, str]
+
+
+class _Format(NamedTuple):
+    """Lines before all answers, of each answer, and after all."""
+
+    head: Callable[[_Setting], list[str]]
+    each: Callable[[_Setting, Answer], list[str]]
+    foot: Callable[[_Setting, Sequence[Answer], bool], list[str]]
+
+
+def _file(answer: Answer) -> str:
+    """Its name as it can be printed, whatever bytes are in it."""
+    return "standard input" if answer.image == "-" else click.format_filename(answer.image)
+
+
+def _text_head(setting: _Setting) -> list[str]:
+    source = setting.classes.source
+    kinds = {"": "classes without names", "own": "the model's own classes"}
+    lines = [
+        f"{setting.model}, r = {setting.r}: {setting.tokens[-1]} of {setting.tokens[0]} tokens leave the last block",
+        kinds.get(source, f"classes of {source}, by the size of the head"),
+        "",
+    ]
+    if setting.one_line_each:
+        columns = [f"{'r = 0':>8}"] * setting.compare + [f"{_at(setting):>8}"]
+        lines.append("  ".join([*columns, "class".ljust(setting.width), "image"]))
+    return lines
+
+
+def _text_each(setting: _Setting, answer: Answer) -> list[str]:
+    return [_one_line(setting, answer)] if setting.one_line_each else [*_block(setting, answer), ""]
+
+
+def _one_line(setting: _Setting, answer: Answer) -> str:
+    best = answer.top[0]
+    cells, name = [_percent(best.probability)], setting.classes.short(best.class_index)
+    if answer.top_unmerged:
+        plain = answer.top_unmerged[0]
+        cells = [_percent(plain.unmerged), *cells]
+        if answer.changed:
+            half = (setting.width - 3) // 2
+            name = f"{_cut(setting.classes.short(plain.class_index), half)} → {_cut(name, half)}"
+    return "  ".join([*cells, _cut(name, setting.width).ljust(setting.width), _file(answer)])
+
+
+def _block(setting: _Setting, answer: Answer) -> list[str]:
+    time, time_unmerged = _milliseconds(answer.seconds), _milliseconds(answer.seconds_unmerged)
+    if answer.changed is None:
+        lines = [f"{_file(answer)}, {time}"]
+    else:
+        verdict = "another answer" if answer.changed else "the same answer"
+        lines = [_file(answer), f"{'r = 0':>8}  {_at(setting):>8}  {verdict}", f"{time_unmerged:>8}  {time:>8}"]
+    known = {guess.class_index for guess in answer.top}
+    for guess in (*answer.top, *(guess for guess in answer.top_unmerged if guess.class_index not in known)):
+        before = [] if answer.changed is None else [_percent(guess.unmerged)]
+        cells = [*before, _percent(guess.probability)]
+        name = guess.name or setting.classes.short(guess.class_index)
+        lines.append("  ".join([*cells, _cut(name, WIDTH - 10 * len(cells))]))
+    return lines
+
+
+def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
+    found = summary(said)
+    sentences = []
+    if found.images:
+        device, threads = setting.machine["device"], setting.machine.get("threads")
+        batches = f", in batches of {setting.batch}" if found.images > setting.batch else ""
+        cores = f", {threads} thread{'s' * (threads != '1')}" if threads else ""
+        each = " each" if found.images > 1 else ""
+        time = _milliseconds(found.seconds)
+        sentences.append(
+            f"{_count(found.images)}, {time}{each} in the model: {setting.dtype}{batches}, on {device}{cores}."
+        )
+    if found.kept is not None and found.speed_up:
+        sentences.append(
+            f"At r = {setting.r} the answer is that of r = 0 for {found.kept} of {_count(found.images)} "
+            f"({100 * found.kept / found.images:.1f} %), {found.speed_up:.2f} times as fast."
+        )
+        if found.images <= setting.batch:
+            sentences.append("One batch is a rough measure of speed: tomevit bench takes a good one.")
+    if found.unreadable:
+        sentences.append(f"Not read: {found.unreadable}.")
+    if interrupted:
+        sentences.append(f"Interrupted after {len(said)} of {_count(setting.images)}.")
+    lines = [line for sentence in sentences for line in textwrap.wrap(sentence, WIDTH)]
+    return ["", *lines] if setting.one_line_each and lines else lines
+
+
+def _width(classes: ClassNames, compare: bool) -> int:
+    """Of the column of classes, where each image has one line."""
+    longest = max(len(classes.short(index)) for index in range(len(classes.names)))
+    return min(NAME, 2 * longest + 3 if compare else max(longest, 5))
+
+
+def _at(setting: _Setting) -> str:
+    name = f"r = {setting.r}"
+    return name if len(name) <= 8 else "merged"
+
+
+def _percent(probability: float | None) -> str:
+    return f"{100 * (probability or 0):6.2f} %"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    milliseconds = 1000 * (seconds or 0)
+    return f"{milliseconds:.{2 if milliseconds < 10 else 1 if milliseconds < 100 else 0}f} ms"
+
+
+def _count(images: int) -> str:
+    return f"{images} image{'s' * (images != 1)}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 1].rstrip(' ,')}…"
+
+
+COLUMNS = ("image", "rank", "class_index", "synset", "name", "probability")
+COMPARED = ("probability_r0", "r0_class_index", "r0_synset", "r0_name", "r0_probability", "changed")
+
+
+def _csv_head(setting: _Setting) -> list[str]:
+    compared = [*COMPARED, "r0_seconds"] if setting.compare else []
+    return [_row([*COLUMNS, "tokens", "seconds", *compared])]
+
+
+def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
+    lines = []
+    for rank, guess in enumerate(answer.top, 1):
+        cells = [_file(answer), rank, guess.class_index, guess.synset, guess.name, guess.probability]
+        cells += [answer.tokens, answer.seconds]
+        if setting.compare:
+            other = answer.top_unmerged[rank - 1]
+            cells += [guess.unmerged, other.class_index, other.synset, other.name, other.unmerged]
+            cells += [str(answer.changed).lower(), answer.seconds_unmerged]
+        lines.append(_row(cells))
+    return lines
+
+
+def _row(cells: Iterable[Any]) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="").writerow(cells)
+    return file.getvalue()
+
+
+def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
+    found = summary(said)
+    result = {
+        "schema": SCHEMA,
+        "model": setting.model,
+        "r": setting.r,
+        "tokens": setting.tokens,
+        "classes": setting.classes.source,
+        "upright": setting.upright,
+        "batch": setting.batch,
+        "dtype": setting.dtype,
+        **setting.machine,
+        "tomevit": tomevit.__version__,
+        "images": [_described(answer) for answer in said if not answer.error],
+        "unreadable": [{"image": answer.image, "reason": answer.error} for answer in said if answer.error],
+        "summary": found._asdict() | {"speed_up": found.speed_up},
+        "interrupted": interrupted,
+    }
+    return [json.dumps(result, indent=2)]
+
+
+def _described(answer: Answer) -> dict[str, Any]:
+    found: dict[str, Any] = {"image": answer.image, "seconds": answer.seconds}
+    found["top"] = [_guess(guess) for guess in answer.top]
+    if answer.top_unmerged:
+        found["changed"] = answer.changed
+        found["r0"] = {"seconds": answer.seconds_unmerged, "top": [_guess(guess) for guess in answer.top_unmerged]}
+    return found
+
+
+def _guess(guess: Guess) -> dict[str, Any]:
+    found = guess._asdict()
+    unmerged = found.pop("unmerged")
+    return found if unmerged is None else found | {"probability_r0": unmerged}
+
+
+FORMATS = {
+    "text": _Format(_text_head, _text_each, _text_foot),
+    "csv": _Format(_csv_head, _csv_each, lambda *_: []),
+    "json": _Format(lambda _: [], lambda *_: [], _json_foot),
+}
