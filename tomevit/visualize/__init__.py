@@ -13,6 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from tomevit.class_names import class_names
 from tomevit.config import Card, Config, Schedule
 from tomevit.flops import flops_by_step
 from tomevit.layers.block import Block
@@ -32,7 +33,7 @@ class Answer(NamedTuple):
     """A class that a model takes an image for."""
 
     number: int
-    name: str  # the class's, or "class 17" where the weights bring no names
+    name: str  # the class's, or "class 17" where no names are known
     probability: float
 
 
@@ -135,9 +136,9 @@ def _answers(model: VisionTransformer, last: Tokens) -> tuple[Answer, ...]:
         return ()
     logits = model.forward_head(last._replace(x=model.norm(last.x)))[0]
     best = logits.to(torch.float32).softmax(0).topk(min(ANSWERS, len(logits)))
-    names = model.card.class_names
+    names = class_names(model.card)
     return tuple(
-        Answer(number, names[number] if names else f"class {number}", probability)
+        Answer(number, names.short(number), probability)
         for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     )
 
