@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from tests.server import ENVIRONMENT, Fault, Server
+from tests.elsewhere import Elsewhere
+from tests.server import Fault, Server
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
 from tomevit.weights import hub
@@ -83,49 +82,6 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", nap)
     return asked
-
-
-# Other processes: forked from one that has imported nearly everything, so that they start in no time, but not
-# huggingface_hub, so that they read the environment as a fresh process does.
-
-FORK = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
-if sys.platform != "win32":
-    FORK.set_forkserver_preload(["tomevit.weights.hub", "hypothesis", "numpy", "pytest", "safetensors.numpy"])
-
-
-class Elsewhere:
-    """A function called in another process."""
-
-    def __init__(self, environment: dict[str, str], function: Callable[..., Any], *args: Any) -> None:
-        self.receiver, sender = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=self.main, args=(sender, environment, function, args), daemon=True)
-        self.process.start()
-        sender.close()
-
-    @staticmethod
-    def main(sender: Connection, environment: dict[str, str], function: Callable[..., Any], args: Any) -> None:
-        for name in list(os.environ):
-            if name.upper().startswith(ENVIRONMENT):
-                del os.environ[name]
-        os.environ.update(environment)
-        try:
-            sender.send((function(*args), None))
-        except BaseException as error:
-            sender.send((None, error))
-
-    def result(self) -> Any:
-        with self.receiver:
-            assert self.receiver.poll(60), "the other process hangs"
-            value, error = self.receiver.recv()
-        self.process.join(10)
-        if error is not None:
-            raise error
-        return value
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join(10)
-        self.receiver.close()
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 import tomevit
 from benchmarks.peers import timm, torchvision
 from tests import foreign
+from tests.elsewhere import Elsewhere
 from tests.helpers import relative_error
 from tests.server import Server
 from tomevit import zoo
@@ -162,11 +162,11 @@ def test_eight_processes_that_create_the_same_model_at_once(server: Server, tmp_
     name = "deit_ti16.tome_r13"
     tensors = foreign.fill(foreign.deit(foreign.sizes(tomevit.card(name).config)))
     at_url(".pth", "model")(server, tmp_path, tensors, tomevit.card(name))
-    code = f"import tomevit; print(tomevit.create({name!r}, pretrained=True).head.bias.sum().item())"
-    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(8)]
-    answers = {process.communicate()[0].strip() for process in running}
-    assert [process.returncode for process in running] == [0] * 8
-    assert answers == {str(tensors["head.bias"].sum().item())}
+    code = f"__import__('tomevit').create({name!r}, pretrained=True).head.bias.sum().item()"
+    running = [Elsewhere(dict(os.environ), eval, code) for _ in range(8)]
+    answers = {process.result() for process in running}
+    assert [process.process.exitcode for process in running] == [0] * 8
+    assert answers == {tensors["head.bias"].sum().item()}
     assert len(server.paths()) == 1
 
 
