@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 #: Half-precision types that this processor has no instructions for.
-EMULATED = frozenset(
-    dtype
-    for dtype, supported in (
-        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
-        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+EMULATED = (
+    frozenset(
+        dtype
+        for dtype, supported in (
+            (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
+            (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
+        )
+        if not supported()
     )
-    if torch._C._has_mkldnn and not supported()
+    if torch._C._has_mkldnn  # else torch does not have these operators
+    else frozenset()
 )
 
 

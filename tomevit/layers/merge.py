@@ -94,12 +94,12 @@ def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor
     size_out = size_out.index_add(0, target, size_src)
     total = size_out.index_select(0, target).to(dtype)
     # Any one of a group may speak for it, as long as all agree.
-    joining = torch.arange(len(target), device=x.device)
+    joining = torch.arange(target.shape[0], device=x.device)
     speaker = size_out.to(torch.int64).scatter(0, target, joining).index_select(0, target)
     mean = out.index_select(0, target).to(dtype) * (size_before / total)[:, None]
     mean.index_add_(0, speaker, x.index_select(0, src).to(dtype) * (size_src / total)[:, None])
     out[target] = mean.index_select(0, speaker).to(x.dtype)
-    return out.view(batch, -1, dim), size_out.view(batch, -1, 1)
+    return out.view(*merge.keep.shape, dim), size_out.view(*merge.keep.shape, 1)
 
 
 class _MeanByIndex(torch.autograd.Function):

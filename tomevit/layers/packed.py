@@ -42,10 +42,10 @@ class PackedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if (
-            self._packed is None
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
+            or self._packed is None
             or x.numel() >= MANY_ROWS * self.in_features
-            or (torch.is_grad_enabled() and x.requires_grad)
+            or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
             or torch.is_autocast_enabled("cpu")
         ):
             return super().forward(x)
