@@ -384,11 +384,19 @@ def test_two_processes_count_each_image_once_and_go_on_after_kill_9(
     digits: Path, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     out = tmp_path / "eval.json"
-    # Python 3.11's argparse in torchrun would take an --r for its own, but for the two dashes.
-    printed = torchrun("--", "tests.stopped", "SIGKILL", "4", *command(digits, out))
+
+    def launch(call: int) -> str:
+        script = [str(Path(__file__).with_name("stopped.py")), "SIGKILL", str(call)]
+        # Python 3.11's argparse in torchrun would take an --r for its own, but for the two dashes.
+        return torchrun(
+            ["torch", "tomevit.evaluate"],
+            ["--nproc-per-node=2", "--run-path", "--", *script, *command(digits, out)],
+        )
+
+    printed = launch(4)
     parts = sorted(path.name for path in tmp_path.iterdir())
     assert "eval.json.progress" in parts or "eval.json.progress.1" in parts, printed
-    printed = torchrun("--", "tests.stopped", "SIGKILL", "0", *command(digits, out))
+    printed = launch(0)
     assert figures(out) == undisturbed, printed
     result = json.loads(out.read_text())
     assert result["processes"] == 2
