@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
@@ -23,6 +25,7 @@ from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching, packed
 from tomevit.layers.attention import attend
 from tomevit.layers.bare import linear
 from tomevit.layers.merge import mean_by_index, mean_by_product, merge_mean
+from tomevit.optimize import FOLDED, compile_whole
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -65,6 +68,14 @@ def test_many_join_one_at_the_ends_of_float16(way: Any) -> None:
     assert merged.isfinite().all()
     assert size.sum() == 40
     assert (merge.dst[0].bincount() > 5).any(), "no group is large"
+
+
+def test_autocast_leaves_the_product_its_precision() -> None:
+    x, size = tokens(torch.float32, 0)
+    merge = bipartite_soft_matching(x, 18, 1)
+    expected = mean_by_product(x, size, merge)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, mean_by_product(x, size, merge), expected))
 
 
 def test_the_gradient_is_that_of_the_product() -> None:
@@ -112,19 +123,69 @@ def test_emulated_types_are_widened_and_round_once(dtype: torch.dtype, monkeypat
     assert torch.equal(attend(q, k, v, size), expected.to(dtype))
 
 
+HOOKS: dict[str, Callable[[tomevit.VisionTransformer, Any], Any]] = {
+    "behind fc1": lambda model, keep: model.blocks[0].mlp.fc1.register_forward_hook(keep),
+    "before the activation": lambda model, keep: model.blocks[0].mlp.act.register_forward_pre_hook(keep),
+    "behind the activation": lambda model, keep: model.blocks[0].mlp.act.register_forward_hook(keep),
+    "behind all": lambda _, keep: torch.nn.modules.module.register_module_forward_hook(keep),
+    "before all": lambda _, keep: torch.nn.modules.module.register_module_forward_pre_hook(keep),
+}
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
-def test_what_a_hook_kept_is_left_alone(act: str) -> None:
+@pytest.mark.parametrize("where", HOOKS)
+def test_what_a_hook_kept_is_left_alone(where: str, act: str) -> None:
     model, kept = tiny(4, depth=2, act=act), []
     images = images_for(model)
+
+    def keep(_: nn.Module, args: Any, out: Any = None) -> None:
+        kept.extend((each, each.clone()) for each in (*args, out) if isinstance(each, Tensor))
+
     with torch.no_grad():
         expected = model(images)
-        handle = model.blocks[0].mlp.fc1.register_forward_hook(
-            lambda module, args, out: kept.append((out, out.clone()))
-        )
-        assert torch.equal(model(images), expected)
-        handle.remove()
-    assert torch.equal(*kept[0])
+        handle = HOOKS[where](model, keep)
+        try:
+            assert torch.equal(model(images), expected)
+        finally:
+            handle.remove()
+    assert kept
+    assert all(torch.equal(*each) for each in kept)
     torch.testing.assert_close(model(images), expected)  # with gradients, so not in place
+
+
+def test_an_activation_of_the_user_s_own_is_called_as_it_is() -> None:
+    model = tiny(4, depth=2)
+    for block in model.blocks:
+        block.mlp.act = nn.GELU()
+    images = images_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), tiny(4, depth=2)(images))
+
+
+@pytest.mark.parametrize("r", [0, 4])
+def test_no_images_have_no_answers(r: int) -> None:
+    model = tiny(r)
+    with torch.no_grad():
+        assert model(images_for(model)[:0]).shape == (0, model.config.num_classes)
+
+
+WITHOUT_ONEDNN = """
+import torch
+torch._C._has_mkldnn = False
+
+torch.ops.mkldnn = None  # an operator that is looked up would raise
+import tomevit
+from tests.helpers import images_for, tiny
+model = tiny(4).bfloat16()
+fast = tomevit.optimize(model, keep_memory=False)
+with torch.inference_mode():
+    print(fast.optimizations, torch.equal(fast(images_for(model)), model(images_for(model))))
+"""
+
+
+def test_torch_without_onednn_will_do() -> None:
+    run = subprocess.run([sys.executable, "-c", WITHOUT_ONEDNN], capture_output=True, text=True, check=True)
+    assert run.stdout == "() True\n"
 
 
 # ------------------------------------------------------------------------------------------------------------ optimize
@@ -200,7 +261,6 @@ def test_packed_weights_step_aside_where_their_product_does_not_do() -> None:
         in_double = copy.deepcopy(fast).double()(images.double())
         torch.testing.assert_close(in_double, copy.deepcopy(model).double()(images.double()))
     layer = fast.blocks[0].mlp.fc1
-    layer = fast.blocks[0].mlp.fc1
     with torch.inference_mode():  # a product of packed weights minds neither strides nor how many dimensions there are
         x = torch.randn(5, 2 * 24, 7).mT[..., ::2]
         expected = F.linear(x, layer.weight, layer.bias)
@@ -214,14 +274,85 @@ def test_packed_weights_step_aside_where_their_product_does_not_do() -> None:
         assert relative_error(layer(x), -expected) < 1e-5
 
 
+def sgd(layer: nn.Linear) -> None:
+    layer.weight.requires_grad_().grad = torch.ones_like(layer.weight)
+    torch.optim.SGD([layer.weight], lr=0.1).step()
+    layer.weight.requires_grad_(False)
+
+
+def average(layer: nn.Linear) -> None:
+    torch._foreach_lerp_([layer.weight], [torch.zeros_like(layer.weight)], 0.5)
+
+
+def replace_weight(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+@pytest.mark.parametrize("write", [sgd, average, replace_weight, lambda layer: layer.weight.mul_(2)])
+def test_packed_weights_notice_what_is_written(write: Callable[[nn.Linear], None]) -> None:
+    layer = packed.PackedLinear(nn.Linear(24, 96).requires_grad_(False))
+    x = torch.randn(5, 24)
+    before = layer(x)
+    write(layer)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert relative_error(layer(x), before) > 1e-2
+    other = torch.randn(96, 24)
+    assert torch.equal(torch.func.functional_call(layer, {"weight": other}, (x,)), F.linear(x, other, layer.bias))
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+@pytest.mark.parametrize("learns", ["weight", "bias"])
+def test_a_packed_layer_that_learns_has_its_gradient(learns: str) -> None:
+    layer = packed.PackedLinear(nn.Linear(24, 96).requires_grad_(False))
+    getattr(layer, learns).requires_grad_(True)
+    layer(torch.ones(5, 24)).sum().backward()
+    torch.testing.assert_close(getattr(layer, learns).grad, torch.full_like(getattr(layer, learns), 5.0))
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+def test_packing_leaves_hooks_and_foreign_layers() -> None:
+    model, seen = tiny(4, depth=2), []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *_: seen.append("fc1"))
+    model.blocks[0].mlp.fc1.colour = "red"
+    model.blocks[0].mlp.fc2 = nn.Sequential(model.blocks[0].mlp.fc2)
+    model.blocks[1].mlp.fc1 = torch.nn.utils.parametrizations.weight_norm(model.blocks[1].mlp.fc1)
+    images = images_for(model)
+    fast = tomevit.optimize(model, packed=True, keep_memory=False)
+    assert not seen, "a hook was called while a layer was timed"
+    with torch.inference_mode():
+        assert relative_error(fast(images), model(images)) < 1e-5
+    assert seen == ["fc1", "fc1"]
+    assert isinstance(fast.blocks[0].mlp.fc1, packed.PackedLinear)
+    assert fast.blocks[0].mlp.fc1.colour == "red"
+    assert not any(isinstance(module, packed.PackedLinear) for module in fast.blocks[0].mlp.fc2.modules())
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+def test_what_was_optimized_is_optimized_anew() -> None:
+    model = tiny(4, depth=2, layer_scale=0.1)
+    fast = tomevit.optimize(model, packed=True, keep_memory=False)
+    again = tomevit.optimize(fast, packed=False, keep_memory=False)
+    assert again.optimizations == fast.optimizations[:1] == (FOLDED,)
+    assert not any(isinstance(module, packed.PackedLinear) for module in again.modules())
+    assert tomevit.optimize(again, packed=True, keep_memory=False).optimizations[0] == FOLDED
+    images = images_for(model)
+    with torch.inference_mode():
+        assert relative_error(again(images), model(images)) < 1e-5
+    assert any(isinstance(module, packed.PackedLinear) for module in fast.modules()), "the given model was changed"
+
+
 @pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
 @pytest.mark.usefixtures("fresh_compiler")
-def test_models_with_packed_weights_compile() -> None:
+def test_models_with_packed_weights_compile_and_export() -> None:
     model = tiny(4, depth=2)
     fast, images = tomevit.optimize(model, packed=True, keep_memory=False), images_for(model)
     with torch.inference_mode():
         compiled = torch.compile(fast, fullgraph=True, backend="eager")
         assert relative_error(compiled(images), model(images)) < 1e-5
+    for strict in (True, False):
+        program = torch.export.export(fast, (images,), strict=strict)
+        assert relative_error(program.module()(images), model(images)) < 1e-5
 
 
 def test_packed_weights_are_refused_where_they_cannot_be() -> None:
@@ -233,8 +364,10 @@ def test_packed_weights_are_refused_where_they_cannot_be() -> None:
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_weights_are_packed_if_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interleave(candidates: dict[Any, Any], **_: Any) -> dict[Any, float]:
-        return {each: 1.0 if isinstance(each, packed.PackedLinear) == faster else 1.5 for each in candidates}
+    def interleave(candidates: dict[str, Any], **_: Any) -> dict[str, float]:
+        for forward in candidates.values():
+            forward()
+        return {name: 1.0 if (name == "packed") == faster else 1.5 for name in candidates}
 
     monkeypatch.setattr(importlib.import_module("tomevit.optimize"), "interleave", interleave)
     done = tomevit.optimize(tiny(4), keep_memory=False).optimizations
@@ -251,6 +384,39 @@ def test_compiled_blocks_take_one_program_for_every_r() -> None:
             torch.testing.assert_close(fast(images, r), model(images, r), rtol=1e-4, atol=1e-5)
             assert counters["stats"]["unique_graphs"] == programs, r
     assert fast.optimizations == ("compiled block by block, one program for every r",)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_whole_compiled_model_keeps_its_answers_and_its_programs() -> None:
+    """On a CPU, with a program that answers in the same memory each time, as a CUDA graph does."""
+    programs: list[Any] = []
+
+    def graph(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        memory: list[Tensor] = []
+        programs.append(module)
+
+        def run(*args: Any) -> Any:
+            (answer,) = module(*args)
+            memory[:] = memory or [torch.empty_like(answer)]
+            return (memory[0].copy_(answer),)
+
+        return run
+
+    model = tiny(depth=2).eval().requires_grad_(False)
+    fast = copy.deepcopy(model)
+    compile_whole(fast, mode=None, backend=graph)
+    first, second = images_for(model), images_for(model) + 1
+    with torch.inference_mode():
+        one, two = fast(first), fast(second)
+        torch.testing.assert_close(one, model(first))
+        torch.testing.assert_close(two, model(second))
+        for batch in range(1, 12):
+            fast(first[:1].expand(batch, -1, -1, -1).contiguous())
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        assert len(programs) >= 11, "torch gave up in silence"
+    count = len(programs)
+    torch.testing.assert_close(copy.deepcopy(fast)(first), model(first))
+    assert len(programs) == count, "a copy is not compiled"
 
 
 @pytest.fixture

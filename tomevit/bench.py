@@ -558,7 +558,7 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
         return nullcontext()  # torch's compiler takes seconds to import
     from torch._dynamo import config
 
-    return config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
+    return config.patch(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # names that torch 2.6 has too
 
 
 def out_of_memory(error: RuntimeError) -> bool:

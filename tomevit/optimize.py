@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tomevit.layers import Block, backends
 from tomevit.layers.bare import Linear
@@ -19,10 +21,19 @@ from tomevit.layers.packed import MANY_ROWS, PackedLinear, can_pack
 from tomevit.models import VisionTransformer
 from tomevit.timing import interleave
 
+L = TypeVar("L", bound=nn.Module)
 ROUNDS = 9  # of timing a layer, with its weight packed and as it is
 
 #: mallopt's numbers in glibc's malloc.h, and what they are set to.
-KEEP_FREED_MEMORY = {-1: 2**31 - 1, -3: 2**30}  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: never return, never map
+KEEP_FREED_MEMORY = {-1: 2**31 - 1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX: never return, never map
+
+FOLDED = "LayerScale folded into the layers before it"
+WIDENED = {
+    dtype: f"float32: this processor emulates {str(dtype).removeprefix('torch.')}"
+    for dtype in (torch.bfloat16, torch.float16)
+}
+FUSED = "matching and merging in two Triton kernels"
+LASTING = {FOLDED, *WIDENED.values(), FUSED}  # what a copy of an optimized model still has
 
 
 def optimize(
@@ -35,14 +46,16 @@ def optimize(
 ) -> VisionTransformer:
     """A copy for inference, as it runs fastest where the model is; its `optimizations` say what was done.
 
-    Exact but for rounding: LayerScale is folded into the layer before it, and half precision becomes float32 on
-    processors that have no instructions for it. The copy takes the same calls, any r among them, and can be saved.
+    Exact but for rounding: LayerScale is folded into the layer before it, except in float16, whose small numbers end
+    too soon, and half precision becomes float32 on processors that have no instructions for it. The copy takes the same
+    calls, any r among them, and can be saved.
 
     Args:
         model: on the device and in the dtype that it is to run in.
         compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
-            batch (mode "reduce-overhead"). On a CPU all blocks but the first and the last, with shapes left open, so
-            that one program serves every r; the other two would be programs of their own.
+            batch (mode "reduce-overhead"); calls of the model alone, not of `forward_features`, and a copy of the copy
+            is not compiled. On a CPU all blocks but the first and the last, with shapes left open, so that one program
+            serves every r; the other two would be programs of their own.
         packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies few rows by them,
             those of a small batch or of merged tokens. None: where a layer of the model's, timed on the spot, is faster
             so, and nothing is compiled. It rounds otherwise than torch's own product: say True or False where two runs
@@ -57,16 +70,17 @@ def optimize(
     """
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
     model = deepcopy(model).eval().requires_grad_(False)
-    done: list[str] = []
-    if model.config.layer_scale is not None:
-        _fold_layer_scale(model)
-        done.append("LayerScale folded into the layers before it")
+    done = [each for each in model.optimizations if each in LASTING]
+    _unpack(model)
     if device.type == "cpu" and dtype in backends.EMULATED:
         model.float()
-        done.append(f"float32: this processor emulates {str(dtype).removeprefix('torch.')}")
-    if fused_merge:
+        done.append(WIDENED[dtype])
+    if model.config.layer_scale is not None and model.pos_embed.dtype != torch.float16:
+        _fold_layer_scale(model)
+        done.append(FOLDED)
+    if fused_merge and FUSED not in done:
         _fuse_merge(model)
-        done.append("matching and merging in two Triton kernels")
+        done.append(FUSED)
     if compiled or (compiled is None and device.type == "cuda"):
         if packed:
             raise ValueError("packed weights are not for compiled models: choose one of the two")
@@ -95,27 +109,43 @@ def _fold_layer_scale(model: VisionTransformer) -> None:
 
 def _gain_of_packing(model: VisionTransformer, *, required: bool) -> float | None:
     """How many times as fast a layer of one image's tokens is with its weight packed; None if packing is not wanted."""
-    layer = _blocks(model)[0].mlp.fc1
-    if not can_pack(layer.weight):
+    layers = [layer for _, _, layer in _linears(model, Linear) if can_pack(layer.weight)]
+    if not layers:
         if required:
             raise ValueError(
                 f"weights cannot be packed here: that is for float32 on x86 processors, and for bfloat16 on those that "
-                f"have instructions for it; the model is {layer.weight.dtype} on {layer.weight.device}"
+                f"have instructions for it; the model is {model.pos_embed.dtype} on {model.pos_embed.device}"
             )
         return None
-    x = torch.zeros(min(model.config.num_tokens, MANY_ROWS - 1), layer.in_features, dtype=layer.weight.dtype)
+    layer = max(layers, key=lambda layer: layer.weight.numel())
+    x = layer.weight.new_zeros(min(model.config.num_tokens, MANY_ROWS - 1), layer.in_features)
+    # Not the modules, whose hooks would be called.
+    ways = {"plain": layer.forward, "packed": PackedLinear(layer).forward}
     with torch.inference_mode():
-        times = interleave({each: partial(each, x) for each in (layer, PackedLinear(layer))}, rounds=ROUNDS)
-    plain, packed = times.values()
-    return plain / packed if required or packed < plain else None
+        times = interleave({name: partial(forward, x) for name, forward in ways.items()}, rounds=ROUNDS)
+    gain = times["plain"] / times["packed"]
+    return gain if required or gain > 1 else None
 
 
 def _pack(model: VisionTransformer) -> None:
-    for block in _blocks(model):
-        for parent in (block.attn, block.mlp):
-            for name, layer in parent.named_children():
-                if isinstance(layer, Linear):
-                    setattr(parent, name, PackedLinear(layer))
+    for parent, name, layer in _linears(model, Linear):
+        setattr(parent, name, PackedLinear(layer))
+
+
+def _unpack(model: VisionTransformer) -> None:
+    for parent, name, layer in _linears(model, PackedLinear):
+        setattr(parent, name, layer.unpacked())
+
+
+def _linears(model: VisionTransformer, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
+    """The blocks' layers of this very kind, subclasses left out, each as parent, name and layer."""
+    return [
+        (parent, name, layer)
+        for block in _blocks(model)
+        for parent in (block.attn, block.mlp)
+        for name, layer in parent.named_children()
+        if type(layer) is kind
+    ]
 
 
 def _fuse_merge(model: VisionTransformer) -> None:
@@ -132,16 +162,33 @@ def _fuse_merge(model: VisionTransformer) -> None:
 
 def _compile(model: VisionTransformer) -> str:
     if model.pos_embed.device.type != "cpu":
-        model.compile(mode="reduce-overhead", dynamic=False)
+        compile_whole(model)
         return "compiled whole, one program and one CUDA graph for each r and batch"
     compile_blocks(model)
     return "compiled block by block, one program for every r"
 
 
+def compile_whole(model: VisionTransformer, **how: Any) -> None:
+    """Compile calls of a model, in place, shapes fixed: on a GPU the most that compiling gives.
+
+    Of its methods this is `__call__` alone: `forward_features` and the others run as they did.
+    """
+    model.compile(**{"mode": "reduce-overhead", "dynamic": False} | how | _many_programs(isolate=True))
+    program = cast("Callable[..., Tensor]", model._compiled_call_impl)
+    # A CUDA graph answers each time in the same memory. Copies and pickles of a module leave this attribute out.
+    model._compiled_call_impl = lambda *args, **kwargs: program(*args, **kwargs).clone()
+
+
 def compile_blocks(model: VisionTransformer) -> None:
     """Compile, in place, the blocks between the first and the last: one program, or two where some calls have r = 0."""
     for block in _blocks(model)[1:-1]:
-        block.compile(dynamic=True)
+        block.compile(dynamic=True, **_many_programs(isolate=False))  # isolated they would not share their program
+
+
+def _many_programs(*, isolate: bool) -> dict[str, Any]:
+    """Past 8 programs torch.compile gives up in silence, and models share that number; torch 2.6 cannot be told."""
+    asked = {"recompile_limit": 1024, "isolate_recompiles": isolate}
+    return {name: value for name, value in asked.items() if name in signature(torch.compile).parameters}
 
 
 def _blocks(model: VisionTransformer) -> list[Block]:

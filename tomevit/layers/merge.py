@@ -74,7 +74,8 @@ def mean_by_product(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tens
     # Weights that sum to one: a sum over x itself could overflow float16.
     weights = joins * (size_src.mT.to(dtype) / size_out)  # (B, M, N - M)
     kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) / size_out)
-    return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
 
 
 def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:

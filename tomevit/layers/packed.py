@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -30,14 +31,12 @@ class PackedLinear(Linear):
     """A linear layer for inference, with a second copy of its weight in oneDNN's order.
 
     The copy serves where it is faster and can: few rows, no gradient, no autocast, a device and a type that have such
-    products. Everywhere else, and to whoever saves, copies or compiles it, this is a plain layer. What is written to
-    the weight in place goes unnoticed.
+    products, and the very weight that it was made of. Everywhere else, and to whoever saves, copies or compiles it,
+    this is a plain layer. Only what is written through `weight.data` goes unnoticed.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = layer.weight, layer.bias
+        _take_over(self, layer)
         self._pack()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,16 +44,26 @@ class PackedLinear(Linear):
             torch.compiler.is_compiling()
             or self._packed is None
             or x.numel() >= MANY_ROWS * self.in_features
-            or (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)))
             or torch.is_autocast_enabled("cpu")
+            or self._packed_of[0] is not self.weight
+            or self._packed_of[1] != _version(self.weight)
         ):
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def unpacked(self) -> Linear:
+        """The plain layer, on the same weight."""
+        layer = Linear.__new__(Linear)
+        _take_over(layer, self)
+        del layer._packed, layer._packed_of
+        return layer
 
     def _pack(self) -> None:
         weight = self.weight.detach()
         # No buffer: torch cannot copy, move or save such a tensor.
         self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(weight) if can_pack(weight) else None
+        self._packed_of = self.weight, _version(self.weight)  # a tuple: no parameter of this module's
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -66,8 +75,19 @@ class PackedLinear(Linear):
         self._pack()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}
+        return self.__dict__ | {"_packed": None, "_packed_of": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pack()
+
+
+def _take_over(layer: nn.Module, other: nn.Module) -> None:
+    """Have a new module be what another is, its hooks and the attributes that were hung on it among that."""
+    nn.Module.__init__(layer)
+    vars(layer).update({name: copy(value) if isinstance(value, dict) else value for name, value in vars(other).items()})
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to, of which tensors made in inference mode keep no count."""
+    return 0 if tensor.is_inference() else tensor._version
