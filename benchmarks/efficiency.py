@@ -40,6 +40,7 @@ from tomevit.bench import (
     timm_twin,
 )
 from tomevit.bounds import Limits
+from tomevit.cli.options import with_range
 from tomevit.timing import WARMUP
 from tomevit.weights.native import draft
 
@@ -180,7 +181,7 @@ def summary(each: Setting, result: Comparison) -> list[tuple[str, ...]]:
         over = f"{published.seconds.median / ours.seconds.median:.2f}" if published else ""
         rates = [f"{row.images_per_second:.2f}" for row in (best, ours)]
         ratios = [f"{number:.3f}" for number in (ours.speed_up, ours.flop_ratio_computed)]
-        ratios.append("{:.3f} ({:.3f}–{:.3f})".format(ours.efficiency, *ours.efficiency_range))
+        ratios.append(with_range(ours.efficiency, ours.efficiency_range, 3))
         lines.append((each.name, str(r), best.name, rates[0], ours.name, rates[1], *ratios, over))
     return lines
 

@@ -84,6 +84,8 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["bench", "--dtype", "int8"], "bfloat16"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--device", "abacus"], "abacus"),
+        (["bench", "--device", "meta"], "no device 'meta' here"),
+        (["bench", "--plot", "a.png", "--out", "./a.png"], "named for two results"),
         (["bench", "digits_p1", "--dtype", "tf32"], "CUDA"),
         (["bench", "digits_p1", "--timm"], "no name for digits_p1"),
         (["bench", "--target", "1"], "--target"),

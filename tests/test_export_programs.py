@@ -212,7 +212,7 @@ def test_float16_does_not_overflow_and_pixels_go_in_as_they_are(tmp_path: Path) 
 
 def test_int8_multiplies_in_8_bits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny(8, depth=1, embed_dim=96, pool="avg")
-    path = tmp_path / "int8.onnx"
+    path = tmp_path / "int8 [a]*.onnx"
     program = export_program(model, path, dtype="int8", batch=3)
     assert [record for record in caplog.records if record.name != "torch.__trace"] == []
     graph = onnx.load(path).graph
@@ -366,6 +366,18 @@ def test_wrong_arguments(arguments: dict[str, Any], says: str, tmp_path: Path) -
     given = {"model": tiny(depth=1), "out": "model.onnx"} | arguments
     with pytest.raises((ValueError, OSError), match=says):
         export_program(given.pop("model"), tmp_path / given.pop("out"), **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_no_longer_what_they_say(tmp_path: Path) -> None:
+    broken = tiny(depth=1)
+    torch.nn.init.constant_(broken.head.bias, float("nan"))
+    with pytest.raises(ValueError, match=r"^the model answers with values that are not finite.* nothing was written$"):
+        export_program(broken, tmp_path / "model.pt2", "pt2", batch=1)
+    other = tiny(depth=1)
+    other.head = torch.nn.Linear(other.config.embed_dim, 3)
+    with pytest.raises(ValueError, match=r"config says: head.bias is \(3,\) and should be \(7,\)"):
+        export_program(other, tmp_path / "model.pt2", "pt2", batch=1)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -325,6 +325,15 @@ class FailedWriteError(Exception):
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
+@pytest.mark.parametrize("name", ["head", "norm"])
+def test_a_model_whose_layers_were_replaced_cannot_be_saved(path: Path, name: str) -> None:
+    model = tiny(depth=1)
+    setattr(model, name, torch.nn.Linear(24, 3))
+    with pytest.raises(ValueError, match=rf"{name}.bias is \(3,\) and should be .* use model.reset_classifier"):
+        tomevit.save(model, path)
+    assert not path.exists()
+
+
 def test_a_failed_save_leaves_things_as_they_were(path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool) -> None:
     def fail_half_way(tensors: Iterable[tuple[str, torch.Tensor]], also: Callable[[bytes], object]) -> str:
         also(b"half a file")

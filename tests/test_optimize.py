@@ -132,6 +132,15 @@ HOOKS: dict[str, Callable[[tomevit.VisionTransformer, Any], Any]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_leaves_float64_alone(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "EMULATED", frozenset({dtype}))
+    layer = nn.Linear(32, 8).double()
+    with torch.autocast("cpu", dtype):
+        widened = backends.widened(F.linear, torch.ones(5, 32, dtype=torch.float64), layer.weight, layer.bias)
+        assert torch.equal(widened, layer(torch.ones(5, 32, dtype=torch.float64)))
+
+
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("where", HOOKS)
 def test_what_a_hook_kept_is_left_alone(where: str, act: str) -> None:

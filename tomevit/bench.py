@@ -179,7 +179,7 @@ class Row(NamedTuple):
     seconds: Quartiles  # of a call, which is a batch
     images_per_second: float  # by the median
     speed_up: float  # over the fastest candidate that merges nothing
-    speed_up_range: tuple[float, float]  # of 95 % confidence
+    speed_up_range: tuple[float, float] | None  # of 95 % confidence; None: too few rounds
     flop_ratio: float  # r = 0 over this r, as the paper counts
     flop_ratio_computed: float  # as our model computes: what the speed-up would be if time followed FLOPs
     merges: bool
@@ -191,8 +191,10 @@ class Row(NamedTuple):
         return self.speed_up / self.flop_ratio_computed
 
     @property
-    def efficiency_range(self) -> tuple[float, float]:
-        """What it lies between, with 95 % confidence."""
+    def efficiency_range(self) -> tuple[float, float] | None:
+        """What it lies between, with 95 % confidence; None: too few rounds."""
+        if self.speed_up_range is None:
+            return None
         lower, upper = self.speed_up_range
         return lower / self.flop_ratio_computed, upper / self.flop_ratio_computed
 
@@ -391,6 +393,7 @@ def _rows(
     counts = [token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1] for each in those]
     merges = [tokens < config.num_tokens for tokens in counts]
     best = min((i for i in medians if not merges[i]), key=lambda i: medians[i], default=None)
+    unmerged = [times[j] for j in medians if not merges[j]]
     rows = []
     for i, each in enumerate(those):
         if i not in medians:
@@ -409,7 +412,7 @@ def _rows(
                 seconds=spread,
                 images_per_second=batch / spread.median,
                 speed_up=statistics.median(over) / spread.median,
-                speed_up_range=ratio_interval(over, times[i]),
+                speed_up_range=ratio_interval(unmerged or [times[i]], times[i]),
                 flop_ratio=flops(config) / paper,
                 flop_ratio_computed=flops(config, computed=True) / computed,
                 merges=merges[i],
@@ -516,11 +519,11 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
             seconds             {lower, median, upper}: quartiles of a call
             images_per_second   by the median
             speed_up            over the fastest row of the comparison that merges nothing
-            speed_up_range      [lower, upper], with 95 % confidence
+            speed_up_range      [lower, upper], with 95 % confidence, or null for fewer than 6 rounds
             gflops, flop_ratio  multiply-adds as the paper counts, and those of r = 0 over these
             gflops_computed, flop_ratio_computed    as they are computed
             efficiency          speed_up / flop_ratio_computed
-            efficiency_range    [lower, upper], with 95 % confidence
+            efficiency_range    as speed_up_range
             bounds              {arithmetic, memory, launches, allocation, rate, bandwidth, bound_by}, or null:
                                     shares of the time (null: unknown), and what the device reaches, per second
     """
@@ -563,4 +566,6 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Whether that is what it says, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "MPS backend out of memory"))

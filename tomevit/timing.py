@@ -41,20 +41,28 @@ class Quartiles(NamedTuple):
         return cls(lower, median, upper)
 
 
-def ratio_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """Between what median(first) / median(second) lies, with 95 % confidence, as far as the rounds tell.
+def ratio_interval(firsts: Sequence[Sequence[float]], second: Sequence[float]) -> tuple[float, float] | None:
+    """Between what the least median(first) / median(second) lies, with 95 % confidence, as far as the rounds tell.
 
-    By the bootstrap: rounds are drawn anew, the same for both, since what slowed one in a round may have slowed the
-    other.
+    By the bootstrap: rounds are drawn anew, the same for all, since what slowed one in a round may have slowed the
+    others; and the first of the least median is chosen anew among those drawn.
 
     Args:
-        first, second: times of two candidates, round by round; of an unfinished last round one may be missing.
+        firsts, second: times of candidates, round by round; of an unfinished last round some may be missing.
+
+    Returns:
+        None for fewer than 6 rounds: all of 5 are on one side of the true median once in 16 times.
     """
-    rounds, draw = range(min(len(first), len(second))), random.Random(0)
+    rounds, draw = range(min(map(len, (*firsts, second)))), random.Random(0)
+    if len(rounds) < 6:
+        return None
     ratios = []
     for _ in range(RESAMPLES):
         drawn = draw.choices(rounds, k=len(rounds))
-        ratios.append(statistics.median(first[i] for i in drawn) / statistics.median(second[i] for i in drawn))
+        least, median = (
+            min(statistics.median(times[i] for i in drawn) for times in each) for each in (firsts, [second])
+        )
+        ratios.append(least / median)
     ratios.sort()
     outside = RESAMPLES // 40
     return ratios[outside], ratios[-1 - outside]

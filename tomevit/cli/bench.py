@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tomevit import plot
 from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.bounds import SHARES
-from tomevit.cli.options import Many, R, Size, aligned, check_writable, described, device_of, markdown
+from tomevit.cli.options import Many, R, Size, aligned, check_writable, described, device_of, markdown, with_range
 from tomevit.cli.plot import draw
 from tomevit.config import Schedule
 from tomevit.factory import create
@@ -86,8 +86,7 @@ def bench(
     All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
     the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
     """
-    for path in filter(None, (picture, out)):
-        check_writable(path)
+    check_writable(picture, out)
     if picture is not None:
         plot.require_matplotlib()
         plot.check_suffix(picture)
@@ -204,7 +203,7 @@ def _row_cells(row: Row, best: bool) -> list[str]:
         f"{lower:.{digits}f}–{upper:.{digits}f}",
         f"{row.speed_up:.2f}",
         f"{row.flop_ratio_computed:.2f}",
-        "{:.2f} ({:.2f}–{:.2f})".format(row.efficiency, *row.efficiency_range) if row.merges else "",
+        with_range(row.efficiency, row.efficiency_range, 2) if row.merges else "",
         *(f"{100 * shares[name]:.0f} %" if name in shares else "" for name in SHARES),
     ]
 

@@ -176,8 +176,7 @@ def eval_command(
         torch.set_num_threads(threads)
 
     def prepare() -> _Task:
-        for path in filter(None, (picture, out)):
-            check_writable(path)
+        check_writable(picture, out)
         if picture is not None:
             plot.require_matplotlib()
             plot.check_suffix(picture)

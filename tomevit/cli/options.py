@@ -105,23 +105,35 @@ def device_of(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()  # what is on meta cannot be had
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
 
 
-def check_writable(path: Path) -> None:
-    """Before the minutes of work whose result is to go there.
+def check_writable(*paths: Path | None) -> None:
+    """Before the minutes of work whose results are to go there; None: nowhere.
 
     Raises:
         OSError: nothing can be written there.
+        ValueError: two results would go to one file.
     """
-    directory = native.check_place(path).parent
-    try:
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from error
+    places: set[Path] = set()
+    for path in filter(None, paths):
+        place = native.check_place(path)
+        if place.resolve() in places:
+            raise ValueError(f"{path} is named for two results: name two files")
+        places.add(place.resolve())
+        try:
+            tempfile.TemporaryFile(dir=place.parent).close()
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def with_range(value: float, interval: tuple[float, float] | None, digits: int) -> str:
+    """A figure, and what it lies between where that is known."""
+    beside = "" if interval is None else " ({:.{}f}–{:.{}f})".format(interval[0], digits, interval[1], digits)
+    return f"{value:.{digits}f}{beside}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -57,7 +57,7 @@ def widened(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) 
     if x.device.type != "cpu" or is_exporting():
         return function(x, *others)
     autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    dtype = torch.get_autocast_dtype("cpu") if autocast and x.dtype != torch.float64 else x.dtype
     if dtype not in EMULATED:
         return function(x, *others)
     with torch.autocast("cpu", enabled=False):

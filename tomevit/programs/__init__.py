@@ -124,6 +124,7 @@ def export_program(
         raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
     kind.check(opset)
     card, tensors = _source(model, out)
+    source = "the model" if isinstance(model, nn.Module) else os.fspath(model)  # as messages name it
     if r is not None:
         card = replace(card, r=check_schedule(r, card.config.depth))
 
@@ -134,14 +135,14 @@ def export_program(
             bar.update()
 
         with torch.no_grad(), _beside(out) as folder:
-            reference = native.assemble(card, {name: t.float() for name, t in tensors.items()}, out)
+            reference = native.assemble(card, {name: t.float() for name, t in tensors.items()}, source)
             if card.config.matching == "random" and any(reference.schedule()):
                 raise ValueError(
                     "matching='random' draws anew at every call, and a program answers the same each time: "
                     "create the model with matching='bipartite'"
                 )
             kept = DTYPES.get(dtype, torch.float32)
-            exact = native.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, out)
+            exact = native.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, source)
             runs = from_pixels(exact) if raw else exact
             metadata = describe(reference, dtype, batch, raw)
             images = _images(card, batch or 2, raw).to(exact.pos_embed.device, None if raw else kept)
@@ -232,8 +233,16 @@ def _compare(
         expected.append(reference(plain.to(device)).cpu())
     ours, theirs = torch.cat(found), torch.cat(expected)
     largest, difference = theirs.abs().max().item(), (ours - theirs).abs().max().item()
+    if not theirs.isfinite().all():
+        raise ValueError(
+            "the model answers with values that are not finite, in torch and float32 too: its weights are broken, and "
+            "nothing was written"
+        )
     if not ours.isfinite().all():
-        raise ValueError(f"in {dtype}, {runtime} answers with values that are not finite: export it in float32")
+        raise ValueError(
+            f"in {dtype}, {runtime} answers with values that are not finite: "
+            + ("nothing was written" if dtype == "float32" else "export it in float32")
+        )
     if dtype == "float32" and difference > MOST_APART * largest:
         raise ValueError(
             f"{runtime} does not answer as torch does: logits differ by {difference:.2g} of {largest:.2g}; "

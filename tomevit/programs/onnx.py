@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -65,11 +66,10 @@ def write(program: ExportedProgram, path: Path, metadata: dict[str, str], *, dty
     model.metadata_props.update(metadata)
     large = sum(tensor.nbytes for tensor in program.state_dict.values()) > ONE_FILE
     if dtype == "int8":
-        whole = path.with_name(f"float32_{path.name}")
-        converted.save(whole, external_data=large)
-        _quantise(whole, path, large)
-        for file in path.parent.glob(f"{whole.name}*"):
-            file.unlink()
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / "whole.onnx"
+            converted.save(whole, external_data=large)
+            _quantise(whole, path, large)
     else:
         converted.save(path, external_data=large)
     onnx.checker.check_model(path, full_check=True)

@@ -69,8 +69,8 @@ def save(
         state_dict: instead of the model's own: the whole one of a model that is spread over processes.
 
     Raises:
-        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours, or is
-            spread over processes.
+        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours, or not
+            what its config says, or is spread over processes.
         OSError: the file cannot be written; what was there before is untouched.
     """
     inner = unwrap(model)
@@ -89,7 +89,19 @@ def save(
 
 
 def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
-    """The model's card, or another, with the architecture and r as the model has them now."""
+    """The model's card, or another, with the architecture and r as the model has them now.
+
+    Raises:
+        ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
+    """
+    given = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = _shapes(model.config)
+    if given != wanted:
+        name = sorted(name for name, _ in given.items() ^ wanted.items())[0]
+        raise ValueError(
+            f"the model is not what its config says: {name} is {given.get(name, 'missing')} and should be "
+            f"{wanted.get(name, 'missing')}; for another number of classes use model.reset_classifier"
+        )
     return replace(card or model.card, config=model.config, r=model.r)
 
 
