@@ -324,7 +324,6 @@ class FailedWriteError(Exception):
     pass
 
 
-@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 @pytest.mark.parametrize("name", ["head", "norm"])
 def test_a_model_whose_layers_were_replaced_cannot_be_saved(path: Path, name: str) -> None:
     model = tiny(depth=1)
@@ -334,6 +333,7 @@ def test_a_model_whose_layers_were_replaced_cannot_be_saved(path: Path, name: st
     assert not path.exists()
 
 
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "existing"])
 def test_a_failed_save_leaves_things_as_they_were(path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool) -> None:
     def fail_half_way(tensors: Iterable[tuple[str, torch.Tensor]], also: Callable[[bytes], object]) -> str:
         also(b"half a file")
