@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -320,21 +322,26 @@ def test_one_image_is_shown_with_all_classes_asked_for(capsys, tmp_path):
     assert lines[8].startswith("1 image, ")
 
 
-def test_text_is_readable_at_80_columns(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("own_names", [False, True])
+@pytest.mark.parametrize("compare", [False, True])
+def test_text_is_readable_at_80_columns(capsys, tmp_path, monkeypatch, own_names, compare):
     monkeypatch.chdir(tmp_path)
-    tomevit.save(tiny(4, num_classes=1000), "tiny.safetensors")
+    model = tiny(4, num_classes=9 if own_names else 1000)
+    if own_names:
+        model.card = replace(model.card, class_names=tuple(f"{i} of {'very ' * 20}many" for i in range(9)))
+    tomevit.save(model, "tiny.safetensors")
     for i, name in enumerate(["photograph.jpg", "odd.png", "grey.jpg", "cmyk.jpg"] * 3):
         Path(f"{i}{name}").write_bytes(FILES[name])
-    for many in ([], ["--compare"]):
-        for few in (["1odd.png", "2grey.jpg"], ["."]):
-            status, out, _ = run(capsys, "classify", *few, "--model", "tiny.safetensors", *many)
-            assert status == 0
-            assert max(map(len, out.splitlines())) <= 80
-            assert "classes of ImageNet-1k, by the size of the head" in out
-            shown = [line for line in out.splitlines() if line.count(".jpg") + line.count(".png")]
-            assert len(shown) == (2 if len(few) == 2 else 12)
-            percents = [line for line in out.splitlines() if " % " in line and not line.startswith("At r")]
-            assert len(percents) == 12 if few == ["."] else len(percents) >= 10
+    for sources, rows in ((["1odd.png", "2grey.jpg"], range(10, 21)), (["."], range(12, 13))):
+        status, out, _ = run(capsys, "classify", *sources, "--model", "tiny.safetensors", *["--compare"] * compare)
+        lines = out.splitlines()
+        assert status == 0
+        assert max(map(len, lines)) <= 80
+        assert ("the model's own classes" if own_names else "classes of ImageNet-1k, by the size of the head") in lines
+        assert sum(".jpg" in line or ".png" in line for line in lines) == (2 if len(sources) == 2 else 12)
+        percents = [line for line in lines if re.match(r" *\d+\.\d\d %", line)]
+        assert len(percents) in rows
+        assert any("…" in line for line in percents) == own_names
 
 
 def test_a_comparison_is_shown_side_by_side(capsys, tmp_path, digits):
@@ -424,17 +431,19 @@ def test_csv_has_a_row_for_each_image_and_rank(capsys, tmp_path, compare):
             assert float(row["probability_r0"]) == pytest.approx(guess.unmerged)
 
 
-def test_a_file_gets_what_is_printed(capsys, tmp_path):
+@pytest.mark.parametrize("form", [(), ("--csv",), ("--json",)], ids=str)
+def test_a_file_gets_what_is_printed(capsys, tmp_path, form):
     save_digits(tmp_path, 12)
-    for form in ([], ["--csv"], ["--json"]):
-        arguments = ["classify", str(tmp_path), "--model", DIGITS, "--workers", "2", "--batch", "5", *form]
-        _, out, _ = run(capsys, *arguments)
-        status, nothing, err = run(capsys, *arguments, "-o", str(tmp_path / "out.txt"))
-        assert (status, nothing, err) == (0, "", f"written to {tmp_path / 'out.txt'}\n")
-        written = (tmp_path / "out.txt").read_text(encoding="utf-8")
-        assert [line.split(" ms")[0][:20] for line in written.splitlines() if "seconds" not in line] == [
-            line.split(" ms")[0][:20] for line in out.splitlines() if "seconds" not in line
-        ] or not form
+    arguments = ["classify", str(tmp_path), "--model", DIGITS, "--batch", "5", *form]
+    _, printed, _ = run(capsys, *arguments)
+    status, out, err = run(capsys, *arguments, "-o", str(tmp_path / "out.txt"), "--workers", "2")
+    assert (status, out, err) == (0, "", f"written to {tmp_path / 'out.txt'}\n")
+    written = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    # Of both without the times. Lines of 12 digits, each with its file.
+    times = r"\d+(\.\d+)? ms|\"seconds\": .*|,\d\.\d+(e-\d+)?$"
+    first, second = (re.sub(times, "", text, flags=re.MULTILINE) for text in (printed, written))
+    assert first == second
+    assert all(f"{i:03}.png" in first for i in range(12))
 
 
 def test_standard_input_is_an_image_or_a_list(capsys, tmp_path, monkeypatch):
@@ -494,7 +503,9 @@ def test_names_of_files_may_be_any_bytes(capsys, tmp_path):
     for form in ([], ["--csv"], ["--json"], ["-o", str(tmp_path / "out.txt")]):
         status, out, _ = run(capsys, "classify", str(odd), "--model", DIGITS, *form)
         assert status == 0
-        assert "name" in out + (tmp_path / "out.txt").read_text(encoding="utf-8") if form[:1] == ["-o"] else out
+        text = (tmp_path / "out.txt").read_text(encoding="utf-8") if "-o" in form else out
+        names = {"--json": json.dumps(str(odd))}
+        assert names.get("".join(form), "odd\ufffd,\u201cname\u201d.png") in text
 
 
 def test_ctrl_c_prints_what_there_is(capsys, tmp_path, monkeypatch):

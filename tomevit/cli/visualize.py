@@ -21,7 +21,11 @@ PAGE = (".html", ".htm")
 @click.argument("image", type=click.Path())
 @click.option("--model", default="vit_b16", show_default=True, metavar="NAME|FILE", help="With its weights.")
 @click.option(
-    "--r", "r_values", type=R(), multiple=True, help="Values to compare; default: 0, and three that fit the depth."
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help="Values to compare; default: 0, three that fit the depth, and those with published accuracies.",
 )
 @click.option(
     "-o",
