@@ -1,6 +1,6 @@
 """Run by torchrun: an example in float64, which may be killed on the way.
 
-    torchrun … --run-path tests/launch.py PROGRAM NAME N ARGUMENTS…
+    torchrun … -m tests.launch PROGRAM NAME N ARGUMENTS…
 
 Each process ends by SIGKILL when it calls the function NAME of examples/common.py for the N-th time; with N = 0 it ends
 as it would.

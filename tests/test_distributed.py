@@ -31,40 +31,20 @@ OPTIONS = {"data": "digits", "model": "digits_p1", "pretrained": False, "r": 12,
 OPTIONS |= {"seed": 3, "limit": 83}
 STEPS = 5  # of an epoch; three images are left over
 
-# Where each is killed: before it gives the second checkpoint its name, or records the last step. And what it imports
-# that takes long.
-PROGRAMS = {
-    "train_ddp": ("keep", 2, ["torch.distributed.checkpoint"]),
-    "train_fsdp": ("keep", 2, ["torch.distributed.checkpoint", "torch.distributed.fsdp"]),
-    "train_accelerate": ("keep", 2, ["accelerate"]),
-    "train_transformers": ("record", 2 * STEPS, ["benchmarks.peers", "transformers.trainer"]),
-    "train_lightning": ("record", 2 * STEPS, ["benchmarks.peers", "lightning"]),
+# Where each is killed: before it gives the second checkpoint its name, or records the last step.
+KILLS = {
+    "train_ddp": ("keep", 2),
+    "train_fsdp": ("keep", 2),
+    "train_accelerate": ("keep", 2),
+    "train_transformers": ("record", 2 * STEPS),
+    "train_lightning": ("record", 2 * STEPS),
 }
 
-ALWAYS = ["torch", "sklearn.datasets", "tomevit"]
 
-# As `torchrun`, once for each argument that follows the imports. Each of its processes is forked from one that has made
-# these imports, and nothing else.
-LAUNCHER = """
-import json, multiprocessing, sys
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-imports, *launches = map(json.loads, sys.argv[1:])
-multiprocessing.set_forkserver_preload(imports)
-for arguments in launches:
-    try:
-        run.run(run.parse_args(["--standalone", "--start-method=forkserver", "--monitor-interval=0.1", *arguments]))
-    except ChildFailedError as error:
-        print("LAUNCHER: ended with", error.get_first_failure()[1].exitcode, flush=True)
-    else:
-        print("LAUNCHER: ended with 0", flush=True)
-"""
-
-
-def torchrun(imports: list[str], *launches: list[str], timeout: float = 480) -> str:
-    """What was printed by all launches, one after the other. Nothing that they started outlives them."""
-    command = [sys.executable, "-c", LAUNCHER, *map(json.dumps, (imports, *launches))]
+def torchrun(*arguments: str, processes: int = 2, timeout: float = 240) -> str:
+    """What it printed. Nothing that it started outlives it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["--monitor-interval=0.1", "-m", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -73,7 +53,7 @@ def torchrun(imports: list[str], *launches: list[str], timeout: float = 480) -> 
             return process.communicate(timeout=timeout)[0]
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)  # torchrun ends its processes before itself
-            pytest.fail(f"{launches} took longer than {timeout} s:\n{process.communicate()[0]}")
+            pytest.fail(f"{' '.join(arguments)} took longer than {timeout} s:\n{process.communicate()[0]}")
 
 
 def command_line(out: Path, **changes: Any) -> list[str]:
@@ -113,20 +93,17 @@ def plain() -> tuple[list[float], tomevit.VisionTransformer, Any]:
     return losses, model.eval(), held_out
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", KILLS)
 def test_two_processes_train_as_one_does_and_resume_after_kill_9(
     plain: tuple[list[float], tomevit.VisionTransformer, Any], program: str, tmp_path: Path
 ) -> None:
-    name, call, imports = PROGRAMS[program]
-
-    def launch(processes: int, call: int, *more: str) -> list[str]:
-        script = [str(Path(__file__).with_name("launch.py")), program, name, str(call)]
-        return [f"--nproc-per-node={processes}", "--run-path", *script, *command_line(tmp_path), *more]
-
+    name, call = KILLS[program]
+    arguments = command_line(tmp_path)
+    printed = torchrun("tests.launch", program, name, str(call), *arguments)
+    assert not (tmp_path / "model.safetensors").exists(), printed
     # FSDP goes on in one process: its checkpoint is cut for two.
-    resume = launch(1 if program == "train_fsdp" else 2, 0, "--resume")
-    printed = torchrun([*ALWAYS, *imports], launch(2, call), resume)
-    assert re.findall(r"LAUNCHER: ended with (.*)", printed) == ["-9", "0"], printed
+    processes = 1 if program == "train_fsdp" else 2
+    printed += torchrun("tests.launch", program, name, "0", *arguments, "--resume", processes=processes)
 
     assert (tmp_path / "model.safetensors").exists(), printed
     losses, model, images = plain

@@ -386,12 +386,8 @@ def test_two_processes_count_each_image_once_and_go_on_after_kill_9(
     out = tmp_path / "eval.json"
 
     def launch(call: int) -> str:
-        script = [str(Path(__file__).with_name("stopped.py")), "SIGKILL", str(call)]
         # Python 3.11's argparse in torchrun would take an --r for its own, but for the two dashes.
-        return torchrun(
-            ["torch", "tomevit.evaluate"],
-            ["--nproc-per-node=2", "--run-path", "--", *script, *command(digits, out)],
-        )
+        return torchrun("--", "tests.stopped", "SIGKILL", str(call), *command(digits, out))
 
     printed = launch(4)
     parts = sorted(path.name for path in tmp_path.iterdir())
