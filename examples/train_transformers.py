@@ -73,7 +73,10 @@ def main() -> None:
         model.r = options.r
         tomevit.save(model, options.out / "model.safetensors")
         common.report(options.out / "model.safetensors", data.test)
-    trainer.accelerator.end_training()
+    accelerator = trainer.accelerator
+    del trainer
+    accelerator.free_memory()  # torch's wrapper, which must not outlive the process group: gloo could wait for ever
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
