@@ -1,16 +1,21 @@
 # Everything runs in .venv, which is made on first use.
 #   make demo     set up, then run the demo into demo/
 #   make check    set up, then format check, lint, types, tests
+#   make docs     set up, then build the site into build/site
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: demo check lint test coverage fix clean
+.PHONY: demo check docs lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
 
 check: lint test
+
+docs: .venv/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	@echo 'built: build/site/index.html'
 
 lint: .venv/test
 	$(BIN)/ruff format --check .
@@ -28,11 +33,12 @@ fix: .venv/test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build
 
 .venv/demo: EXTRAS := plot
+.venv/docs: EXTRAS := docs
 .venv/test: EXTRAS := test
-.venv/demo .venv/test: pyproject.toml constraints.txt
+.venv/demo .venv/docs .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@

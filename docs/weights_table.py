@@ -51,20 +51,25 @@ def _licence(card: Card) -> str:
     return LICENCES[card.licence or ""]
 
 
-def _merged_figures(card: Card) -> list[Figure]:
+def merged_figures(card: Card) -> list[Figure]:
     return [figure for figure in card.figures if figure.r]
 
 
-def _plain(card: Card) -> str:
+def plain_figure(card: Card) -> Figure | None:
     """The figure at r = 0 that the merged one is compared with where it was published, else the first."""
     plain = [figure for figure in card.figures if not figure.r]
-    beside = [f for f in plain if any(merged.source.startswith(f.source) for merged in _merged_figures(card))]
-    return f"{(beside or plain)[0].top1:.2f}" if plain else ""
+    beside = [f for f in plain if any(merged.source.startswith(f.source) for merged in merged_figures(card))]
+    return next(iter(beside or plain), None)
+
+
+def _plain(card: Card) -> str:
+    figure = plain_figure(card)
+    return f"{figure.top1:.2f}" if figure else ""
 
 
 def _merged(card: Card) -> str:
     cells = []
-    for figure in _merged_figures(card):
+    for figure in merged_figures(card):
         _, semicolon, doubt = figure.source.partition("; ")
         cells.append(f"{figure.top1:.2f} (r = {figure.r}{semicolon}{doubt})")
     return ", ".join(cells)

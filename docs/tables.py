@@ -1,0 +1,167 @@
+"""What the pages show that no hand writes: `<!-- generated: NAME -->` on a page stands for TABLES[NAME]()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import click
+from PIL import Image
+
+import tomevit
+from docs import weights_table
+from tomevit import cli, zoo
+from tomevit.bench import default_r
+from tomevit.config import Card, Figure, Schedule
+from tomevit.demo import held_out
+from tomevit.models import build_meta
+from tomevit.visualize import Observation, observe, page
+
+HELP_WIDTH = 90  # characters
+NO_BREAK, NO_BREAK_HYPHEN = "\u00a0", "\u2011"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) -> str:
+    """In Markdown, the first columns of text to the left and the others, numbers, to the right."""
+    lines = [columns, [":---"] * text + ["---:"] * (len(columns) - text), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------- zoo
+
+
+def architectures() -> str:
+    """A section for each family, with a row for each architecture."""
+    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "parameters, M", "GFLOPs", "most r")
+    sections = []
+    for title, family in groupby(map(zoo.architecture, tomevit.list_models()), key=lambda card: card.title):
+        cards = list(family)
+        papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
+        sections.append(f"## {title}\n{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}")
+    return "\n\n".join(sections)
+
+
+def _architecture(card: Card) -> Sequence[object]:
+    config = card.config
+    return (
+        f"`{card.name}`",
+        f"`{card.timm}`" if card.timm else "",
+        "×".join(dict.fromkeys(map(str, config.img_size))),  # one number for a square
+        config.num_tokens,
+        f"{config.depth} × {config.embed_dim}".replace(" ", NO_BREAK),
+        f"{sum(parameter.numel() for parameter in build_meta(config).parameters()) / 1e6:.2f}",
+        f"{tomevit.flops(config) / 1e9:.3g}",
+        default_r(card)[-1],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+class Compared(NamedTuple):
+    """A published accuracy with merging, and one without."""
+
+    card: Card
+    merged: Figure
+    against: Card
+    plain: Figure
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights were trained with merging, and so are others than those compared with."""
+        return self.card.r != 0
+
+    @property
+    def flop_ratio(self) -> float:
+        return tomevit.flops(self.card.config) / tomevit.flops(self.card.config, self.merged.r)
+
+
+def merged_figures() -> Iterator[Compared]:
+    """All that the zoo knows; weights trained with merging are compared with the default ones of their architecture."""
+    for name in tomevit.list_models(weights=True):
+        card = tomevit.card(name)
+        for merged in weights_table.merged_figures(card):
+            against = card if weights_table.plain_figure(card) else tomevit.card(card.name)
+            plain = weights_table.plain_figure(against)
+            if plain is not None:
+                yield Compared(card, merged, against, plain)
+
+
+def published() -> str:
+    columns = ("weights", "r", "FLOP ratio", "top-1, %", "without merging, %", "difference", "merging")
+    return table(columns, map(_published, merged_figures()))
+
+
+def _published(row: Compared) -> Sequence[object]:
+    beside = "" if row.against is row.card else f" (`{row.against.weights}`)"
+    return (
+        f"`{row.card.full_name}`",
+        row.merged.r,
+        f"{row.flop_ratio:.2f}",
+        f"{row.merged.top1:.2f}",
+        f"{row.plain.top1:.2f}{beside}",
+        f"{row.merged.top1 - row.plain.top1:+.2f}".replace("-", "−"),
+        "trained" if row.trained else "off the shelf".replace(" ", NO_BREAK),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ licences
+
+
+def licences() -> str:
+    """For each licence, what is under it."""
+    cards = [tomevit.card(name) for name in tomevit.list_models(weights=True)]
+    licensed = sorted((card for card in cards if card.weights), key=lambda card: card.licence or "")
+    rows = []
+    for licence, group in groupby(licensed, key=lambda card: card.licence or ""):
+        found = list(group)
+        titles = "; ".join(dict.fromkeys(card.title + (", trained with merging" if card.r else "") for card in found))
+        rows.append((weights_table.LICENCES[licence].replace("-", NO_BREAK_HYPHEN), titles, len(found)))
+    return table(("licence", "of", "sets"), rows, text=2)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def commands() -> str:
+    """The help of every command."""
+    top = click.Context(cli.cli, info_name="tomevit", terminal_width=HELP_WIDTH)
+    sections = []
+    for name, command in cli.cli.commands.items():
+        text = command.get_help(click.Context(command, info_name=name, parent=top, terminal_width=HELP_WIDTH))
+        sections.append(f"### tomevit {name}\n```text\n{text}\n```")
+    return "\n\n".join(sections)
+
+
+# ---------------------------------------------------------------------------------------------------------- visualized
+
+VISUALIZED = "visualized.html"
+
+
+def digit() -> tuple[Image.Image, str]:
+    """The one on docs/looking.md, and its file's name there."""
+    return Image.fromarray(held_out()[0][201, 0].numpy()), "201.png"
+
+
+def observed(r_values: Sequence[Schedule]) -> Observation:
+    return observe(tomevit.create("digits_p1.tome_r16", pretrained=True), digit()[0], r_values)
+
+
+def visualized() -> str:
+    return page.html(observed((8, 16)), digit()[1])
+
+
+def shown_page() -> str:
+    frame = f'<iframe class="page" src="{VISUALIZED}" title="A digit, and what merges in it" loading="lazy"></iframe>'
+    return f'{frame}\n\n<p class="page"><a href="{VISUALIZED}">The page alone</a></p>'
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "architectures": architectures,
+    "published": published,
+    "licences": licences,
+    "commands": commands,
+    "weights": weights_table.section,
+    "page": shown_page,
+}
