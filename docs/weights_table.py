@@ -1,26 +1,17 @@
-"""The README's table of all weights, made from the configs.
-
-python docs/weights_table.py            write it
-python docs/weights_table.py --check    exit with 1 if it is not current
-"""
+"""The table of all weights, made from the configs."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 
 import tomevit
 from tomevit.config import Card, Figure, Source
 
-README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- weights table: start -->", "<!-- weights table: end -->"
 LICENCES = {"apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "cc-by-nc-4.0": "CC-BY-NC-4.0"}
 
 
 def section() -> str:
-    """All that stands between the markers."""
+    """The table, with a few words before it."""
     cards = [tomevit.card(name) for name in tomevit.list_models(weights=True)]
     published = [card for card in cards if any(source.url or source.hub for source in card.sources)]
     lines = [
@@ -87,28 +78,3 @@ def _name(source: Source) -> str:
 
 def _link(source: Source, text: str) -> str:
     return f"[{text}]({source.url or f'https://huggingface.co/{source.hub}'})"
-
-
-def written(readme: str) -> str:
-    """The README with the section as it should be."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the README has no {START if not start else END}")
-    return f"{before}{START}\n{section()}\n{END}{after}"
-
-
-def main(arguments: Iterable[str]) -> str | None:
-    """What went wrong, if anything did."""
-    old = README.read_text(encoding="utf-8")
-    new = written(old)
-    if list(arguments) == ["--check"]:
-        return None if old == new else f"{README} is stale: python {Path(__file__).name}"
-    if arguments:
-        return str(__doc__)
-    README.write_text(new, encoding="utf-8")
-    return None
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import pytest
 import torch
@@ -22,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 import tomevit
-import tomevit.cli.evaluate
+import tomevit.cli
 import tomevit.evaluate
 from tests.helpers import tiny
 from tests.test_cli import run
@@ -401,36 +400,6 @@ def test_two_processes_count_each_image_once_and_go_on_after_kill_9(
     assert printed.count("written to ") == 1
     assert printed.count("0       65 ") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
-
-
-@pytest.mark.parametrize(
-    ("rank", "mine", "others", "raises"),
-    [
-        (0, "no folder", "no folder", (ValueError, "^no folder$")),
-        (1, "no folder", "no folder", (click.exceptions.Exit, "^2$")),
-        (0, None, "no GPU", (ValueError, "^process 1: no GPU$")),
-        (1, None, "no folder", (click.exceptions.Exit, "^2$")),
-        (1, None, None, None),
-    ],
-)
-def test_of_several_processes_the_first_says_what_is_wrong(
-    rank: int, mine: str | None, others: str | None, raises: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gather(into: list[Any], value: Any) -> None:
-        into[rank], into[1 - rank] = value, others
-
-    def call() -> str:
-        if mine is not None:
-            raise ValueError(mine)
-        return "ready"
-
-    monkeypatch.setattr(tomevit.cli.evaluate, "processes", lambda: (rank, 2))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    if raises is None:
-        assert tomevit.cli.evaluate._agreed(call) == "ready"
-    else:
-        with pytest.raises(raises[0], match=raises[1]):
-            tomevit.cli.evaluate._agreed(call)
 
 
 # -------------------------------------------------------------------------------------------------------------- command

@@ -32,8 +32,9 @@ from tomevit import timing
 from tomevit.bench import out_of_memory
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
-from tomevit.images import stream
+from tomevit.images import reading, stream
 from tomevit.models import VisionTransformer
+from tomevit.processes import of_first, processes, require_same
 from tomevit.timing import Quartiles
 from tomevit.transform import transform
 from tomevit.weights import native
@@ -250,7 +251,7 @@ def evaluate(
     resumed, interrupted = _done(board), False
     started = saved = time.perf_counter()
     try:
-        with closing(_classify(model, files, labels, r_values, board, batch, workers)) as steps:
+        with reading(), closing(_classify(model, files, labels, r_values, board, batch, workers)) as steps:
             for step in steps:
                 if progress is not None:
                     progress(step)
@@ -259,10 +260,6 @@ def evaluate(
                     saved = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):
-            raise OSError(f"a process that reads images died: {str(error).splitlines()[0]}") from error
-        raise
     finally:
         if state is not None and _done(board):
             _save(_part(state), key, board)
@@ -280,11 +277,6 @@ def evaluate(
         resumed=resumed,
         interrupted=interrupted,
     )
-
-
-def processes() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are that evaluate together."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def forget(state: str | os.PathLike[str]) -> None:
@@ -455,25 +447,8 @@ def _begin(state: Path | None, key: Mapping[str, str], blank: Board) -> Board:
     Raises:
         ValueError, OSError: the state is damaged, or of another evaluation, or this is, in another process.
     """
-    rank, world = processes()
-    if world == 1:
-        return _gone_on_from(state, key, blank)
-    keys: list[Any] = [None] * world
-    dist.all_gather_object(keys, dict(key))
-    for i, other in enumerate(keys):
-        if wrong := [name for name in key if other[name] != keys[0][name]]:
-            raise ValueError(f"process {i} has other {' and '.join(wrong)} than process 0")
-    begun: list[Any] = [None]
-    if rank == 0:
-        try:
-            begun = [_gone_on_from(state, key, blank)]
-        except (ValueError, OSError) as error:
-            begun = [error]
-    dist.broadcast_object_list(begun)
-    if isinstance(begun[0], Exception):
-        raise begun[0]
-    board: Board = begun[0]
-    return board
+    require_same(key)
+    return of_first(lambda: _gone_on_from(state, key, blank))
 
 
 def _gone_on_from(state: Path | None, key: Mapping[str, str], blank: Board) -> Board:

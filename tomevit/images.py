@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import glob
 import struct
+import time
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from io import BytesIO
 from os import PathLike, fspath
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,19 +133,30 @@ class Strings(Sequence[str]):
     """A sequence of strings in two arrays: processes that are forked share it for good, however many there are.
 
     Of a list they would own a copy each, in time: looking at a string counts as writing to it.
+
+    Attributes:
+        data: all strings one after the other, uint8, in UTF-8; bytes that are none, as in names of files, are kept.
+        ends: where each ends in it, int64, and a 0 in front.
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)])
+        self.data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    @classmethod
+    def packed(cls, data: NDArray[np.uint8], ends: NDArray[np.int64]) -> Strings:
+        """From the arrays of another."""
+        strings = cls(())
+        strings.data, strings.ends = data, ends
+        return strings
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
     def __getitem__(self, index: int) -> str:  # type: ignore[override]  # of one string
-        begin, end = self._ends[index], self._ends[index + 1]
-        return self._bytes[begin:end].tobytes().decode("utf-8", "surrogateescape")
+        begin, end = self.ends[: len(self)][index], self.ends[1:][index]
+        return self.data[begin:end].tobytes().decode("utf-8", "surrogateescape")
 
 
 def stream(
@@ -176,22 +190,46 @@ def stream(
     yield from loader
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """While images are streamed: raises OSError when a process that reads them dies, as torch tells it anywhere."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(f"a process that reads images died: {str(error).splitlines()[0]}") from error
+    except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+        raise OSError(f"a process that reads images died: {_last_words() or error}") from error
+
+
+def _last_words() -> str:
+    """What torch says of the process that died: as an exception, in whatever line its signal arrives."""
+    try:
+        time.sleep(1)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
 class _Files(Dataset[tuple[int, Tensor | str]]):
     def __init__(self, files: Sequence[str | bytes | Image | Tensor], transform: Transform, upright: bool) -> None:
         names = [file for file in files if isinstance(file, str)]
         self.files = Strings(names) if len(names) == len(files) else files
         self.transform = transform
-        self.mode = "L" if len(transform.preprocess.mean) == 1 else "RGB"
         self.upright = upright
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        image = self.files[index]
-        try:
-            if isinstance(image, str | bytes):
-                image = read(image, mode=self.mode, upright=self.upright)
-            return index, self.transform(image)
-        except ImageError as error:
-            return index, error.reason
+        return index, prepare(self.files[index], self.transform, upright=self.upright)
+
+
+def prepare(source: str | bytes | Image | Tensor, transform: Transform, *, upright: bool = False) -> Tensor | str:
+    """An image as a model takes it, (C, H, W) float32; or why it cannot be read. Arguments as `stream`."""
+    mode = "L" if len(transform.preprocess.mean) == 1 else "RGB"
+    try:
+        return transform(read(source, mode=mode, upright=upright) if isinstance(source, str | bytes) else source)
+    except ImageError as error:
+        return error.reason
 
 
 def _collate(items: Sequence[tuple[int, Tensor | str]]) -> Batch:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import click
 
 import tomevit
-from tomevit.cli import bench, classify, evaluate, export, plot, run, visualize, weights, zoo
+from tomevit.cli import bench, classify, embed, evaluate, export, plot, run, visualize, weights, zoo
+from tomevit.processes import ElsewhereError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "tomevit"
         status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
+    except ElsewhereError:
+        status = 2
     except (ValueError, NotImplementedError, OSError) as error:
         if arguments[0] == "--traceback":
             raise
@@ -49,6 +52,7 @@ COMMANDS = (
     run.demo,
     classify.classify,
     evaluate.eval_command,
+    embed.embed,
     bench.bench,
     visualize.visualize,
     plot.plot_command,

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import click
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from tomevit import plot, zoo
@@ -26,8 +22,9 @@ from tomevit.cli.options import (
     aligned,
     check_writable,
     described,
-    device_of,
     markdown,
+    own_device,
+    readers,
     trained,
 )
 from tomevit.cli.plot import draw
@@ -43,12 +40,12 @@ from tomevit.evaluate import (
     evaluate,
     forget,
     judge,
-    processes,
     published,
 )
 from tomevit.folders import Labelled, labelled, read_class_names
 from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer
+from tomevit.processes import agreed, joined, processes
 from tomevit.weights import native
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
@@ -59,8 +56,6 @@ LEGEND = (
 )
 NAMED = 20  # unreadable files that are named; all are in the JSON
 PUBLISHED = "published"
-
-T = TypeVar("T")
 
 
 class _Task(NamedTuple):
@@ -182,7 +177,7 @@ def eval_command(
             plot.check_suffix(picture)
         if restart and out is None:
             raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
-        place = _place(device)
+        place = own_device(device)
         # Whatever the user may have got wrong comes before a download, and before the model is read.
         card = native.read(model).card if Path(model).is_file() else zoo.card(model)
         values = list(r_values) or with_zero([card.r])
@@ -193,11 +188,11 @@ def eval_command(
         images = _some(labelled(data, card.config.num_classes, names, truth=truth), limit)
         return _Task(trained(model, img_size=img_size).to(place, DTYPES[dtype]), images, values, figures)
 
-    with _joined():
+    with joined():
         rank, world = processes()
-        task = _agreed(prepare)
+        task = agreed(prepare)
         place = task.model.pos_embed.device
-        workers = _workers(place) if workers is None else workers
+        workers = readers(place) if workers is None else workers
         state = None if out is None else out.with_name(f"{out.name}.progress")
         if state is not None and restart and rank == 0:
             forget(state)
@@ -263,25 +258,6 @@ def eval_command(
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-def _place(name: str) -> torch.device:
-    """The device of that name; of processes that torchrun started, each has a GPU of its own."""
-    if processes()[1] > 1 and name == "cuda":
-        if torch.cuda.device_count() < int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise ValueError(
-                f"there are {os.environ['LOCAL_WORLD_SIZE']} processes on this machine and {torch.cuda.device_count()} "
-                f"GPUs; start one for each, with torchrun --nproc-per-node {torch.cuda.device_count()}"
-            )
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    return device_of(name)
-
-
-def _workers(device: torch.device) -> int:
-    """As many as this process has CPUs; half of them where the model needs them too."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(8, cpus // 2 if device.type == "cpu" else cpus))
-
-
 def _figures(
     wanted: Sequence[tuple[Schedule | None, float] | None],
     card: Card,
@@ -326,45 +302,6 @@ def _some(images: Labelled, limit: int | None) -> Labelled:
         labels=[images.labels[i] for i in chosen],
         notes=(*images.notes, f"{limit} of {len(images.files)} images, drawn by chance."),
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
-@contextmanager
-def _joined() -> Iterator[None]:
-    """Join the other processes, if torchrun started this one."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield
-        return
-    # What they tell each other is in the CPU's memory, wherever they compute; the last may end long after the first.
-    dist.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def _agreed(call: Callable[[], T]) -> T:
-    """What a call returns; if it raises in any process, all end, and the first says why."""
-    result: list[T] = []
-    error: Exception | None = None
-    try:
-        result.append(call())
-    except (ValueError, NotImplementedError, OSError) as raised:
-        error = raised
-    rank, world = processes()
-    if world > 1:
-        said: list[Any] = [None] * world
-        dist.all_gather_object(said, None if error is None else str(error))
-        if rank and any(said):
-            raise click.exceptions.Exit(2)
-        if error is None and any(said):
-            i = next(i for i, message in enumerate(said) if message)
-            raise ValueError(f"process {i}: {said[i]}")
-    if error is not None:
-        raise error
-    return result[0]
 
 
 def _show(bar: tqdm[Any], rank: int, step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from tomevit.config import Schedule
 from tomevit.factory import create
 from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer
+from tomevit.processes import on_this_machine
 from tomevit.weights import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,6 +111,26 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """As `device_of`; but of several processes on this machine, "cuda" is for each a GPU of its own."""
+    number, count = on_this_machine()
+    if count > 1 and name == "cuda":
+        if (gpus := torch.cuda.device_count()) < count:
+            raise ValueError(
+                f"there are {count} processes on this machine and {gpus} GPUs; start one for each, with "
+                f"torchrun --nproc-per-node {gpus}"
+            )
+        name = f"cuda:{number}"
+    return device_of(name)
+
+
+def readers(device: torch.device) -> int:
+    """Processes to read images: as many as this process has CPUs, half of them where the model needs them too."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cpus //= on_this_machine()[1]
+    return max(1, min(8, cpus // 2 if device.type == "cpu" else cpus))
 
 
 def check_writable(*paths: Path | None) -> None:

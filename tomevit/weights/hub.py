@@ -47,6 +47,7 @@ from tqdm import tqdm
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
 from tomevit.weights import files
+from tomevit.weights.native import FULL, errno_of
 
 log = logging.getLogger("tomevit")
 
@@ -58,7 +59,6 @@ BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
 CHUNK = 2**20  # bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 T = TypeVar("T")
@@ -357,9 +357,7 @@ def _telling(directory: Path, needed: int | None = None) -> Iterator[None]:
     except DownloadError:
         raise
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, SafetensorError) and (match := re.search(r"\(os error (\d+)\)", str(error))):
-            number = int(match[1])
+        number = errno_of(error)
         if number in FULL:
             raise _no_space(directory, needed) from error
         if number in DENIED:

@@ -11,10 +11,12 @@ Equal models make equal files.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import reprlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,6 +40,9 @@ from tomevit.models import VisionTransformer, build_meta, unwrap
 
 KEY = "tomevit"
 VERSION = 2
+
+#: Of a disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -212,14 +217,33 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = check_place(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        yield unfinished
-        unfinished.replace(path)
-    except OSError as error:
-        if error.filename in (unfinished, os.fspath(unfinished)):
-            error.filename = os.fspath(path)
-        raise
+        with naming(path, unfinished):
+            yield unfinished
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, unfinished: Path) -> Iterator[None]:
+    """While a file is written under another name: an OSError has its own, also where it has none, as of a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = errno_of(error)
+        if isinstance(error, OSError) and error.filename in (unfinished, os.fspath(unfinished)):
+            error.filename = os.fspath(path)
+        elif number is not None and (isinstance(error, SafetensorError) or (number in FULL and not error.filename)):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
+
+
+def errno_of(error: OSError | SafetensorError) -> int | None:
+    """The operating system's number of an error; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else int(found[1])
 
 
 def load(path: str | os.PathLike[str]) -> VisionTransformer:

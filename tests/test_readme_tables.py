@@ -1,4 +1,4 @@
-"""The README's table of all weights is current, and says what the cards say."""
+"""The README's tables are current; that of all weights says what the cards say."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 import tomevit
-from docs import weights_table
-from docs.weights_table import END, README, START, section, written
+from docs import readme_tables
+from docs.readme_tables import README, TABLES, written
+from docs.weights_table import section
 
 
 def test_the_readme_is_current() -> None:
     text = README.read_text(encoding="utf-8")
-    assert text == written(text), "stale: python docs/weights_table.py"
+    assert text == written(text), "stale: python -m docs.readme_tables"
 
 
 def test_every_published_set_has_one_row() -> None:
@@ -43,11 +44,13 @@ def test_rows(row: str) -> None:
 
 def test_stale_tables_are_found_and_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n", encoding="utf-8")
-    monkeypatch.setattr(weights_table, "README", readme)
-    assert "stale" in str(weights_table.main(["--check"]))
-    assert weights_table.main([]) is None
-    assert weights_table.main(["--check"]) is None
-    assert readme.read_text(encoding="utf-8") == f"before\n{START}\n{section()}\n{END}\nafter\n"
-    with pytest.raises(ValueError, match="start"):
+    parts = [f"<!-- {name}: start -->\n{{}}\n<!-- {name}: end -->\n" for name in TABLES]
+    readme.write_text("before\n" + "".join(part.format("old") for part in parts) + "after\n", encoding="utf-8")
+    monkeypatch.setattr(readme_tables, "README", readme)
+    assert "stale" in str(readme_tables.main(["--check"]))
+    assert readme_tables.main([]) is None
+    assert readme_tables.main(["--check"]) is None
+    found = [part.format(table()) for part, table in zip(parts, TABLES.values(), strict=True)]
+    assert readme.read_text(encoding="utf-8") == f"before\n{''.join(found)}after\n"
+    with pytest.raises(ValueError, match="first table: start"):
         written("no markers")

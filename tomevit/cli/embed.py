@@ -1,0 +1,166 @@
+"""Images to feature vectors: `tomevit embed`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import click
+from tqdm import tqdm
+
+from tomevit.cli import options
+from tomevit.cli.options import R, Size, check_writable, own_device, readers, trained
+from tomevit.config import Schedule
+from tomevit.embed import Data, Report, check_suffix, locate
+from tomevit.embed import embed as run_embed
+from tomevit.embeddings import DTYPES
+from tomevit.models import VisionTransformer
+from tomevit.processes import agreed, joined, processes
+
+NAMED = 20  # files that could not be read; the metadata has more
+
+
+@click.command()
+@click.argument("sources", metavar="DIR|FILES|WEBDATASET...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="The .safetensors or .parquet file to write.",
+)
+@click.option(
+    "--model",
+    metavar="NAME|FILE",
+    default="vit_b16",
+    show_default=True,
+    help="Whose weights are downloaded on first use.",
+)
+@click.option("--r", "--merge", "r", type=R(), help="Tokens that merge in each block; default: the model's.")
+@click.option(
+    "--pool", type=click.Choice(["cls", "mean"]), help="Class token or mean patch; default: as the head reads."
+)
+@click.option("--normalize", is_flag=True, help="Vectors of unit length.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of what is stored."
+)
+@click.option(
+    "--compute",
+    type=click.Choice(list(options.DTYPES)),
+    default="float32",
+    show_default=True,
+    help="What the model computes in.",
+)
+@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@click.option("--upright", is_flag=True, help="Turn photographs as their EXIF data says.")
+@click.option("--overwrite", is_flag=True, help="Replace a file, or parts, of other settings.")
+@click.pass_context
+def embed(
+    ctx: click.Context,
+    sources: tuple[str, ...],
+    out: Path,
+    model: str,
+    r: Schedule | None,
+    pool: str | None,
+    normalize: bool,
+    dtype: str,
+    compute: str,
+    img_size: tuple[int, int] | None,
+    batch: int,
+    workers: int | None,
+    device: str,
+    upright: bool,
+    overwrite: bool,
+) -> None:
+    """A feature vector for every image, in one .safetensors or .parquet file.
+
+    Takes images (files, folders with all below them, patterns), or WebDataset shards (also folders of them, and
+    patterns such as 'train-{000..099}.tar'). Memory stays the same however many there are. Interrupted or killed, the
+    same command goes on where it stopped. What cannot be read is named and left out; the status is then 1.
+
+    Several processes share the work under torchrun, which takes an --r for its own option; say --merge there:
+
+    torchrun --nproc-per-node 8 -m tomevit embed DIR -o out.parquet --device cuda --merge 16
+    """
+
+    def prepare() -> tuple[VisionTransformer, Data]:
+        check_writable(out)
+        check_suffix(out)
+        place, data = own_device(device), locate(sources)  # before a download
+        return trained(model, r, img_size).to(place, options.DTYPES[compute]), data
+
+    with joined():
+        rank, _ = processes()
+        subject, data = agreed(prepare)
+        with _progress(out, shown=rank == 0) as tell:
+            report = run_embed(
+                subject,
+                data,
+                out,
+                pool=pool,  # type: ignore[arg-type]  # click has checked it
+                normalize=normalize,
+                dtype=DTYPES[dtype][0],
+                batch=batch,
+                workers=readers(subject.pos_embed.device) if workers is None else workers,
+                upright=upright,
+                overwrite=overwrite,
+                progress=tell,
+            )
+    if rank == 0:
+        _print(report, out, dtype)
+    ctx.exit(1 if report.num_unreadable else 0)
+
+
+def _print(report: Report, out: Path, dtype: str) -> None:
+    click.echo(f"{out}: {report.rows:,} vectors of {report.dim} {dtype} numbers")
+    for name, reason in report.unreadable[:NAMED]:
+        click.echo(f"tomevit: left out: {name}: {reason}", err=True)
+    if report.num_unreadable > NAMED:
+        click.echo(f"tomevit: left out: {report.num_unreadable - NAMED:,} more, named in {out}", err=True)
+
+
+@contextmanager
+def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar for each stage of `tomevit.embed.embed`, and what to say when it is interrupted."""
+    bar: tqdm[NoReturn] | None = None
+    stage, last, of = "", 0, ""
+
+    def tell(now: str, done: int, total: int | None) -> None:
+        nonlocal bar, stage, last, of
+        if bar is None or now != stage:
+            if bar is not None:
+                bar.close()
+            elif done and shown:
+                click.echo(f"tomevit: going on behind {done:,} images whose parts are in {out}.parts", err=True)
+            bar = tqdm(
+                desc=now,
+                total=total,
+                initial=done,
+                delay=2,
+                unit=" images",
+                leave=False,
+                disable=None if shown else True,
+            )
+            stage, last, of = now, done, "" if total is None else f" of {total:,}"
+        bar.update(done - last)
+        last = done
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        if bar is not None and shown:
+            bar.close()
+            click.echo(
+                f"tomevit: {stage} stopped behind {last:,}{of} images; {out}.parts keeps all parts that were finished, "
+                f"and the same command goes on with the others",
+                err=True,
+            )
+        raise
+    finally:
+        if bar is not None:
+            bar.close()
