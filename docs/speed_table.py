@@ -24,7 +24,7 @@ def first() -> str:
     timm = fastest(row for row in comparison["rows"] if row["implementation"] == "timm")
     assert timm is not None
     lines = ["| | tokens leaving | GFLOPs | images/s | over timm |", "|---|---|---|---|---|"]
-    for row in comparison["rows"]:
+    for row in sorted(comparison["rows"], key=lambda row: row["implementation"] != "timm"):
         name = {"timm": f"timm {result['timm']}, {row['mode']}", "tomevit": f"tomevit, r = {row['r']}"}
         if row["implementation"] == "timm" or (row["implementation"], row["mode"]) == ("tomevit", "eager"):
             over = row["images_per_second"] / timm["images_per_second"]
