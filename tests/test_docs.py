@@ -42,6 +42,7 @@ from PIL import Image
 
 import tomevit
 import tomevit.layers
+from examples.common import parse_options
 from tests import foreign
 from tests.server import Server
 from tomevit import cli, programs, zoo
@@ -293,10 +294,16 @@ def run(arguments: list[str]) -> int:
             assert (program, rest[0]) == ("python", "-m"), f"{shlex.join(arguments)} does not run in this process"
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", rest[1:])
-                runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
+                run_as_main(patch, rest[1])
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def run_as_main(patch: pytest.MonkeyPatch, module: str) -> None:
+    """As `python -m` in a fresh process: another test of this one may have imported it."""
+    patch.delitem(sys.modules, module, raising=False)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def check_options(arguments: list[str]) -> None:
@@ -310,12 +317,12 @@ def check_options(arguments: list[str]) -> None:
         module, *options = rest[rest.index("-m") + 1 :]
         assert find_spec(module) is not None
         # torchrun's share their options, and importing their engines takes long.
-        read = runpy.run_module("examples.common")["parse_options"] if program == "torchrun" else None
         with pytest.MonkeyPatch.context() as patch:
+            read = parse_options if program == "torchrun" else None
             patch.setattr(sys, "argv", [module, *options])
             patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
             with pytest.raises(SystemExit) as stop:
-                read("") if read else runpy.run_module(module, run_name="__main__")
+                read("") if read else run_as_main(patch, module)
         assert stop.value.code == 0
 
 
