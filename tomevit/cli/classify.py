@@ -20,7 +20,7 @@ import tomevit
 from tomevit import zoo
 from tomevit.class_names import ClassNames, class_names
 from tomevit.classify import Answer, Guess, answers, check, summary
-from tomevit.cli.options import DTYPES, R, Size, check_writable, device_of, trained
+from tomevit.cli.options import DTYPES, R, Size, check_writable, device_of, readers, trained
 from tomevit.config import Schedule
 from tomevit.errors import ImageError
 from tomevit.images import find, read
@@ -31,7 +31,6 @@ SCHEMA = 1
 WIDTH = 80  # of text
 BLOCKS = 10  # images that have several lines each; of more each has one
 NAME = 34  # the widest column of classes, where each image has one line
-MOST_WORKERS = 8
 
 
 @click.command()
@@ -93,7 +92,7 @@ def classify(
     on_cpu = place.type == "cpu"
     batch = batch or (8 if on_cpu else 64)
     if workers is None:
-        workers = 0 if on_cpu else min(MOST_WORKERS, os.cpu_count() or 1, len(sources) // batch)
+        workers = 0 if on_cpu else min(readers(place), len(sources) // batch)
     classes = class_names(loaded.card)
     setting = _Setting(
         model=model if Path(model).is_file() else loaded.card.full_name,

@@ -87,9 +87,8 @@ def save(
             f"the weights are of type {', '.join(strange)}; those of a model spread over processes are given as "
             f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
-    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if state_dict is not None and (wrong := sorted(given.items() ^ _shapes(inner.config).items())):
-        raise ValueError(f"state_dict is of another model: {wrong[0][0]} is missing, left over or of another shape")
+    if state_dict is not None and (wrong := _misfit(inner.config, state_dict)):
+        raise ValueError(f"state_dict is of another model: {wrong[0]} is missing, left over or of another shape")
     write(path, card_of(inner, card), tensors)
 
 
@@ -99,15 +98,20 @@ def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
     Raises:
         ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
     """
-    given = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wanted = _shapes(model.config)
-    if given != wanted:
-        name = sorted(name for name, _ in given.items() ^ wanted.items())[0]
+    if wrong := _misfit(model.config, model.state_dict()):
+        name, given, wanted = wrong
         raise ValueError(
-            f"the model is not what its config says: {name} is {given.get(name, 'missing')} and should be "
-            f"{wanted.get(name, 'missing')}; for another number of classes use model.reset_classifier"
+            f"the model is not what its config says: {name} is {given} and should be {wanted}; "
+            f"for another number of classes use model.reset_classifier"
         )
     return replace(card or model.card, config=model.config, r=model.r)
+
+
+def _misfit(config: Config, tensors: Mapping[str, Tensor]) -> tuple[str, object, object] | None:
+    """The first tensor that is not as in a config's model: its name, its shape and the one it should have."""
+    given, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(config)
+    name = min((name for name, _ in given.items() ^ wanted.items()), default=None)
+    return None if name is None else (name, given.get(name, "missing"), wanted.get(name, "missing"))
 
 
 def write(
