@@ -22,6 +22,7 @@ import openvino
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
@@ -248,13 +249,16 @@ def test_torch_archives_answer_alike(tmp_path: Path) -> None:
             assert relative_error(loaded(images.half()).float(), model(images)) < 2e-2
 
 
-def test_compiled_packages_answer_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Vector instructions and optimising what surrounds the kernels take half of the time, and are torch's to test.
-    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, "compile_wrapper_opt_level", "O0")
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, "precompile_headers", False)
+def test_compiled_packages_answer_alike(tmp_path: Path) -> None:
     model = tiny(8, depth=1, pool="avg")
-    program = export_program(model, tmp_path / "model.pt2", "aoti")
+    # Vector instructions and optimising what surrounds the kernels take half of the time, and are torch's to test.
+    quick = {
+        "cpp.simdlen": 1,
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "aot_inductor.precompile_headers": False,
+    }
+    with inductor_config.patch(quick):
+        program = export_program(model, tmp_path / "model.pt2", "aoti")
     assert list(tmp_path.iterdir()) == program.written
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "model.pt2"))
     assert loaded.get_metadata().items() >= program.metadata.items()
@@ -400,9 +404,10 @@ def test_without_the_packages(missing: str, tmp_path: Path, monkeypatch: pytest.
     assert operators(path).keys() <= set(EVERYWHERE.split())
 
 
-def test_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match="no compiler was found"):
+def test_without_a_compiler(tmp_path: Path) -> None:
+    # Not monkeypatch: what it undoes on torch's configuration is deleted, for every later test of the process.
+    no_compiler = inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with no_compiler, pytest.raises(ValueError, match="no compiler was found"):
         export_program(tiny(depth=1), tmp_path / "model.pt2", "aoti")
 
 
