@@ -40,5 +40,6 @@ clean:
 .venv/test: EXTRAS := test
 .venv/demo .venv/docs .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	# Python compiles what it imports; all that is installed would take longer than the rest of the installation.
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@

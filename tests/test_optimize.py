@@ -399,6 +399,7 @@ def test_compiled_blocks_take_one_program_for_every_r() -> None:
 def test_a_whole_compiled_model_keeps_its_answers_and_its_programs() -> None:
     """On a CPU, with a program that answers in the same memory each time, as a CUDA graph does."""
     programs: list[Any] = []
+    limit = torch._dynamo.config.recompile_limit
 
     def graph(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         memory: list[Tensor] = []
@@ -411,7 +412,7 @@ def test_a_whole_compiled_model_keeps_its_answers_and_its_programs() -> None:
 
         return run
 
-    model = tiny(depth=2).eval().requires_grad_(False)
+    model = tiny(depth=1).eval().requires_grad_(False)
     fast = copy.deepcopy(model)
     compile_whole(fast, mode=None, backend=graph)
     first, second = images_for(model), images_for(model) + 1
@@ -419,10 +420,10 @@ def test_a_whole_compiled_model_keeps_its_answers_and_its_programs() -> None:
         one, two = fast(first), fast(second)
         torch.testing.assert_close(one, model(first))
         torch.testing.assert_close(two, model(second))
-        for batch in range(1, 12):
+        for batch in range(1, limit + 2):
             fast(first[:1].expand(batch, -1, -1, -1).contiguous())
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        assert len(programs) >= 11, "torch gave up in silence"
+        assert len(programs) > limit, "torch gave up in silence"
     count = len(programs)
     torch.testing.assert_close(copy.deepcopy(fast)(first), model(first))
     assert len(programs) == count, "a copy is not compiled"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,23 +29,27 @@ def compare(theirs: torch.nn.Module, config: Config, batch: int = 1) -> None:
     assert relative_error(answer, expected) < 1e-5
 
 
-def affordable(alias: str) -> bool:
-    """Large models take seconds each; DeiT III's differ from its small ones in nothing but numbers."""
-    return card(alias).config.embed_dim <= (768 if alias.startswith("deit3") else 1024)
-
-
-FULL_SIZE = sorted(alias for alias in _zoo().aliases if alias in KNOWN_TO_TIMM and affordable(alias))
+FULL_WIDTH = sorted(alias for alias in _zoo().aliases if alias in KNOWN_TO_TIMM)
 
 
 @pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_full_size(name: str) -> None:
+@pytest.mark.parametrize("name", FULL_WIDTH)
+def test_full_width(name: str) -> None:
+    """Names and shapes at full depth, and the answers of two blocks: the others are like them."""
     # As many classes as in our weights: some of timm's defaults have no head.
     config = card(name).config
     with torch.device("meta"):
-        theirs = timm.create_model(name, pretrained=False, num_classes=config.num_classes)
-    assert theirs.patch_embed.img_size == config.img_size
-    compare(theirs.to_empty(device="cpu"), config)
+        deep, theirs = (
+            timm.create_model(name, pretrained=False, num_classes=config.num_classes, **depth)
+            for depth in ({}, {"depth": 2})
+        )
+    assert deep.patch_embed.img_size == config.img_size
+    assert shapes(deep) == shapes(build_meta(config))
+    compare(theirs.to_empty(device="cpu"), replace(config, depth=2))
+
+
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
 
 
 SIZES: dict[str, Any] = {
