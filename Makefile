@@ -40,6 +40,5 @@ clean:
 .venv/test: EXTRAS := test
 .venv/demo .venv/docs .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	# Python compiles what it imports; all that is installed would take longer than the rest of the installation.
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 	touch $@

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from tomevit import plot
 from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.bounds import SHARES
-from tomevit.cli.options import Many, R, Size, aligned, check_writable, described, device_of, markdown, with_range
+from tomevit.cli import options
+from tomevit.cli.options import Many, R, aligned, check_writable, described, device_of, markdown, with_range
 from tomevit.cli.plot import draw
 from tomevit.config import Schedule
 from tomevit.factory import create
@@ -43,12 +44,12 @@ LEGEND = (
     multiple=True,
     help="Images per call; default: 1 8, beyond a CPU 1 64.",
 )
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@options.img_size
 @click.option(
     "--dtype", "dtypes", type=click.Choice(list(PRECISIONS)), multiple=True, default=("float32",), show_default=True
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
+@options.device
+@options.threads
 @click.option(
     "--mode",
     "modes",
@@ -62,8 +63,8 @@ LEGEND = (
 @click.option("--target", type=click.FloatRange(1, min_open=True), help="Suggest the least r with this speed-up.")
 @click.option("--json", "as_what", flag_value="json", help="As JSON.")
 @click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed.")
+@options.picture
+@options.out
 def bench(
     model: str,
     r_values: tuple[Schedule, ...],

@@ -20,7 +20,8 @@ import tomevit
 from tomevit import zoo
 from tomevit.class_names import ClassNames, class_names
 from tomevit.classify import Answer, Guess, answers, check, summary
-from tomevit.cli.options import DTYPES, R, Size, check_writable, device_of, readers, trained
+from tomevit.cli import options
+from tomevit.cli.options import DTYPES, R, check_writable, device_of, readers, trained
 from tomevit.config import Schedule
 from tomevit.errors import ImageError
 from tomevit.images import find, read
@@ -35,7 +36,7 @@ NAME = 34  # the widest column of classes, where each image has one line
 
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
-@click.option("--model", metavar="NAME|FILE", default="vit_b16", show_default=True, help="With its weights.")
+@options.model(default="vit_b16", show_default=True)
 @click.option("--r", type=R(), help="Tokens to merge per block: 8, or 8,-1, or [20,0,7], or 0.08.  [default: its own]")
 @click.option("--compare", is_flag=True, help="Show r = 0 beside r, and whether the answer changed.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
@@ -51,12 +52,12 @@ NAME = 34  # the widest column of classes, where each image has one line
     type=click.IntRange(0),
     help="Processes that read images; default: none, beyond a CPU one per core, at most 8.",
 )
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@options.device
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: that of the weights.")
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@options.img_size
 @click.option("--json", "as_what", flag_value="json", help="As JSON.")
 @click.option("--csv", "as_what", flag_value="csv", help="As CSV, a row for each image and rank.")
-@click.option("-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed.")
+@options.out
 @click.pass_context
 def classify(
     ctx: click.Context,

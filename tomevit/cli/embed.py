@@ -11,7 +11,7 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options
-from tomevit.cli.options import R, Size, check_writable, own_device, readers, trained
+from tomevit.cli.options import R, check_writable, own_device, readers, trained
 from tomevit.config import Schedule
 from tomevit.embed import Data, Report, check_suffix, locate
 from tomevit.embed import embed as run_embed
@@ -31,13 +31,7 @@ NAMED = 20  # files that could not be read; the metadata has more
     required=True,
     help="The .safetensors or .parquet file to write.",
 )
-@click.option(
-    "--model",
-    metavar="NAME|FILE",
-    default="vit_b16",
-    show_default=True,
-    help="Whose weights are downloaded on first use.",
-)
+@options.model(default="vit_b16", show_default=True)
 @click.option("--r", "--merge", "r", type=R(), help="Tokens that merge in each block; default: the model's.")
 @click.option(
     "--pool", type=click.Choice(["cls", "mean"]), help="Class token or mean patch; default: as the head reads."
@@ -53,10 +47,10 @@ NAMED = 20  # files that could not be read; the metadata has more
     show_default=True,
     help="What the model computes in.",
 )
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@options.img_size
+@options.batch
+@options.workers
+@options.device
 @click.option("--upright", is_flag=True, help="Turn photographs as their EXIF data says.")
 @click.option("--overwrite", is_flag=True, help="Replace a file, or parts, of other settings.")
 @click.pass_context

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from tomevit import plot, zoo
 from tomevit.bench import subject, with_zero
+from tomevit.cli import options
 from tomevit.cli.options import (
     DTYPES,
     Many,
     R,
-    Size,
     aligned,
     check_writable,
     described,
@@ -89,7 +89,7 @@ def _expected(
     type=click.Path(path_type=Path),
     help="A folder for each class; or images and a list of their classes; or ILSVRC's or any folder with val/ in it.",
 )
-@click.option("--model", required=True, metavar="NAME|FILE", help="A name of the zoo, with its weights, or a file.")
+@options.model(required=True)
 @click.option(
     "--r",
     "r_values",
@@ -108,12 +108,12 @@ def _expected(
     help="The names of the model's classes, one on each line, in the order of its outputs.",
 )
 @click.option("--limit", type=click.IntRange(1), help="So many images only, drawn by chance, the same each time.")
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@options.batch
+@options.img_size
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs.")
+@options.device
+@options.threads
+@options.workers
 @click.option(
     "--skip-broken", is_flag=True, help="Unreadable files are no failure: status 0. They are named either way."
 )
@@ -130,7 +130,7 @@ def _expected(
 )
 @click.option("--json", "as_what", flag_value="json", help="As JSON.")
 @click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf.")
+@options.picture
 @click.option(
     "-o",
     "--out",

@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,28 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         if found is None:
             self.fail(f"{value!r} is neither 224 nor 224x320 (height x width)", param, ctx)
         return int(found[1]), int(found[2] or found[1])
+
+
+# What means the same in every command that has it.
+model = partial(
+    click.option,
+    "--model",
+    metavar="NAME|FILE",
+    help="A name of the zoo, whose weights are downloaded on first use, or a file.",
+)
+img_size = click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
+device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+threads = click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
+workers = click.option(
+    "--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs."
+)
+picture = click.option(
+    "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf."
+)
+out = click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed."
+)
 
 
 class Many(click.Command):

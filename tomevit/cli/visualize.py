@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from tomevit import images, plot
 from tomevit.bench import default_r
-from tomevit.cli.options import Many, R, Size, check_writable, device_of, trained
+from tomevit.cli import options
+from tomevit.cli.options import Many, R, check_writable, device_of, trained
 from tomevit.config import Schedule
 from tomevit.visualize import observe, page, pictures
 from tomevit.weights import native
@@ -19,7 +20,7 @@ PAGE = (".html", ".htm")
 
 @click.command(cls=Many)
 @click.argument("image", type=click.Path())
-@click.option("--model", default="vit_b16", show_default=True, metavar="NAME|FILE", help="With its weights.")
+@options.model(default="vit_b16", show_default=True)
 @click.option(
     "--r",
     "r_values",
@@ -41,8 +42,8 @@ PAGE = (".html", ".htm")
     "looks in these.  [default: strip]",
 )
 @click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: six.")
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+@options.img_size
+@options.device
 def visualize(
     image: str,
     model: str,

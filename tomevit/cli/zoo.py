@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from tomevit import plot, zoo
-from tomevit.cli.options import Many, R, Size, check_writable, table
+from tomevit.cli import options
+from tomevit.cli.options import Many, R, check_writable, table
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
 from tomevit.layers.schedule import token_counts
@@ -73,7 +74,7 @@ def _top1(row: dict[str, Any]) -> str:
 @click.command(cls=Many)
 @click.argument("name")
 @click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
-@click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
+@options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
     "--plot",
