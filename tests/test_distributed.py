@@ -93,17 +93,26 @@ def plain() -> tuple[list[float], tomevit.VisionTransformer, Any]:
     return losses, model.eval(), held_out
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from examples.data import load_split
+
+    path = tmp_path_factory.mktemp("digits") / "digits.pt"
+    torch.save(load_split(), path)
+    return str(path)
+
+
 @pytest.mark.parametrize("program", KILLS)
 def test_two_processes_train_as_one_does_and_resume_after_kill_9(
-    plain: tuple[list[float], tomevit.VisionTransformer, Any], program: str, tmp_path: Path
+    plain: tuple[list[float], tomevit.VisionTransformer, Any], digits: str, program: str, tmp_path: Path
 ) -> None:
     name, call = KILLS[program]
     arguments = command_line(tmp_path)
-    printed = torchrun("tests.launch", program, name, str(call), *arguments)
+    printed = torchrun("tests.launch", digits, program, name, str(call), *arguments)
     assert not (tmp_path / "model.safetensors").exists(), printed
     # FSDP goes on in one process: its checkpoint is cut for two.
     processes = 1 if program == "train_fsdp" else 2
-    printed += torchrun("tests.launch", program, name, "0", *arguments, "--resume", processes=processes)
+    printed += torchrun("tests.launch", digits, program, name, "0", *arguments, "--resume", processes=processes)
 
     assert (tmp_path / "model.safetensors").exists(), printed
     losses, model, images = plain

