@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_packed_weights_step_aside_where_their_product_does_not_do() -> None:
         assert relative_error(layer(x), expected) < 1e-5
         assert relative_error(layer(x[0, 0]), expected[0, 0]) < 1e-5
         assert layer(x[:0]).shape == (0, 7, 96)
-        rows = torch.randn(packed.MANY_ROWS, 24)
+        rows = torch.randn(packed.MOST_ROWS + 1, 24)
         assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
     fast.load_state_dict({name: -tensor for name, tensor in model.state_dict().items()})
     with torch.inference_mode():
@@ -371,16 +372,36 @@ def test_packed_weights_are_refused_where_they_cannot_be() -> None:
         tomevit.optimize(tiny(4), packed=True, compiled=True)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_weights_are_packed_if_that_is_faster(faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interleave(candidates: dict[str, Any], **_: Any) -> dict[str, float]:
-        for forward in candidates.values():
-            forward()
-        return {name: 1.0 if (name == "packed") == faster else 1.5 for name in candidates}
+@pytest.mark.parametrize(
+    ("gains", "most", "said"),
+    [
+        ((1.5, 1.2, 1.1), math.inf, "128 rows 1.50, 512 rows 1.20, 1536 rows 1.10 times as fast"),
+        ((1.5, 1.2, 0.9), 886, "128 rows 1.50, 512 rows 1.20 times as fast"),
+        ((1.5, 0.9, 1.2), 256, "128 rows 1.50 times as fast"),
+        ((0.9, 1.2, 1.2), None, ""),
+    ],
+)
+def test_weights_are_packed_for_as_many_rows_as_are_faster(
+    gains: tuple[float, ...], most: float | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interleave(candidates: dict[tuple[int, int], Any], **_: Any) -> dict[tuple[int, int], float]:
+        for call in candidates.values():
+            for _ in range(3):  # one more than there are blocks
+                call()
+        gain = dict(zip(dict.fromkeys(rows for rows, _ in candidates), gains, strict=True))
+        return {(rows, packed): 1.0 if packed else gain[rows] for rows, packed in candidates}
 
     monkeypatch.setattr(importlib.import_module("tomevit.optimize"), "interleave", interleave)
-    done = tomevit.optimize(tiny(4), keep_memory=False).optimizations
-    assert done == (("weights packed: products with few rows 1.50 times as fast",) if faster and can_pack() else ())
+    model = tiny(4, depth=2)
+    fast = tomevit.optimize(model, keep_memory=False)
+    if not can_pack():
+        most, said = None, ""
+    assert fast.optimizations == ((f"weights packed: products of {said}",) if said else ())
+    for block in fast.blocks:
+        assert getattr(block.mlp.fc1, "most_rows", None) == (most and pytest.approx(most, abs=1))
+    images = images_for(model)
+    with torch.inference_mode():
+        assert relative_error(fast(images), model(images)) < 1e-5
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.bare import linear
+from tomevit.layers.packed import PackedLinear, can_pack
 from tomevit.models import build
 from tomevit.timing import seconds, seconds_of_host
 
@@ -78,23 +80,27 @@ class Limits:
         self._rates: dict[tuple[Any, ...], float] = {}
 
     def rate(self, config: Config, tokens: int, dtype: torch.dtype) -> float:
-        """Multiply-adds per second that the linear layers of a block reach alone, for this many tokens in all."""
+        """Multiply-adds per second that the linear layers of a block reach alone, packed or not, for so many tokens."""
         key = (config.embed_dim, config.mlp_ratio, tokens, dtype, torch.get_float32_matmul_precision())
         if key not in self._rates:
             dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
             layers = []
             for width, out in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
-                layer = linear(width, out, bias=False, device=self.device, dtype=dtype)
+                layer = linear(width, out, bias=False, device=self.device, dtype=dtype).requires_grad_(False)
                 nn.init.normal_(layer.weight)
-                layers.append((layer, torch.randn(tokens, width, device=self.device, dtype=dtype)))
+                layers.append(layer)
+            inputs = [torch.randn(tokens, layer.in_features, device=self.device, dtype=dtype) for layer in layers]
+            ways: list[Sequence[nn.Linear]] = [layers]
+            if can_pack(layers[0].weight):
+                ways.append([PackedLinear(layer, math.inf) for layer in layers])
 
-            def products() -> None:
-                for layer, x in layers:
+            def products(layers: Sequence[nn.Linear]) -> None:
+                for layer, x in zip(layers, inputs, strict=True):
                     layer(x)
 
             with torch.inference_mode():
-                best = self._best(self._without_launches(products))
-            self._rates[key] = tokens * sum(layer.weight.numel() for layer, _ in layers) / best
+                best = min(self._best(self._without_launches(partial(products, way))) for way in ways)
+            self._rates[key] = tokens * sum(layer.weight.numel() for layer in layers) / best
         return self._rates[key]
 
     @cached_property

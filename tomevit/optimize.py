@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from itertools import chain, cycle, takewhile
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from tomevit.layers import Block, backends
 from tomevit.layers.bare import Linear
 from tomevit.layers.mlp import LayerScale
-from tomevit.layers.packed import MANY_ROWS, PackedLinear, can_pack
+from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
 from tomevit.models import VisionTransformer
 from tomevit.timing import interleave
 
 L = TypeVar("L", bound=nn.Module)
-ROUNDS = 9  # of timing a layer, with its weight packed and as it is
+
+#: Products of so many rows are timed, with weights packed and as they are: those of an image, of merged ones, of many.
+ROWS = (128, 512, 1536)
+ROUNDS = 5
 
 #: mallopt's numbers in glibc's malloc.h, and what they are set to.
 KEEP_FREED_MEMORY = {-1: 2**31 - 1, -4: 0}  # M_TRIM_THRESHOLD, M_MMAP_MAX: never return, never map
@@ -56,10 +61,10 @@ def optimize(
             batch (mode "reduce-overhead"); calls of the model alone, not of `forward_features`, and a copy of the copy
             is not compiled. On a CPU all blocks but the first and the last, with shapes left open, so that one program
             serves every r; the other two would be programs of their own.
-        packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies few rows by them,
-            those of a small batch or of merged tokens. None: where a layer of the model's, timed on the spot, is faster
-            so, and nothing is compiled. It rounds otherwise than torch's own product: say True or False where two runs
-            must agree to the bit.
+        packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies by them. None: for
+            products of as many rows as are faster so, timed on the spot with the model's own layers, if nothing is
+            compiled. True: of fewer than 1024 rows, those of a small batch or of merged tokens. It rounds otherwise
+            than torch's own product: say True or False where two runs must agree to the bit.
         fused_merge: match and merge in two Triton kernels (`tomevit.layers.triton_merge`), on a GPU.
         keep_memory: on a CPU under glibc, have the process keep the memory that it frees: large activations that go
             back to the system are fetched again, page by page, in every call. Holds for the whole process.
@@ -85,9 +90,8 @@ def optimize(
         if packed:
             raise ValueError("packed weights are not for compiled models: choose one of the two")
         done.append(_compile(model))
-    elif packed is not False and (gain := _gain_of_packing(model, required=packed is True)) is not None:
-        _pack(model)
-        done.append(f"weights packed: products with few rows {gain:.2f} times as fast")
+    elif packed is not False and (gain := _pack(model, required=packed is True)):
+        done.append(f"weights packed: {gain}")
     if keep_memory and device.type == "cpu" and _keep_freed_memory():
         done.append("freed memory kept by the process")
     model.optimizations = tuple(done)
@@ -107,41 +111,63 @@ def _fold_layer_scale(model: VisionTransformer) -> None:
     model.card = replace(model.card, config=model.config)
 
 
-def _gain_of_packing(model: VisionTransformer, *, required: bool) -> float | None:
-    """How many times as fast a layer of one image's tokens is with its weight packed; None if packing is not wanted."""
-    layers = [layer for _, _, layer in _linears(model, Linear) if can_pack(layer.weight)]
-    if not layers:
-        if required:
+def _pack(model: VisionTransformer, *, required: bool) -> str:
+    """Pack the blocks' weights for as many rows as are faster so, and say what that gives; nothing, if none are."""
+    blocks = [[(*found, PackedLinear(found[-1])) for found in _linears(block, Linear)] for block in _blocks(model)]
+    blocks = [block for block in blocks if any(can_pack(layer.weight) for _, _, layer, _ in block)]
+    if required:
+        if not blocks:
             raise ValueError(
                 f"weights cannot be packed here: that is for float32 on x86 processors, and for bfloat16 on those that "
                 f"have instructions for it; the model is {model.pos_embed.dtype} on {model.pos_embed.device}"
             )
-        return None
-    layer = max(layers, key=lambda layer: layer.weight.numel())
-    x = layer.weight.new_zeros(min(model.config.num_tokens, MANY_ROWS - 1), layer.in_features)
-    # Not the modules, whose hooks would be called.
-    ways = {"plain": layer.forward, "packed": PackedLinear(layer).forward}
+        most, gain = float(MOST_ROWS), f"products of up to {MOST_ROWS} rows"
+    else:
+        gains = _gains([[pair for _, _, *pair in block] for block in blocks]) if blocks else {}
+        faster = list(takewhile(lambda rows: gains[rows] > 1, gains))
+        if not faster:
+            return ""
+        # Half way, in ratio, to the least number for which they were not faster.
+        most = math.inf if len(faster) == len(ROWS) else math.sqrt(faster[-1] * ROWS[len(faster)])
+        gain = f"products of {', '.join(f'{rows} rows {gains[rows]:.2f}' for rows in faster)} times as fast"
+    for parent, name, _, packed in chain(*blocks):
+        packed.most_rows = most
+        setattr(parent, name, packed)
+    return gain
+
+
+def _gains(blocks: Sequence[Sequence[Sequence[Linear]]]) -> dict[int, float]:
+    """How many times as fast products of ROWS rows are, through layers that are given for each block, plain and packed.
+
+    In every call through those of another block: in a model, too, a weight is no longer in the cache when it is needed.
+    """
+    calls: dict[tuple[int, int], Callable[[], None]] = {}
+    for rows in ROWS:
+        x = {layer.in_features: layer.weight.new_zeros(rows, layer.in_features) for layer, _ in chain(*blocks)}
+        for way in (0, 1):
+            # The modules' forward, since their hooks would be called.
+            runs = [[partial(pair[way].forward, x[pair[way].in_features]) for pair in block] for block in blocks]
+            calls[rows, way] = partial(_run_next, cycle(runs))
     with torch.inference_mode():
-        times = interleave({name: partial(forward, x) for name, forward in ways.items()}, rounds=ROUNDS)
-    gain = times["plain"] / times["packed"]
-    return gain if required or gain > 1 else None
+        times = interleave(calls, rounds=ROUNDS, warmup=1)
+    return {rows: times[rows, 0] / times[rows, 1] for rows in ROWS}
 
 
-def _pack(model: VisionTransformer) -> None:
-    for parent, name, layer in _linears(model, Linear):
-        setattr(parent, name, PackedLinear(layer))
+def _run_next(runs: Iterator[Sequence[Callable[[], object]]]) -> None:
+    for run in next(runs):
+        run()
 
 
 def _unpack(model: VisionTransformer) -> None:
-    for parent, name, layer in _linears(model, PackedLinear):
-        setattr(parent, name, layer.unpacked())
+    for block in _blocks(model):
+        for parent, name, layer in _linears(block, PackedLinear):
+            setattr(parent, name, layer.unpacked())
 
 
-def _linears(model: VisionTransformer, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
-    """The blocks' layers of this very kind, subclasses left out, each as parent, name and layer."""
+def _linears(block: Block, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
+    """A block's layers of this very kind, subclasses left out, each as parent, name and layer."""
     return [
         (parent, name, layer)
-        for block in _blocks(model)
         for parent in (block.attn, block.mlp)
         for name, layer in parent.named_children()
         if type(layer) is kind

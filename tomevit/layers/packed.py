@@ -1,4 +1,4 @@
-"""Linear layers that multiply few rows by a weight which lies in memory as the processor's product wants it."""
+"""Linear layers that multiply by a weight which lies in memory as the processor's product wants it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tomevit.layers import backends
 from tomevit.layers.bare import Linear
 
-#: With this many rows, putting the weight in order takes no share of a product that would be worth saving.
-MANY_ROWS = 1024
+#: Beyond, putting the weight in order takes no share of a product that would be worth saving on every processor.
+MOST_ROWS = 1023
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -30,20 +30,21 @@ def can_pack(weight: Tensor) -> bool:
 class PackedLinear(Linear):
     """A linear layer for inference, with a second copy of its weight in oneDNN's order.
 
-    The copy serves where it is faster and can: few rows, no gradient, no autocast, a device and a type that have such
-    products, and the very weight that it was made of. Everywhere else, and to whoever saves, copies or compiles it,
-    this is a plain layer. Only what is written through `weight.data` goes unnoticed.
+    The copy serves where it is faster and can: up to `most_rows`, no gradient, no autocast, a device and a type that
+    have such products, and the very weight that it was made of. Everywhere else, and to whoever saves, copies or
+    compiles it, this is a plain layer. Only what is written through `weight.data` goes unnoticed.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, most_rows: float = MOST_ROWS) -> None:
         _take_over(self, layer)
+        self.most_rows = most_rows
         self._pack()
 
     def forward(self, x: Tensor) -> Tensor:
         if (
             torch.compiler.is_compiling()
             or self._packed is None
-            or x.numel() >= MANY_ROWS * self.in_features
+            or x.numel() > self.most_rows * self.in_features
             or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)))
             or torch.is_autocast_enabled("cpu")
             or self._packed_of[0] is not self.weight
@@ -56,7 +57,7 @@ class PackedLinear(Linear):
         """The plain layer, on the same weight."""
         layer = Linear.__new__(Linear)
         _take_over(layer, self)
-        del layer._packed, layer._packed_of
+        del layer.most_rows, layer._packed, layer._packed_of
         return layer
 
     def _pack(self) -> None:
