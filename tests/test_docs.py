@@ -66,7 +66,7 @@ NOT_RUN = {
     "make clean && make test CONSTRAINTS=constraints-lowest.txt": INSTALLS,
     "tomevit demo": "takes half a minute; tests/test_demo.py runs it",
     "tomevit bench vit_b16 --batch 1 8": MEASURES,
-    "tomevit bench vit_b16 --batch 1 8 --mode eager compiled --markdown --plot speed.png": MEASURES,
+    "tomevit bench vit_b16 --batch 1 8 --mode eager optimized --markdown --plot speed.png": MEASURES,
     "tomevit bench mine.safetensors --dtype float32 bfloat16 --target 1.5 --json": MEASURES,
     "tomevit bench deit_s16 --batch 1 8 --target 1.5": MEASURES,
     "tomevit export deit_s16.safetensors --format onnx -o deit.onnx --r 13": EXPORTS,
