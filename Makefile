@@ -40,5 +40,7 @@ clean:
 .venv/test: EXTRAS := test
 .venv/demo .venv/docs .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+# pip would compile on one core only. What needs a later Python lies in torch's _internal, and is not needed.
+	-$(BIN)/python -m compileall -q -j 0 -x '/(tests|_internal)/' .venv/lib
 	touch $@
