@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -36,6 +37,14 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    """Hypothesis is called back by it, where Python swallows what torch's signal handler raises of a dead reader."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import os
@@ -530,6 +529,7 @@ def test_a_full_disk_is_told_and_the_run_can_go_on(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.usefixtures("no_garbage_collection")
 def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
     model: VisionTransformer, folder: Path, tmp_path: Path
 ) -> None:
@@ -541,14 +541,10 @@ def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
             os.kill(reader, signal.SIGKILL)
 
     files = sorted(folder.glob("*.png")) * 20
-    gc.disable()  # hypothesis is called back by it, where Python swallows what torch's signal handler raises
-    try:
-        with pytest.raises(
-            OSError, match=r"a process that reads images died: DataLoader worker .*(Killed|exited unexpectedly)"
-        ):
-            embed(model, files, tmp_path / "out.safetensors", batch=2, workers=1, progress=progress)
-    finally:
-        gc.enable()
+    with pytest.raises(
+        OSError, match=r"a process that reads images died: DataLoader worker .*(Killed|exited unexpectedly)"
+    ):
+        embed(model, files, tmp_path / "out.safetensors", batch=2, workers=1, progress=progress)
     assert embed(model, files, tmp_path / "out.safetensors", batch=2).rows == 1200
 
 
