@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import tomevit
-from tomevit.timing import environment
+from tomevit.measure.timing import environment
 
 RESULTS = Path(__file__).parent / "results"
 

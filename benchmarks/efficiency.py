@@ -8,7 +8,7 @@
     efficiency = (throughput at r / best throughput at r = 0) / (FLOPs at 0 / FLOPs at r)
 
 In each setting all candidates take turns in one process, on one set of weights: timm and tomevit at r = 0, eager and
-compiled (every mode in tomevit.bench.MODES), tomevit at every r in the same modes, and the design of ToMe's published
+compiled (every mode in tomevit.measure.bench.MODES), tomevit at every r in the same modes, and the design of ToMe's published
 patch (reference.py), eager. "Best" is the fastest of all that merge nothing. FLOPs are those that tomevit computes.
 """
 
@@ -27,7 +27,8 @@ from tqdm import tqdm
 import tomevit
 from benchmarks.peers import timm  # noqa: F401  # the way to import it beside a CPU torch
 from benchmarks.reference import reference
-from tomevit.bench import (
+from tomevit.cli.options import with_range
+from tomevit.measure.bench import (
     MODES,
     PRECISIONS,
     Candidate,
@@ -39,10 +40,9 @@ from tomevit.bench import (
     setting,
     timm_twin,
 )
-from tomevit.bounds import Limits
-from tomevit.cli.options import with_range
-from tomevit.timing import WARMUP
-from tomevit.weights.native import draft
+from tomevit.measure.bounds import Limits
+from tomevit.measure.timing import WARMUP
+from tomevit.weights.checkpoint import draft
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = (

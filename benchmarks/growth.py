@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 import tomevit
-from tomevit import plot
 from tomevit.config import Schedule
 from tomevit.layers import Block
-from tomevit.timing import environment, turns
-from tomevit.weights.native import draft
+from tomevit.measure.timing import environment, turns
+from tomevit.tasks import plots
+from tomevit.weights.checkpoint import draft
 
 RESULTS = Path(__file__).parent / "results"
 PIXELS = [224, 384, 512, 640, 768, 896, 1024]
@@ -128,7 +128,7 @@ def main() -> None:
                 f"r = {r}": [(row["tokens"], 100 * row["share"]) for row in rows.values() if row["r"] == r]
                 for r in values
             }
-            plot.share_over_tokens(unfinished, lines, "What merging takes of the time as images grow", note)
+            plots.share_over_tokens(unfinished, lines, "What merging takes of the time as images grow", note)
         print(f"written to {RESULTS}: {name}.json, {name}.png")
 
 

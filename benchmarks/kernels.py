@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from tomevit.layers import Tokens, attend, bipartite_soft_matching, merge_tokens, slot_map
 from tomevit.layers.merge import mean_by_index, mean_by_product
 from tomevit.layers.packed import can_pack
-from tomevit.timing import environment, interleave
+from tomevit.measure.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 WITHOUT = "all sizes 1"

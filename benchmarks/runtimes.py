@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomevit
+from tomevit.deploy.programs import export_program
+from tomevit.measure.timing import environment, interleave
 from tomevit.models import VisionTransformer
-from tomevit.programs import export_program
-from tomevit.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 RUNTIMES = ("torch", "onnxruntime", "openvino", "aoti", "int8")

@@ -41,7 +41,7 @@ import tomevit
 from benchmarks.peers import timm
 from benchmarks.reference import reference
 from benchmarks.weights import peak
-from tomevit.timing import environment, interleave
+from tomevit.measure.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tomevit
+from tomevit.measure.timing import environment, interleave
 from tomevit.models import build_meta
-from tomevit.timing import environment, interleave
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
 

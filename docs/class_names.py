@@ -1,6 +1,6 @@
 """The names of ImageNet's classes, made from the lists that timm ships.
 
-python -m docs.class_names            write tomevit/data/imagenet_classes.tsv.gz
+python -m docs.class_names            write tomevit/assets/imagenet_classes.tsv.gz
 python -m docs.class_names --check    exit with 1 if it is not what timm's lists say
 
 One line for each class of ImageNet-1k and ImageNet-21k, in the order of the heads of 1000 and 21843 outputs: its number

@@ -25,14 +25,14 @@ from torch import Tensor
 
 import tomevit
 from docs import tables
-from tomevit import demo, plot
 from tomevit.config import Schedule
 from tomevit.layers import bipartite_soft_matching, merge_mean
-from tomevit.visualize import pictures as visualize
+from tomevit.tasks import demo, plots
+from tomevit.tasks.visualize import pictures as visualize
 
 IMAGES = Path(__file__).parent / "images"
 SCHEDULES: tuple[Schedule, ...] = (0, 8, 13, 16, (13, -1.0), 0.08)
-EVEN, ODD, MERGED = plot.COLOURS[0], plot.COLOURS[1], plot.COLOURS[2]
+EVEN, ODD, MERGED = plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[2]
 
 
 def photograph(name: str, size: int) -> Tensor:
@@ -56,7 +56,7 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
     mean, _ = merge_mean(patches.flatten(1)[None], torch.ones(1, count, 1), merge)
     leaving = merge.src[0].tolist()
 
-    figure = plot._figure(10.4, 5.4)
+    figure = plots._figure(10.4, 5.4)
     above, below = figure.subplots(2, 1, gridspec_kw={"height_ratios": (36, 17)})
     for i, patch in enumerate(patches):
         _patch(above, patch, str(i), i, 0 if i % 2 else 1.9, colour=ODD if i % 2 else EVEN, below=bool(i % 2))
@@ -73,7 +73,7 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
             ha="center",
             va="center",
             fontsize=9,
-            color=plot.INK if chosen else plot.GREY,
+            color=plots.INK if chosen else plots.GREY,
             bbox=box,
         )
     for i, first in enumerate(merge.keep[0].tolist()):
@@ -86,12 +86,12 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
         f"the r = {r} most similar pairs merge into their mean; {count - r} tokens are left: even ones, then odd ones",
     )
     for axis, title, top in zip((above, below), titles, (2.7, 0.8), strict=True):
-        axis.set_title(title, fontsize=11, color=plot.INK, loc="left", x=0.01)
+        axis.set_title(title, fontsize=11, color=plots.INK, loc="left", x=0.01)
         axis.set_xlim(-0.6, count - 0.4)
         axis.set_ylim(-0.9, top)
         axis.set_aspect("equal")
         axis.axis("off")
-    plot._save(figure, path)
+    plots._save(figure, path)
 
 
 def _patch(axis: Axes, picture: Tensor, name: str, x: float, y: float, *, colour: str, below: bool) -> None:
@@ -99,7 +99,7 @@ def _patch(axis: Axes, picture: Tensor, name: str, x: float, y: float, *, colour
     left, right, bottom, top = x - 0.4, x + 0.4, y - 0.4, y + 0.4
     axis.imshow((picture / 255).permute(1, 2, 0).numpy(), extent=(left, right, bottom, top), interpolation="nearest")
     axis.add_patch(Rectangle((left, bottom), 0.8, 0.8, fill=False, edgecolor=colour, linewidth=2.2))
-    axis.text(x, bottom - 0.25 if below else top + 0.25, name, ha="center", va="center", color=plot.INK, fontsize=9)
+    axis.text(x, bottom - 0.25 if below else top + 0.25, name, ha="center", va="center", color=plots.INK, fontsize=9)
 
 
 @torch.inference_mode()
@@ -114,7 +114,7 @@ def over_depth(path: Path) -> None:
     prefix, grid = model.config.num_prefix, model.config.grid
     slots = [tokens.slots for tokens in steps if tokens.slots is not None]  # traced, so all of them
     left = [tokens.x.shape[1] - prefix for tokens in steps]
-    plot.merged_tokens(
+    plots.merged_tokens(
         path,
         [photograph(name, 24 * grid[0]) for name in names],  # a patch is drawn with 24 pixels
         [[step[i, prefix:].view(grid) for step in slots] for i in range(len(names))],
@@ -131,7 +131,7 @@ def schedules(path: Path) -> None:
     """Tokens that enter each block of ViT-B/16, for some r."""
     model = tomevit.create("vit_ti16")  # as deep as ViT-B, with as many tokens
     config = tomevit.card("vit_b16").config
-    figure = plot._figure(7.6, 4.6)
+    figure = plots._figure(7.6, 4.6)
     axis = figure.subplots()
     for i, r in enumerate(SCHEDULES):
         counts, ratio = model.token_counts(r), tomevit.flops(config) / tomevit.flops(config, r)
@@ -139,11 +139,11 @@ def schedules(path: Path) -> None:
         axis.plot(range(len(counts)), counts, label=label, linewidth=1.8, marker="os^Dv*"[i], markersize=5)
     axis.set_xticks(range(config.depth + 1), [*map(str, range(1, config.depth + 1)), "out"])
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("tokens entering block", fontsize=10.5, color=plot.INK)
-    axis.set_title("ViT-B/16: how many tokens are left, and what it saves", fontsize=12, color=plot.INK)
-    axis.legend(frameon=False, fontsize=9.5, labelcolor=plot.INK, loc="lower left")
-    plot._tidy(axis)
-    plot._save(figure, path)
+    axis.set_xlabel("tokens entering block", fontsize=10.5, color=plots.INK)
+    axis.set_title("ViT-B/16: how many tokens are left, and what it saves", fontsize=12, color=plots.INK)
+    axis.legend(frameon=False, fontsize=9.5, labelcolor=plots.INK, loc="lower left")
+    plots._tidy(axis)
+    plots._save(figure, path)
 
 
 def digits(path: Path) -> None:

@@ -12,11 +12,11 @@ from PIL import Image
 import tomevit
 from docs import weights_table
 from tomevit import cli, zoo
-from tomevit.bench import default_r
 from tomevit.config import Card, Figure, Schedule
-from tomevit.demo import held_out
+from tomevit.measure.bench import default_r
 from tomevit.models import build_meta
-from tomevit.visualize import Observation, observe, page
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.visualize import Observation, observe, page
 
 HELP_WIDTH = 90  # characters
 NO_BREAK, NO_BREAK_HYPHEN = "\u00a0", "\u2011"

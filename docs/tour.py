@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import tomevit
-from tomevit.demo import held_out
+from tomevit.tasks.demo import held_out
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)  # so small a model gains nothing from more
@@ -89,7 +89,7 @@ plt.show()
 # tells which pixels became one. Pixels of one token share a colour here.
 
 # %%
-from tomevit.plot import draw_groups
+from tomevit.tasks.plots import draw_groups
 
 some = [2, 0, 8, 10]
 steps = trained.forward_intermediates(prepared[some])  # at r = 16, as it was trained

@@ -26,9 +26,10 @@ import pyarrow.dataset
 import torch
 
 import tomevit
-from tomevit import embed, images, shards
+from tomevit.data import images, shards
 from tomevit.errors import ImageError
-from tomevit.transform import Transform
+from tomevit.preprocessing import Transform
+from tomevit.tasks import embed
 
 Row = dict[str, Any]
 BLOCKS = 1000  # at most so many pieces of work

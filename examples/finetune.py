@@ -38,9 +38,9 @@ import tomevit
 from examples.data import Data, DataError, Images, seeded
 from examples.finetune_options import AMP, Record, command, describe, overridden, read_options, set_up
 from tomevit.config import Schedule
+from tomevit.measure.timing import environment
 from tomevit.models import DistilledLogits, VisionTransformer
-from tomevit.timing import environment
-from tomevit.weights.native import draft
+from tomevit.weights.checkpoint import draft
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
 

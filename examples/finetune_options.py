@@ -17,9 +17,9 @@ import tomevit
 from examples.data import Data, augmentation, check_source, init_small, load_data, noise_data
 from tomevit import zoo
 from tomevit.cli.options import R
-from tomevit.layers.schedule import resolve_schedule
 from tomevit.models import VisionTransformer
-from tomevit.recipes import recipe
+from tomevit.schedule import resolve_schedule
+from tomevit.training.recipes import recipe
 
 FREE = ("out", "resume", "steps", "save_every", "workers")  # may change when a run goes on: no weight depends on them
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -44,11 +44,11 @@ import tomevit
 from examples.data import Digits, load_split
 from examples.finetune_options import number
 from examples.train_digits import MODEL, accuracy, fresh, make_optimiser, train, train_step
-from tomevit import plot
-from tomevit.demo import held_out, one_thread
-from tomevit.layers.schedule import token_counts
-from tomevit.timing import environment, interleave
-from tomevit.weights.native import check_place, draft
+from tomevit.measure.timing import environment, interleave
+from tomevit.schedule import token_counts
+from tomevit.tasks import plots
+from tomevit.tasks.demo import held_out, one_thread
+from tomevit.weights.checkpoint import check_place, draft
 
 START, END = "<!-- merging study: start -->", "<!-- merging study: end -->"
 FIXED = ("model", "r", "epochs", "batch", "lr", "limit")  # the options that all trainings of a study share
@@ -317,7 +317,7 @@ def draw(study: Study, path: Path) -> None:
     """The same as a picture."""
     found = rows(study)
     unfinished = path.with_name(f".{path.name}")
-    plot.accuracy_and_time(
+    plots.accuracy_and_time(
         unfinished,
         study["r"],
         {
@@ -376,7 +376,7 @@ def run(options: argparse.Namespace) -> str | None:
         current = insert(load(out), picture, options.check)
         stale = options.check.read_text(encoding="utf-8") != current
         return f"{options.check} does not have the table of {out}; write it with --readme" if stale else None
-    plot.require_matplotlib()
+    plots.require_matplotlib()
     check_place(out)
     if options.readme:
         split(options.readme)  # no marks: known before hours of training

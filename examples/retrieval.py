@@ -4,7 +4,7 @@
     python -m examples.retrieval --data photographs --model vit_b16       # crops of photographs; downloads weights
     python -m examples.retrieval --data FOLDER --model vit_b16 --merge 8 16     # your own
 
-Every image is embedded by `tomevit.embed.embed` at each r, and compared with all others by the cosine of their vectors.
+Every image is embedded by `tomevit.tasks.embed.embed` at each r, and compared with all others by the cosine of their vectors.
 Of a folder the class of an image is the folder that it lies in, of crops the photograph that they are of. It prints how
 many neighbours are right, which is of the image's class, how many are the same as at r = 0, and draws some.
 
@@ -26,10 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 import tomevit
-from tomevit import embeddings, plot
-from tomevit.demo import held_out
-from tomevit.embed import embed, locate
-from tomevit.images import read
+from tomevit.data.images import read
+from tomevit.tasks import embedding_files as embeddings
+from tomevit.tasks import plots
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.embed import embed, locate
 
 COLOURS = {True: "#3a7d44", False: "#c8553d", None: "#c9ccd2"}  # the class of a neighbour: the same, another, unknown
 CROPS = 16  # of each photograph
@@ -151,17 +152,17 @@ def draw(path: Path, found: Sequence[Found], keys: Sequence[str], labels: Tensor
             side.set(color=colour, linewidth=2.5)
 
     for row, number in zip(axes, chosen, strict=True):
-        show(row[0], number, plot.INK)
+        show(row[0], number, plots.INK)
         for i, each in enumerate(found):
             for axis, other in zip(row[2 + i * (count + 1) :], each.neighbours[number, :count].tolist(), strict=False):
                 show(axis, other, COLOURS[None if labels is None else bool(labels[other] == labels[number])])
-    axes[0][0].set_title("image", fontsize=9, color=plot.INK)
+    axes[0][0].set_title("image", fontsize=9, color=plots.INK)
     for i, each in enumerate(found):
-        axes[0][2 + i * (count + 1) + count // 2].set_title(f"nearest at r = {each.r}", fontsize=9, color=plot.INK)
-    figure.suptitle(title, fontsize=11, color=plot.INK)
+        axes[0][2 + i * (count + 1) + count // 2].set_title(f"nearest at r = {each.r}", fontsize=9, color=plots.INK)
+    figure.suptitle(title, fontsize=11, color=plots.INK)
     frames = "Frames: green of the image's class, red of another." if labels is not None else ""
-    figure.supxlabel(f"Images at even distances among all. {frames}", fontsize=8, color=plot.GREY)
-    figure.savefig(path, dpi=plot.DPI)
+    figure.supxlabel(f"Images at even distances among all. {frames}", fontsize=8, color=plots.GREY)
+    figure.savefig(path, dpi=plots.DPI)
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -198,7 +199,7 @@ def prepare_data(options: argparse.Namespace) -> Path:
 
 
 def run(options: argparse.Namespace) -> None:
-    plot.require_matplotlib()
+    plots.require_matplotlib()
     name = options.model or ("digits_p1.plain" if options.data == "digits" else "vit_b16")
     torch.manual_seed(0)  # of fresh weights
     model = tomevit.create(name, pretrained=not options.fresh, img_size=options.img_size)

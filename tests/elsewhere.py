@@ -17,7 +17,7 @@ from tests.server import ENVIRONMENT
 
 FORK = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
 if sys.platform != "win32":
-    FORK.set_forkserver_preload(["tomevit.weights.hub", "hypothesis", "numpy", "pytest", "safetensors.numpy"])
+    FORK.set_forkserver_preload(["tomevit.weights.cache", "hypothesis", "numpy", "pytest", "safetensors.numpy"])
 
 
 class Elsewhere:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import examples.data
-from tomevit.transform import Transform
+from tomevit.preprocessing import Transform
 
 
 def main() -> None:

@@ -12,14 +12,14 @@ import signal
 import sys
 from typing import Any
 
-import tomevit.evaluate
+import tomevit.tasks.evaluate
 from tomevit.cli import main
 
 
 def run() -> None:
     name, call, *arguments = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
-    calls, answer = 0, tomevit.evaluate._answer
+    calls, answer = 0, tomevit.tasks.evaluate._answer
 
     def counted(*args: Any) -> Any:
         nonlocal calls
@@ -28,8 +28,8 @@ def run() -> None:
             os.kill(os.getpid(), signal.Signals[name])
         return answer(*args)
 
-    tomevit.evaluate._answer = counted
-    tomevit.evaluate.evaluate.__kwdefaults__["every"] = 0.0
+    tomevit.tasks.evaluate._answer = counted
+    tomevit.tasks.evaluate.evaluate.__kwdefaults__["every"] = 0.0
     main(arguments)
 
 

@@ -13,8 +13,9 @@ import signal
 import sys
 from typing import Any
 
-from tomevit import embed, embeddings
 from tomevit.cli import main
+from tomevit.tasks import embed
+from tomevit.tasks import embedding_files as embeddings
 
 
 def run() -> None:

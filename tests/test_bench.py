@@ -17,22 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import tomevit.bench
-import tomevit.bounds
+import tomevit.measure.bench
+import tomevit.measure.bounds
 from benchmarks.peers import timm
 from tests.helpers import images_for, randomise, tiny
 from tests.test_cli import run
 from tomevit import flops
-from tomevit.bench import Candidate, Comparison, Row, candidates, compare, default_r, suggest, sweep, timm_twin
-from tomevit.bounds import Limits, bounds
 from tomevit.config import Config, Figure
-from tomevit.timing import Quartiles, Turn, interleave, ratio_interval, turns
+from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compare, default_r, suggest, sweep, timm_twin
+from tomevit.measure.bounds import Limits, bounds
+from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
 
 
 @pytest.fixture(autouse=True)
 def _small_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bandwidth of memory takes a large copy; where the figure does not matter, a small one will do."""
-    monkeypatch.setattr(tomevit.bounds, "COPIED", 2**20)
+    monkeypatch.setattr(tomevit.measure.bounds, "COPIED", 2**20)
 
 
 # -------------------------------------------------------------------------------------------------------------- flops
@@ -118,7 +118,7 @@ def test_merge_efficiency_is_over_the_fastest_that_merges_nothing(monkeypatch: p
     def clock(calls: Any, *, rounds: int, device: object) -> Iterator[Turn[int]]:
         return (Turn(i, runs[i][-1] + change, True) for i in calls for change in (-1.0, 0.0, 1.5))
 
-    monkeypatch.setattr(tomevit.bench, "turns", clock)
+    monkeypatch.setattr(tomevit.measure.bench, "turns", clock)
     result = compare(those, model, batch=2)
     merged = result.rows[-1]
     assert result.best is result.rows[1]
@@ -153,7 +153,7 @@ def no_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_inductor")
-@pytest.mark.parametrize("mode", tomevit.bench.MODES)
+@pytest.mark.parametrize("mode", tomevit.measure.bench.MODES)
 def test_every_mode_runs_the_model_on_its_weights_and_leaves_it_as_it_is(mode: str) -> None:
     model = tiny(depth=1, pool="avg")
     images = images_for(model)
@@ -240,7 +240,7 @@ def test_a_batch_that_does_not_fit_ends_that_batch_alone(error: Exception, monke
     assert [len(each.rows) for each in found] == [2, 0, 2]
     assert [each.note for each in found] == ["", "a batch of 4 does not fit into the memory of cpu", ""]
     with pytest.raises(ValueError, match="batch of 4 does not fit"):
-        tomevit.bench.bench(model, [8], batch=4, rounds=1)
+        tomevit.measure.bench.bench(model, [8], batch=4, rounds=1)
 
 
 def interrupted_after(count: int) -> Callable[..., Any]:
@@ -262,7 +262,7 @@ def interrupted_after(count: int) -> Callable[..., Any]:
 
 
 def test_an_interrupt_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tomevit.bench, "turns", interrupted_after(14 + 2 * 2 + 5))
+    monkeypatch.setattr(tomevit.measure.bench, "turns", interrupted_after(14 + 2 * 2 + 5))
     found: list[Comparison] = []
     with pytest.raises(KeyboardInterrupt):
         found.extend(iter_into(found, sweep(tiny(depth=1), [8], batches=[1, 2, 3], rounds=5)))
@@ -344,7 +344,7 @@ def test_json_has_every_comparison_and_its_setting(capsys: pytest.CaptureFixture
             assert row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]
             assert row["flop_ratio"] == pytest.approx(rows[0]["gflops"] / row["gflops"])
             assert row["efficiency"] == pytest.approx(row["speed_up"] / row["flop_ratio_computed"])
-            assert row["bounds"]["bound_by"] in tomevit.bounds.ADVICE
+            assert row["bounds"]["bound_by"] in tomevit.measure.bounds.ADVICE
 
 
 def test_markdown_and_a_plot_against_timm(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_a_file_is_measured_and_text_is_a_table(capsys: pytest.CaptureFixture[st
 
 
 def test_ctrl_c_prints_what_there_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tomevit.bench, "turns", interrupted_after(2 * 2 + 5))
+    monkeypatch.setattr(tomevit.measure.bench, "turns", interrupted_after(2 * 2 + 5))
     status, out, err = run(capsys, *SMALL, "--no-timm", "--batch", "1", "2", "--r", "1", "--rounds", "9")
     assert status == 130
     assert err.strip() == "tomevit: interrupted"

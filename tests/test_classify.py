@@ -28,10 +28,10 @@ from tests.helpers import tiny
 from tests.test_cli import run
 from tests.test_images import FILES, turned
 from tomevit import Card, Config, card, class_names, classify, list_models
-from tomevit.class_names import IMAGENET, imagenet
-from tomevit.classify import Answer, Guess, answers, check, summary
-from tomevit.demo import PLAIN, TRAINED, accuracy, held_out
-from tomevit.images import read
+from tomevit.data.class_names import IMAGENET, imagenet
+from tomevit.data.images import read
+from tomevit.tasks.classify import Answer, Guess, answers, check, summary
+from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
 
 DIGITS = "digits_p1"
 

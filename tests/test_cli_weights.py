@@ -17,7 +17,7 @@ import torch
 import tomevit
 from tests import foreign
 from tomevit import cli
-from tomevit.weights import native
+from tomevit.weights import checkpoint as native
 
 Run = Any
 

@@ -23,7 +23,8 @@ from tests.helpers import randomise, tiny
 from tomevit import CheckpointError, Config
 from tomevit.config import Card
 from tomevit.models import build
-from tomevit.weights import native, rules
+from tomevit.weights import checkpoint as native
+from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import differences, find_format, observe, with_observed
 

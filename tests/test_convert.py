@@ -19,7 +19,7 @@ from tests import foreign
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import AmbiguousCheckpointError, CheckpointError, Config
 from tomevit.config import Card, Source
-from tomevit.weights import native
+from tomevit.weights import checkpoint as native
 from tomevit.weights.adapt import adapt, resample_positions
 from tomevit.weights.formats import BICUBIC, FORMATS
 

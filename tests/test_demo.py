@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tomevit
-from tomevit import demo, plot
+from tomevit.tasks import demo, plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,13 +86,13 @@ def test_matplotlib_comes_late_and_pyplot_never(tmp_path):
     program = f"""
 import sys
 from pathlib import Path
-import torch, tomevit.demo
-from tomevit import plot
+import torch, tomevit.tasks.demo
+from tomevit.tasks import plots
 assert "matplotlib" not in sys.modules
 image, groups = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.tensor([[0, 1], [1, 1]])
-plot.merged_tokens(Path({str(tmp_path / "a.png")!r}), [image], [[groups]], ["image", "merged"], ["0"], "title")
-lines = {{"one": [plot.Point("r = 0", 1.0, 2.0, 1.0)], "two": [plot.Point("r = 0", 1.0, 3.0, 1.0)]}}
-plot.accuracy_throughput(Path({str(tmp_path / "b.png")!r}), lines, "title", "note")
+plots.merged_tokens(Path({str(tmp_path / "a.png")!r}), [image], [[groups]], ["image", "merged"], ["0"], "title")
+lines = {{"one": [plots.Point("r = 0", 1.0, 2.0, 1.0)], "two": [plots.Point("r = 0", 1.0, 3.0, 1.0)]}}
+plots.accuracy_throughput(Path({str(tmp_path / "b.png")!r}), lines, "title", "note")
 assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
@@ -105,26 +105,26 @@ def test_accuracy_does_not_depend_on_the_batch():
 
 def test_groups_are_painted_in_their_mean_colour():
     image = torch.tensor([[[0, 10, 50, 50], [20, 30, 50, 90]]], dtype=torch.uint8)
-    painted = plot.paint_groups(image, torch.tensor([[7, 3]]))
+    painted = plots.paint_groups(image, torch.tensor([[7, 3]]))
     assert painted.tolist() == [[[15, 15, 60, 60], [15, 15, 60, 60]]]
     single = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 7]])
-    assert torch.equal(plot.paint_groups(image, single), image.float())
+    assert torch.equal(plots.paint_groups(image, single), image.float())
 
 
 def test_outlines_run_inside_the_edges_of_groups():
-    whole = plot.outline(torch.zeros(2, 2, dtype=torch.int64), scale=4, width=1)
+    whole = plots.outline(torch.zeros(2, 2, dtype=torch.int64), scale=4, width=1)
     assert whole.shape == (8, 8)
     assert not whole[1:-1, 1:-1].any()
     assert whole.sum() == 8 * 8 - 6 * 6
-    halves = plot.outline(torch.tensor([[0, 1], [0, 1]]), scale=4, width=1)
+    halves = plots.outline(torch.tensor([[0, 1], [0, 1]]), scale=4, width=1)
     assert torch.equal(halves[:, 3:5], torch.ones(8, 2, dtype=torch.bool))
     assert halves.sum() == 2 * (8 * 4 - 6 * 2)
 
 
 def test_a_group_keeps_its_colour_when_it_grows():
     image = torch.full((1, 2, 2), 255, dtype=torch.uint8)
-    before = plot.draw_groups(image, torch.tensor([[0, 0], [1, 2]]))
-    after = plot.draw_groups(image, torch.tensor([[5, 5], [5, 2]]))
+    before = plots.draw_groups(image, torch.tensor([[0, 0], [1, 2]]))
+    after = plots.draw_groups(image, torch.tensor([[5, 5], [5, 2]]))
     assert before.shape == after.shape == (3, 48, 48)
     assert torch.equal(before[:, 0, 0], after[:, 0, 0])
     assert not torch.equal(before[:, -1, 0], after[:, -1, 0])  # alone, then part of the group

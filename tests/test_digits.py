@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 import tomevit
 from tomevit import zoo
-from tomevit.demo import PLAIN, TRAINED, accuracy, held_out
-from tomevit.weights.native import read
+from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
+from tomevit.weights.checkpoint import read
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 

@@ -45,8 +45,9 @@ import tomevit.layers
 from examples.common import parse_options
 from tests import foreign
 from tests.server import Server
-from tomevit import cli, programs, zoo
-from tomevit.demo import held_out
+from tomevit import cli, zoo
+from tomevit.deploy import programs
+from tomevit.tasks.demo import held_out
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -460,10 +461,14 @@ def test_readers_browsers_load_nothing_from_elsewhere(pages: Mapping[Path, Page]
 
 #: Names of the modules on docs/api_modules.md that their page leaves out: they serve a command and nobody else.
 NOT_IN_THE_REFERENCE = {
-    *("tomevit.bench.default_r", "tomevit.bench.out_of_memory", "tomevit.bench.with_zero"),
-    "tomevit.evaluate.Board",
-    *("tomevit.folders.Classes", "tomevit.folders.is_imagenet", "tomevit.images.Strings"),
-    *("tomevit.visualize.group_sizes", "tomevit.visualize.seen", "tomevit.visualize.written"),
+    *("tomevit.measure.bench.default_r", "tomevit.measure.bench.out_of_memory", "tomevit.measure.bench.with_zero"),
+    "tomevit.tasks.evaluate.Board",
+    *(
+        "tomevit.data.labelled_images.Classes",
+        "tomevit.data.labelled_images.is_imagenet",
+        "tomevit.data.images.Strings",
+    ),
+    *("tomevit.tasks.visualize.group_sizes", "tomevit.tasks.visualize.seen", "tomevit.tasks.visualize.written"),
 }
 
 

@@ -26,13 +26,13 @@ from tests.helpers import images_for, relative_error, tiny
 from tests.test_cli import run
 from tests.test_distributed import torchrun
 from tests.test_shards import digit, write_digits, write_shard
-from tomevit import embed as module
-from tomevit import embeddings
 from tomevit.config import Preprocess
-from tomevit.demo import held_out
-from tomevit.embed import embed, extractor
-from tomevit.embeddings import read
 from tomevit.models import VisionTransformer, build
+from tomevit.tasks import embed as module
+from tomevit.tasks import embedding_files as embeddings
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.embed import embed, extractor
+from tomevit.tasks.embedding_files import read
 
 DIGITS = "digits_p1.tome_r16"
 KINDS = [

@@ -14,9 +14,9 @@ import tomevit
 from examples import embed_ray
 from tests.helpers import relative_error
 from tests.test_shards import digit, write_digits
-from tomevit.demo import held_out
-from tomevit.embed import embed
-from tomevit.embeddings import read
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.embed import embed
+from tomevit.tasks.embedding_files import read
 
 DIGITS = "digits_p1.tome_r16"
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 import tomevit
 import tomevit.cli
-import tomevit.evaluate
+import tomevit.tasks.evaluate
 from tests.helpers import tiny
 from tests.test_cli import run
 from tests.test_distributed import torchrun
-from tomevit import demo, plot
 from tomevit.cli.options import R
 from tomevit.config import Figure
-from tomevit.evaluate import Expected, Step, evaluate, forget, judge, paired, published, wilson
-from tomevit.folders import labelled
+from tomevit.data.labelled_images import labelled
+from tomevit.tasks import demo
+from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, published, wilson
 
 PLAIN, TRAINED = demo.PLAIN, demo.TRAINED
 COUNT = 83  # digits, of 360: no multiple of a batch
@@ -111,8 +111,8 @@ def test_every_image_is_read_once_for_all_r(
 ) -> None:
     files, labels = files_of(digits)
     read: list[str] = []
-    real = tomevit.images.read
-    monkeypatch.setattr("tomevit.images.read", lambda source, **how: read.append(source) or real(source, **how))
+    real = tomevit.data.images.read
+    monkeypatch.setattr("tomevit.data.images.read", lambda source, **how: read.append(source) or real(source, **how))
     evaluate(model, files, labels, [0, 4, 8], batch=9)
     assert read == files
 
@@ -205,7 +205,7 @@ def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
     digits: Path, model: tomevit.VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, labels = files_of(digits)
-    real, state = tomevit.images.stream, tmp_path / "state"
+    real, state = tomevit.data.images.stream, tmp_path / "state"
 
     def deadly(*args: Any, **how: Any) -> Any:
         for i, batch in enumerate(real(*args, **how)):
@@ -214,7 +214,7 @@ def test_a_reader_that_dies_is_told_and_the_run_can_go_on(
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(tomevit.evaluate, "stream", deadly)
+        patch.setattr(tomevit.tasks.evaluate, "stream", deadly)
         with pytest.raises(OSError, match=r"a process that reads images died: DataLoader worker .* Killed"):
             evaluate(model, files, labels, batch=8, state=state)
     found = evaluate(model, files, labels, batch=8, state=state)
@@ -298,8 +298,8 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_figures(
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json.progress"]
 
     read: list[str] = []
-    real = tomevit.images.read
-    monkeypatch.setattr("tomevit.images.read", lambda source, **how: read.append(source) or real(source, **how))
+    real = tomevit.data.images.read
+    monkeypatch.setattr("tomevit.data.images.read", lambda source, **how: read.append(source) or real(source, **how))
     code, _, err = run(capsys, *command(digits, out))
     assert code == 0
     assert "going on from 28 images of an earlier run" in err

@@ -28,11 +28,11 @@ import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import cli
 from tomevit.config import Preprocess
+from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, export_program
+from tomevit.deploy.programs import onnx as onnx_programs
+from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
-from tomevit.programs import LEAST_TORCH, PROGRAMS, archive, export_program
-from tomevit.programs import onnx as onnx_programs
-from tomevit.programs.trace import fold_normalisation
-from tomevit.weights import native
+from tomevit.weights import checkpoint as native
 
 #: What TensorRT 10 has, without restrictions that could touch us (onnx/onnx-tensorrt, docs/operators.md, at 10.0), and
 #: onnxruntime and OpenVINO too. No scatter, no control flow, no sequences, nothing whose shape depends on values.

@@ -24,9 +24,9 @@ from benchmarks.peers import torchvision  # noqa: F401  # the way to import it b
 from examples import finetune
 from examples.finetune_options import FREE, command, make_parser, read_options
 from tests.test_data import folder  # noqa: F401
-from tomevit.demo import accuracy, held_out
 from tomevit.models import DistilledLogits
-from tomevit.recipes import recipe
+from tomevit.tasks.demo import accuracy, held_out
+from tomevit.training.recipes import recipe
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 

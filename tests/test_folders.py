@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers import timm
-from tomevit.folders import Labelled, ilsvrc_wnids, imagenet_classes, is_imagenet, labelled, read_class_names
+from tomevit.data.labelled_images import (
+    Labelled,
+    ilsvrc_wnids,
+    imagenet_classes,
+    is_imagenet,
+    labelled,
+    read_class_names,
+)
 
 WNIDS = sorted(ilsvrc_wnids())
 #: The classes of the first validation images: Kaggle's ids, the numbers of the ground truth, and models' outputs.
@@ -46,7 +53,7 @@ def by_name(found: Labelled) -> dict[str, int]:
 
 
 def test_the_order_of_imagenet() -> None:
-    theirs = files(timm).joinpath("data", "_info", "imagenet_synsets.txt").read_text().split()
+    theirs = files(timm).joinpath("assets", "_info", "imagenet_synsets.txt").read_text().split()
     assert list(imagenet_classes()) == theirs
     assert len(set(ilsvrc_wnids())) == 1000
     for wnid, (number, output) in FIRST.items():

@@ -28,8 +28,8 @@ from tests.elsewhere import Elsewhere
 from tests.server import Fault, Server
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
-from tomevit.weights import hub
-from tomevit.weights.hub import Fetched, cached, fetch, home
+from tomevit.weights import cache as hub
+from tomevit.weights.cache import Fetched, cached, fetch, home
 
 DATA = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(250_000)

@@ -22,7 +22,7 @@ pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
 from examples import merging_study, train_digits
 from examples.merging_study import END, START, complete_seeds, load, main, rows, versions
-from tomevit.demo import one_thread
+from tomevit.tasks.demo import one_thread
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "merging_study.json"

@@ -17,7 +17,7 @@ import tomevit
 from tests.helpers import images_for, tiny
 from tomevit.config import Card, Figure, Preprocess, Schedule, Source
 from tomevit.layers import bipartite_soft_matching
-from tomevit.weights import native
+from tomevit.weights import checkpoint as native
 
 CARD = Card(
     name="mine",

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
+from tomevit.deploy.optimize import FOLDED, compile_whole
 from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching, packed
 from tomevit.layers.attention import attend
-from tomevit.layers.bare import linear
 from tomevit.layers.merge import mean_by_index, mean_by_product, merge_mean
-from tomevit.optimize import FOLDED, compile_whole
+from tomevit.layers.uninitialised import linear
 
 HALF = [torch.bfloat16, torch.float16]
 

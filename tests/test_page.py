@@ -18,9 +18,9 @@ from sklearn.datasets import load_sample_images
 
 import tomevit
 from tests.helpers import tiny
-from tomevit.demo import held_out
-from tomevit.plot import paint_groups
-from tomevit.visualize import Observation, group_sizes, observe, page
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.plots import paint_groups
+from tomevit.tasks.visualize import Observation, group_sizes, observe, page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="the page is tested with selenium: pip install selenium")
 

@@ -21,8 +21,8 @@ from tests.elsewhere import Elsewhere
 from tests.helpers import relative_error
 from tests.server import Server
 from tomevit import zoo
+from tomevit.weights.checkpoint import read
 from tomevit.weights.convert import published
-from tomevit.weights.native import read
 
 GOLDEN = load_file(Path(__file__).parent / "golden" / "full_size.safetensors")
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tomevit import processes
 from tomevit.cli import main
-from tomevit.cli.options import own_device
-from tomevit.processes import ElsewhereError, agreed, of_first, require_same
+from tomevit.cli.running import own_device
+from tomevit.data import distributed as processes
+from tomevit.data.distributed import OtherProcessError, agreed, of_first, require_same
 
 
 def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, others: str | None = None, first: Any = None) -> None:
@@ -35,10 +35,10 @@ def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, others: str | None = 
     [
         (0, True, None, ValueError, "{}"),
         (0, True, "no folder", ValueError, "{}"),
-        (1, True, None, ElsewhereError, "{}"),
-        (1, True, "no GPU", ElsewhereError, "no GPU"),
+        (1, True, None, OtherProcessError, "{}"),
+        (1, True, "no GPU", OtherProcessError, "no GPU"),
         (0, False, "no GPU", ValueError, "process 1: no GPU"),
-        (1, False, "no folder", ElsewhereError, "no folder"),
+        (1, False, "no folder", OtherProcessError, "no folder"),
     ],
 )
 def test_of_several_processes_the_first_says_what_is_wrong(
@@ -70,7 +70,7 @@ def test_settings_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     require_same(settings)  # alone
     as_process(monkeypatch, 1, first=settings)
     require_same(settings)
-    with pytest.raises(ElsewhereError, match=r"^other weights and data than in the first process$"):
+    with pytest.raises(OtherProcessError, match=r"^other weights and data than in the first process$"):
         require_same({"weights": "abd", "r": 8, "data": "y"})
 
 
@@ -78,7 +78,7 @@ def test_what_another_says_is_not_said_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def elsewhere(*_: Any, **__: Any) -> None:
-        raise ElsewhereError("no folder")
+        raise OtherProcessError("no folder")
 
     monkeypatch.setattr("tomevit.cli.cli.main", elsewhere)
     with pytest.raises(SystemExit) as stop:
@@ -92,7 +92,7 @@ def test_each_process_has_a_gpu_of_its_own(gpus: int, name: str | None, monkeypa
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("tomevit.cli.options.device_of", lambda name: name)
+    monkeypatch.setattr("tomevit.cli.running.device_of", lambda name: name)
     assert own_device("cpu") == "cpu"
     assert own_device("cuda:1") == "cuda:1"
     if name is None:

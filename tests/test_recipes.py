@@ -12,7 +12,7 @@ import torch
 import tomevit
 from tomevit import zoo
 from tomevit.models import build_meta
-from tomevit.recipes import Recipe, list_recipes, recipe
+from tomevit.training.recipes import Recipe, list_recipes, recipe
 
 # FINETUNE.md and main_finetune.py of facebookresearch/mae@efb2a80; main.py, samplers.py and README_deit.md of
 # facebookresearch/deit@7e160fe; README.md of facebookresearch/ToMe@af95e4b.

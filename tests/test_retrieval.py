@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import tomevit
 from tests.test_shards import digit
-from tomevit.demo import held_out
-from tomevit.embed import extractor
+from tomevit.tasks.demo import held_out
+from tomevit.tasks.embed import extractor
 
 pytest.importorskip("sklearn", reason="examples/ needs scikit-learn")
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tomevit.config import Preprocess
-from tomevit.demo import held_out
+from tomevit.data.shards import Batch, expand, find_shards, samples, stream
 from tomevit.errors import ImageError
-from tomevit.shards import Batch, expand, find_shards, samples, stream
-from tomevit.transform import Transform
+from tomevit.preprocessing import Transform
+from tomevit.tasks.demo import held_out
 
 GREY = Transform(Preprocess(mean=(0.3,), std=(0.4,), crop_pct=1.0), (8, 8))
 

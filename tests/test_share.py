@@ -22,8 +22,8 @@ from tomevit import zoo
 from tomevit.config import Card, Figure, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
-from tomevit.weights import native
-from tomevit.weights.share import Base, find_base, model_card
+from tomevit.weights import checkpoint as native
+from tomevit.weights.push import Base, find_base, model_card
 
 # huggingface_hub's way to send a large file is one that its HTTP library no longer likes.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -22,10 +22,10 @@ from tests.helpers import images_for, randomise, relative_error, tiny
 from tomevit.config import ARCHITECTURE, Card, Config, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
-from tomevit.transform import Transform
+from tomevit.preprocessing import Transform
 from tomevit.weights import rules
+from tomevit.weights.foreign_configs import MOST_BYTES, _edges, _mlp_ratio, _share, read_sidecars, write_sidecars
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.sidecars import MOST_BYTES, _edges, _mlp_ratio, _share, read_sidecars, write_sidecars
 
 TINY = Config(img_size=(32, 32), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=7)
 SQUASH = Preprocess(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2), crop_pct=1.0, resize="squash", interpolation="bilinear")

@@ -22,8 +22,8 @@ from tests.helpers import tiny
 from tests.test_images import FILES
 from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
-from tomevit.images import read
-from tomevit.transform import Transform
+from tomevit.data.images import read
+from tomevit.preprocessing import Transform
 
 T = torchvision.transforms
 FILTERS = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}

@@ -15,13 +15,13 @@ from torch import Tensor
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tests.test_cli import run
-from tomevit import plot
 from tomevit.cli.options import R
 from tomevit.config import Preprocess, Schedule
 from tomevit.flops import flops_by_step
 from tomevit.models import build_meta
-from tomevit.transform import Transform
-from tomevit.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen, written
+from tomevit.preprocessing import Transform
+from tomevit.tasks import plots
+from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen, written
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -270,7 +270,7 @@ def test_attention_glows_where_it_is() -> None:
     share = torch.zeros(4, 4)
     share[1, 2] = 0.5
     share[3, 0] = 0.1
-    drawn = plot.draw_attention(image, torch.arange(16).view(4, 4), share, scale=12, width=1)
+    drawn = plots.draw_attention(image, torch.arange(16).view(4, 4), share, scale=12, width=1)
     assert drawn.shape == (3, 48, 48)
     inner = drawn.unfold(1, 12, 12).unfold(2, 12, 12)[..., 2:-2, 2:-2].mean((0, 3, 4))  # (4, 4)
     assert inner.flatten().topk(2).indices.tolist() == [6, 12]
@@ -283,7 +283,7 @@ def test_neighbours_have_hues_far_apart(columns: int) -> None:
     """Tokens of two patches side by side, on grids of any width."""
     groups = torch.arange(2 * columns).view(2, columns).repeat_interleave(2, 0).repeat_interleave(2, 1)
     image = torch.zeros(3, 4, 2 * columns, dtype=torch.uint8)
-    edges = plot.draw_groups(image, groups, scale=3, width=1)[:, 0::6, 0::6]  # (3, 2, columns)
+    edges = plots.draw_groups(image, groups, scale=3, width=1)[:, 0::6, 0::6]  # (3, 2, columns)
     assert (edges[:, 1] - edges[:, 0]).norm(dim=0).min() > 0.4
     assert (edges[:, :, 1:] - edges[:, :, :-1]).norm(dim=0).min() > 0.4
 

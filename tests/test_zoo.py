@@ -18,7 +18,7 @@ from tests.helpers import images_for
 from tomevit.config import Card, Config, Schedule, Source
 from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta
-from tomevit.transform import Transform
+from tomevit.preprocessing import Transform
 from tomevit.zoo import _zoo, cards
 
 ALIASES = _zoo().aliases

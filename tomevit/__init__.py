@@ -6,59 +6,91 @@ model = tomevit.create("vit_b16", r=16)      # eval mode, on the CPU, ready
 logits = model(images)                       # (B, 3, 224, 224) normalised -> (B, 1000)
 """
 
-from tomevit.class_names import class_names
-from tomevit.classify import classify
-from tomevit.config import Card, Config, Preprocess
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UploadError
-from tomevit.factory import create
-from tomevit.flops import flops
-from tomevit.layers.merge import Merge, Tokens, unmerge
-from tomevit.models import DistilledLogits, MaskedAutoencoder, VisionTransformer
-from tomevit.optim import param_groups
-from tomevit.optimize import optimize
-from tomevit.programs import export_program
-from tomevit.recipes import Recipe, list_recipes, recipe
-from tomevit.transform import transform
-from tomevit.weights.convert import convert
-from tomevit.weights.export import export
-from tomevit.weights.native import load, save
-from tomevit.weights.share import push
-from tomevit.weights.verify import verify
-from tomevit.zoo import card, list_models
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from tomevit.version import __version__ as __version__
 
-__all__ = [
-    "AmbiguousCheckpointError",
-    "Card",
-    "CheckpointError",
-    "Config",
-    "DistilledLogits",
-    "DownloadError",
-    "MaskedAutoencoder",
-    "Merge",
-    "Preprocess",
-    "Recipe",
-    "Tokens",
-    "UploadError",
-    "VisionTransformer",
-    "card",
-    "class_names",
-    "classify",
-    "convert",
-    "create",
-    "export",
-    "export_program",
-    "flops",
-    "list_models",
-    "list_recipes",
-    "load",
-    "optimize",
-    "param_groups",
-    "push",
-    "recipe",
-    "save",
-    "transform",
-    "unmerge",
-    "verify",
-]
+if TYPE_CHECKING:
+    from tomevit.config import Card as Card
+    from tomevit.config import Config as Config
+    from tomevit.config import Preprocess as Preprocess
+    from tomevit.data.class_names import class_names as class_names
+    from tomevit.deploy.optimize import optimize as optimize
+    from tomevit.deploy.programs import export_program as export_program
+    from tomevit.errors import AmbiguousCheckpointError as AmbiguousCheckpointError
+    from tomevit.errors import CheckpointError as CheckpointError
+    from tomevit.errors import DownloadError as DownloadError
+    from tomevit.errors import UploadError as UploadError
+    from tomevit.factory import create as create
+    from tomevit.flops import flops as flops
+    from tomevit.layers.merge import Merge as Merge
+    from tomevit.layers.merge import Tokens as Tokens
+    from tomevit.layers.merge import unmerge as unmerge
+    from tomevit.models import DistilledLogits as DistilledLogits
+    from tomevit.models import MaskedAutoencoder as MaskedAutoencoder
+    from tomevit.models import VisionTransformer as VisionTransformer
+    from tomevit.preprocessing import transform as transform
+    from tomevit.tasks.classify import classify as classify
+    from tomevit.training.parameter_groups import param_groups as param_groups
+    from tomevit.training.recipes import Recipe as Recipe
+    from tomevit.training.recipes import list_recipes as list_recipes
+    from tomevit.training.recipes import recipe as recipe
+    from tomevit.weights.checkpoint import load as load
+    from tomevit.weights.checkpoint import save as save
+    from tomevit.weights.convert import convert as convert
+    from tomevit.weights.export import export as export
+    from tomevit.weights.push import push as push
+    from tomevit.weights.verify import verify as verify
+    from tomevit.zoo import card as card
+    from tomevit.zoo import list_models as list_models
+
+# Every public name, and the module that is imported on its first use: so the command line starts without torch.
+_MODULES = {
+    "AmbiguousCheckpointError": "errors",
+    "Card": "config",
+    "CheckpointError": "errors",
+    "Config": "config",
+    "DistilledLogits": "models",
+    "DownloadError": "errors",
+    "MaskedAutoencoder": "models",
+    "Merge": "layers.merge",
+    "Preprocess": "config",
+    "Recipe": "training.recipes",
+    "Tokens": "layers.merge",
+    "UploadError": "errors",
+    "VisionTransformer": "models",
+    "card": "zoo",
+    "class_names": "data.class_names",
+    "classify": "tasks.classify",
+    "convert": "weights.convert",
+    "create": "factory",
+    "export": "weights.export",
+    "export_program": "deploy.programs",
+    "flops": "flops",
+    "list_models": "zoo",
+    "list_recipes": "training.recipes",
+    "load": "weights.checkpoint",
+    "optimize": "deploy.optimize",
+    "param_groups": "training.parameter_groups",
+    "push": "weights.push",
+    "recipe": "training.recipes",
+    "save": "weights.checkpoint",
+    "transform": "preprocessing",
+    "unmerge": "layers.merge",
+    "verify": "weights.verify",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -49,6 +49,10 @@ class UploadError(OSError):
     """A model could not be brought to the hub: it cannot be reached, or refuses."""
 
 
+class OtherProcessError(ValueError):
+    """What is wrong, in one of several processes that need not say so: another does."""
+
+
 def either(names: Iterable[str]) -> str:
     """Names as "a, b or c"; there must be one at least."""
     *most, last = names

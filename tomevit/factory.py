@@ -13,9 +13,10 @@ from torch import nn
 
 from tomevit import zoo
 from tomevit.config import Config, Pool, Schedule
-from tomevit.layers.schedule import check_schedule
 from tomevit.models import VisionTransformer, build
-from tomevit.weights import convert, native
+from tomevit.schedule import check_schedule
+from tomevit.weights import checkpoint as native
+from tomevit.weights import convert
 from tomevit.weights.adapt import for_channels
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tomevit.config import Config, Schedule
-from tomevit.layers.schedule import token_counts
+from tomevit.schedule import token_counts
 
 
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:

@@ -21,7 +21,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tomevit.config import Card, Config, Figure, Preprocess, Source
@@ -34,15 +34,19 @@ class _Zoo(NamedTuple):
     aliases: Mapping[str, str]
 
 
+def configs() -> Path:
+    """The folder of families and recipes: in the package where it was built, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
 @cache
 def _zoo() -> _Zoo:
     architectures: dict[str, Card] = {}
     cards: dict[str, tuple[Card, ...]] = {}
     aliases: dict[str, str] = {}
-    for file in sorted(resources.files("tomevit.configs").iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".toml"):
-            family = tomllib.loads(file.read_text(encoding="utf-8"))
-            _read_family(file.name.removesuffix(".toml"), family, architectures, cards, aliases)
+    for file in sorted(configs().glob("*.toml")):
+        _read_family(file.stem, tomllib.loads(file.read_text(encoding="utf-8")), architectures, cards, aliases)
     return _Zoo(architectures, cards, aliases)
 
 

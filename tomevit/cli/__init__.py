@@ -1,15 +1,101 @@
-"""The command line: `tomevit VERB`, each verb a thin layer over a function of the library."""
+"""The command line: `tomevit VERB`, each verb a thin layer over a function of the library.
+
+A verb's module is imported when the verb is used, and torch with it, so that the others answer at once.
+"""
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NamedTuple
 
 import click
 
-import tomevit
-from tomevit.cli import bench, classify, embed, evaluate, export, plot, run, visualize, weights, zoo
-from tomevit.processes import ElsewhereError
+from tomevit.errors import OtherProcessError
+from tomevit.version import __version__
+
+
+class Verb(NamedTuple):
+    """Where a command is, and what the list of commands says of it."""
+
+    module: str  # of tomevit.cli
+    function: str
+    help: str  # the first sentence of its own help
+    torch: bool = True  # whether it cannot start without
+
+
+VERBS = {
+    "list": Verb("zoo", "list_command", "What models there are.", torch=False),
+    "info": Verb("zoo", "info", "One model, or all that a file says of itself.", torch=False),
+    "demo": Verb("demo", "demo", "Classify images at several r, with a small model that ships with tomevit."),
+    "classify": Verb("classify", "classify", "The likeliest classes of images."),
+    "eval": Verb("evaluate", "eval_command", "Accuracy and throughput over labelled images, at several r."),
+    "embed": Verb("embed", "embed", "A feature vector for every image, in one file."),
+    "bench": Verb("bench", "bench", "Throughput at several r, and what bounds it."),
+    "visualize": Verb("visualize", "visualize", "Which patches of an image are one token behind each block."),
+    "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON."),
+    "convert": Verb("weights", "convert", "Write a checkpoint of any known format as one self-describing file."),
+    "verify": Verb("weights", "verify", "Check a file that tomevit wrote."),
+    "push": Verb("weights", "push", "Share a file that tomevit wrote on the Hugging Face hub."),
+    "export": Verb("export", "export", "Write a model as a program, or in another project's format."),
+}
+
+
+class Verbs(click.Group):
+    """The commands of VERBS, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        verb = VERBS[cmd_name]
+        if verb.torch:
+            import_torch()
+        command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+
+def import_torch() -> None:
+    """Import torch as fast as it can be, and without a traceback where that is interrupted."""
+    if "torch" in sys.modules:
+        return
+    gc.disable()  # its passes would go through all that torch makes, and free none of it
+    try:
+        with _interrupted_at_once():
+            import torch  # noqa: F401
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def _interrupted_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process: while C++ is being initialised an exception comes out as anything, or not at all."""
+
+    def end(*_: object) -> None:
+        os.write(2, b"tomevit: interrupted\n")
+        os._exit(130)
+
+    try:
+        before = signal.signal(signal.SIGINT, end)
+    except ValueError:  # only the main thread sets handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "tomevit"
         status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
-    except ElsewhereError:
+    except OtherProcessError:
         status = 2
     except (ValueError, NotImplementedError, OSError) as error:
         if arguments[0] == "--traceback":
@@ -36,28 +122,11 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(tomevit.__version__, prog_name="tomevit")
+@click.group(cls=Verbs, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tomevit")
 @click.option("--traceback", is_flag=True, expose_value=False, help="Show where an error arose, for a bug report.")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Fast vision transformers with native token merging."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-COMMANDS = (
-    zoo.list_command,
-    zoo.info,
-    run.demo,
-    classify.classify,
-    evaluate.eval_command,
-    embed.embed,
-    bench.bench,
-    visualize.visualize,
-    plot.plot_command,
-    *weights.COMMANDS,
-    export.export,
-)
-for command in COMMANDS:
-    cli.add_command(command)

@@ -11,16 +11,17 @@ import click
 import torch
 from tqdm import tqdm
 
-from tomevit import plot
-from tomevit.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
-from tomevit.bounds import SHARES
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, aligned, check_writable, described, device_of, markdown, with_range
+from tomevit.cli.options import Many, R, aligned, check_writable, described, markdown, with_range
 from tomevit.cli.plot import draw
+from tomevit.cli.running import device_of
 from tomevit.config import Schedule
 from tomevit.factory import create
+from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
+from tomevit.measure.bounds import SHARES
 from tomevit.models import VisionTransformer
-from tomevit.weights import native
+from tomevit.tasks import plots
+from tomevit.weights import checkpoint as native
 
 MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
 COLUMNS = (*MEASURED, *SHARES)
@@ -89,8 +90,8 @@ def bench(
     """
     check_writable(picture, out)
     if picture is not None:
-        plot.require_matplotlib()
-        plot.check_suffix(picture)
+        plots.require_matplotlib()
+        plots.check_suffix(picture)
     if threads is not None:
         torch.set_num_threads(threads)
     place = device_of(device)

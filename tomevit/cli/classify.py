@@ -18,15 +18,16 @@ from tqdm import tqdm
 
 import tomevit
 from tomevit import zoo
-from tomevit.class_names import ClassNames, class_names
-from tomevit.classify import Answer, Guess, answers, check, summary
 from tomevit.cli import options
-from tomevit.cli.options import DTYPES, R, check_writable, device_of, readers, trained
+from tomevit.cli.options import R, check_writable
+from tomevit.cli.running import DTYPES, device_of, readers, trained
 from tomevit.config import Schedule
+from tomevit.data.class_names import ClassNames, class_names
+from tomevit.data.images import find, read
 from tomevit.errors import ImageError
-from tomevit.images import find, read
-from tomevit.timing import environment
-from tomevit.weights import native
+from tomevit.measure.timing import environment
+from tomevit.tasks.classify import Answer, Guess, answers, check, summary
+from tomevit.weights import checkpoint as native
 
 SCHEMA = 1
 WIDTH = 80  # of text

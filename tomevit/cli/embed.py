@@ -10,14 +10,15 @@ from typing import NoReturn
 import click
 from tqdm import tqdm
 
-from tomevit.cli import options
-from tomevit.cli.options import R, check_writable, own_device, readers, trained
+from tomevit.cli import options, running
+from tomevit.cli.options import R, check_writable
+from tomevit.cli.running import own_device, readers, trained
 from tomevit.config import Schedule
-from tomevit.embed import Data, Report, check_suffix, locate
-from tomevit.embed import embed as run_embed
-from tomevit.embeddings import DTYPES
+from tomevit.data.distributed import agreed, joined, processes
 from tomevit.models import VisionTransformer
-from tomevit.processes import agreed, joined, processes
+from tomevit.tasks.embed import Data, Report, check_suffix, locate
+from tomevit.tasks.embed import embed as run_embed
+from tomevit.tasks.embedding_files import DTYPES
 
 NAMED = 20  # files that could not be read; the metadata has more
 
@@ -42,7 +43,7 @@ NAMED = 20  # files that could not be read; the metadata has more
 )
 @click.option(
     "--compute",
-    type=click.Choice(list(options.DTYPES)),
+    type=click.Choice(list(running.DTYPES)),
     default="float32",
     show_default=True,
     help="What the model computes in.",
@@ -86,7 +87,7 @@ def embed(
         check_writable(out)
         check_suffix(out)
         place, data = own_device(device), locate(sources)  # before a download
-        return trained(model, r, img_size).to(place, options.DTYPES[compute]), data
+        return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
     with joined():
         rank, _ = processes()
@@ -120,7 +121,7 @@ def _print(report: Report, out: Path, dtype: str) -> None:
 
 @contextmanager
 def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar for each stage of `tomevit.embed.embed`, and what to say when it is interrupted."""
+    """A bar for each stage of `tomevit.tasks.embed.embed`, and what to say when it is interrupted."""
     bar: tqdm[NoReturn] | None = None
     stage, last, of = "", 0, ""
 

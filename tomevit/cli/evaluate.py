@@ -12,24 +12,19 @@ import click
 import torch
 from tqdm import tqdm
 
-from tomevit import plot, zoo
-from tomevit.bench import subject, with_zero
+from tomevit import zoo
 from tomevit.cli import options
-from tomevit.cli.options import (
-    DTYPES,
-    Many,
-    R,
-    aligned,
-    check_writable,
-    described,
-    markdown,
-    own_device,
-    readers,
-    trained,
-)
+from tomevit.cli.options import Many, R, aligned, check_writable, described, markdown
 from tomevit.cli.plot import draw
+from tomevit.cli.running import DTYPES, own_device, readers, trained
 from tomevit.config import Card, Schedule
-from tomevit.evaluate import (
+from tomevit.data.distributed import agreed, joined, processes
+from tomevit.data.labelled_images import Labelled, labelled, read_class_names
+from tomevit.measure.bench import subject, with_zero
+from tomevit.models import VisionTransformer
+from tomevit.schedule import check_schedule
+from tomevit.tasks import plots
+from tomevit.tasks.evaluate import (
     Evaluation,
     Expected,
     Row,
@@ -42,11 +37,7 @@ from tomevit.evaluate import (
     judge,
     published,
 )
-from tomevit.folders import Labelled, labelled, read_class_names
-from tomevit.layers.schedule import check_schedule
-from tomevit.models import VisionTransformer
-from tomevit.processes import agreed, joined, processes
-from tomevit.weights import native
+from tomevit.weights import checkpoint as native
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
 COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "FLOP ratio")
@@ -173,8 +164,8 @@ def eval_command(
     def prepare() -> _Task:
         check_writable(picture, out)
         if picture is not None:
-            plot.require_matplotlib()
-            plot.check_suffix(picture)
+            plots.require_matplotlib()
+            plots.check_suffix(picture)
         if restart and out is None:
             raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
         place = own_device(device)

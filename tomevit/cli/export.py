@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from tomevit.cli.options import R
+from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.errors import either, nearest
-from tomevit.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.weights.export import export as export_weights
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS

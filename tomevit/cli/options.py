@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from tomevit.config import Schedule
-from tomevit.factory import create
-from tomevit.layers.schedule import check_schedule
-from tomevit.models import VisionTransformer
-from tomevit.processes import on_this_machine
-from tomevit.weights import native
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from tomevit.schedule import check_schedule
+from tomevit.weights import checkpoint as native
 
 
 class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
@@ -106,56 +98,6 @@ def _is_value(kind: Any, argument: str) -> bool:
     return re.match(r"[\d\[.]", argument) is not None and not Path(argument).is_file()
 
 
-def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | None = None) -> VisionTransformer:
-    """A model with its weights: by name, which downloads them on first use, or a file that tomevit wrote.
-
-    Raises:
-        ValueError, OSError: there is no such model or file, or the weights cannot be had; the message says more.
-    """
-    if not Path(model).is_file():
-        return create(model, pretrained=True, r=r, img_size=img_size)
-    if img_size is not None:
-        return create(native.read(model).card.full_name, pretrained=model, r=r, img_size=img_size)
-    loaded = native.load(model)
-    if r is not None:
-        loaded.r = r
-    return loaded
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        ValueError: there is none here.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device).cpu()  # what is on meta cannot be had
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def own_device(name: str) -> torch.device:
-    """As `device_of`; but of several processes on this machine, "cuda" is for each a GPU of its own."""
-    number, count = on_this_machine()
-    if count > 1 and name == "cuda":
-        if (gpus := torch.cuda.device_count()) < count:
-            raise ValueError(
-                f"there are {count} processes on this machine and {gpus} GPUs; start one for each, with "
-                f"torchrun --nproc-per-node {gpus}"
-            )
-        name = f"cuda:{number}"
-    return device_of(name)
-
-
-def readers(device: torch.device) -> int:
-    """Processes to read images: as many as this process has CPUs, half of them where the model needs them too."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cpus //= on_this_machine()[1]
-    return max(1, min(8, cpus // 2 if device.type == "cpu" else cpus))
-
-
 def check_writable(*paths: Path | None) -> None:
     """Before the minutes of work whose results are to go there; None: nowhere.
 
@@ -194,7 +136,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[
 
 
 def machine(where: Mapping[str, Any]) -> str:
-    """Where and with which versions something was measured, from what `tomevit.bench.subject` says, in words."""
+    """Where and with which versions something was measured, from what `tomevit.measure.bench.subject` says, in words."""
     threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
     names = {"cuda": "CUDA", "python": "Python", "torch": "torch", "timm": "timm", "tomevit": "tomevit"}
     versions = ", ".join(f"{names[key]} {where[key]}" for key in names if key in where)

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from tomevit import plot
 from tomevit.cli.options import check_writable, described, machine
 from tomevit.config import Schedule
-from tomevit.plot import Point
-from tomevit.weights import native
+from tomevit.tasks import plots
+from tomevit.tasks.plots import Point
+from tomevit.weights import checkpoint as native
 
 
 @click.command("plot")
@@ -35,8 +35,8 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     evaluations against the throughput of the benchmarks of the same models.
     """
     check_writable(out)
-    plot.require_matplotlib()
-    plot.check_suffix(out)
+    plots.require_matplotlib()
+    plots.check_suffix(out)
     names = (
         [str(file) for file in files] if len({file.stem for file in files}) < len(files) else [f.stem for f in files]
     )
@@ -62,7 +62,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def draw(path: Path, suffix: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw results as JSON has them (`tomevit.evaluate.as_json`, `tomevit.bench.as_json`).
+    """Draw results as JSON has them (`tomevit.tasks.evaluate.as_json`, `tomevit.measure.bench.as_json`).
 
     Args:
         path: the picture to write.
@@ -87,7 +87,7 @@ def draw(path: Path, suffix: str, results: Mapping[str, Mapping[str, Any]]) -> N
     models = list(dict.fromkeys(map(_model, evaluations.values())))
     notes = dict.fromkeys(f"{found['evaluated']} images, {machine(found)}" for found in evaluations.values())
     notes |= dict.fromkeys(f"throughput: {machine(found)}" for found in benches.values())
-    plot.accuracy_throughput(
+    plots.accuracy_throughput(
         path,
         lines,
         f"Accuracy over throughput{f', {models[0]}' if len(models) == 1 else ''}",
@@ -168,7 +168,7 @@ def _draw_speed_up(path: Path, suffix: str, benches: Mapping[str, Mapping[str, A
         raise ValueError("there is no row in what was measured: it was interrupted, or did not fit into memory")
     models = ", ".join(dict.fromkeys(map(_model, benches.values())))
     settings = dict.fromkeys(described(found) for found in benches.values())
-    plot.speed_up(path, suffix, panels, f"{models} merging, against the fastest that does not", "; ".join(settings))
+    plots.speed_up(path, suffix, panels, f"{models} merging, against the fastest that does not", "; ".join(settings))
 
 
 def schedule(r: Any) -> Schedule:

@@ -7,13 +7,15 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from tomevit import images, plot
-from tomevit.bench import default_r
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, check_writable, device_of, trained
+from tomevit.cli.options import Many, R, check_writable
+from tomevit.cli.running import device_of, trained
 from tomevit.config import Schedule
-from tomevit.visualize import observe, page, pictures
-from tomevit.weights import native
+from tomevit.data import images
+from tomevit.measure.bench import default_r
+from tomevit.tasks import plots
+from tomevit.tasks.visualize import observe, page, pictures
+from tomevit.weights import checkpoint as native
 
 PAGE = (".html", ".htm")
 
@@ -66,7 +68,7 @@ def visualize(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is a page: it shows everything"
         )
     if not as_page:
-        plot.require_matplotlib()
+        plots.require_matplotlib()
         _check_suffix(out)
     if show == "picture" and blocks:
         raise ValueError("--block is for strips, and --show picture shows the last block")
@@ -91,6 +93,6 @@ def visualize(
 
 def _check_suffix(out: Path) -> None:
     try:
-        plot.check_suffix(out)
+        plots.check_suffix(out)
     except ValueError as error:
         raise ValueError(f"{error}, a page's in .html") from None

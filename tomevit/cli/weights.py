@@ -11,13 +11,14 @@ from pathlib import Path
 
 import click
 
-from tomevit.cli.options import DTYPES, Size
+from tomevit.cli.options import Size
+from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
 from tomevit.weights import convert as conversion
 from tomevit.weights.convert import Report
+from tomevit.weights.push import push as run_push
 from tomevit.weights.recognise import MAIN_FORMATS
-from tomevit.weights.share import push as run_push
 from tomevit.weights.verify import verify as run_verify
 
 
@@ -156,6 +157,3 @@ def push(
         file, repo, figures=measured, dataset=dataset, licence=licence, notes=notes, private=private, message=message
     )
     click.echo(f"uploaded    {address}")
-
-
-COMMANDS: tuple[click.Command, ...] = (convert, verify, push)

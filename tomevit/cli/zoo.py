@@ -9,15 +9,16 @@ from typing import Any
 
 import click
 
-from tomevit import plot, zoo
+from tomevit import zoo
 from tomevit.cli import options
 from tomevit.cli.options import Many, R, check_writable, table
 from tomevit.config import Card, Schedule
 from tomevit.flops import flops
-from tomevit.layers.schedule import token_counts
 from tomevit.models import build_meta
-from tomevit.visualize import written
-from tomevit.weights import native
+from tomevit.schedule import token_counts
+from tomevit.tasks import plots
+from tomevit.tasks.visualize import written
+from tomevit.weights import checkpoint as native
 
 
 @click.command("list")
@@ -92,8 +93,8 @@ def info(
     """One model: architecture, cost and tokens at each r, preprocessing, weights, licence."""
     if picture is not None:
         check_writable(picture)
-        plot.require_matplotlib()
-        plot.check_suffix(picture)
+        plots.require_matplotlib()
+        plots.check_suffix(picture)
     card = zoo.card(name)
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
     schedules: list[dict[str, Any]] = [
@@ -108,7 +109,7 @@ def info(
     if picture is not None:
         lines = {f"r = {written(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
         with native.draft(picture) as unfinished:
-            plot.tokens_per_layer(
+            plots.tokens_per_layer(
                 unfinished, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first"
             )
         click.echo(f"written to {picture}", err=True)

@@ -13,7 +13,7 @@ from tomevit.layers.matching import (
 from tomevit.layers.merge import Merge, Tokens, compose, merge_mean, merge_tokens, slot_map, unmerge
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
 from tomevit.layers.pool import mean_patch
-from tomevit.layers.schedule import check_schedule, resolve_schedule, token_counts
+from tomevit.schedule import check_schedule, resolve_schedule, token_counts
 
 __all__ = [
     "MATCHINGS",

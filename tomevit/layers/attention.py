@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers import backends
-from tomevit.layers.bare import layer_norm, linear
+from tomevit.layers.uninitialised import layer_norm, linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout: float = 0.0) -> Tensor:

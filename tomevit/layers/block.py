@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attention
-from tomevit.layers.bare import layer_norm
 from tomevit.layers.matching import Matching, find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
+from tomevit.layers.uninitialised import layer_norm
 
 MatchAndMerge = Callable[[Tokens, Tensor, int, int], Tokens]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers import backends
-from tomevit.layers.bare import linear
+from tomevit.layers.uninitialised import linear
 
 
 class GELU(nn.GELU):

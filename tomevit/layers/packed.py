@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tomevit.layers import backends
-from tomevit.layers.bare import Linear
+from tomevit.layers.uninitialised import Linear
 
 #: Beyond, putting the weight in order takes no share of a product that would be worth saving on every processor.
 MOST_ROWS = 1023

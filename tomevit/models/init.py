@@ -12,8 +12,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from tomevit.config import Config
-from tomevit.layers.bare import linear
 from tomevit.layers.mlp import LayerScale
+from tomevit.layers.uninitialised import linear
 
 Draw = Callable[[Tensor, Generator], Tensor]
 

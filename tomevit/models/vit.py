@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tomevit.config import Card, Config, Schedule
-from tomevit.layers.bare import layer_norm, linear
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
-from tomevit.layers.schedule import check_schedule, resolve_schedule, token_counts
+from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.init import initial_heads
+from tomevit.schedule import check_schedule, resolve_schedule, token_counts
 
 
 class VisionTransformer(nn.Module):

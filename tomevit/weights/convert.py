@@ -17,8 +17,11 @@ from tomevit import zoo
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
 from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
-from tomevit.weights import files, hub, native, rules
+from tomevit.weights import cache as hub
+from tomevit.weights import checkpoint as native
+from tomevit.weights import files, rules
 from tomevit.weights.adapt import adapt
+from tomevit.weights.foreign_configs import SIDECARS, read_sidecars
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.recognise import (
     check_format,
@@ -30,7 +33,6 @@ from tomevit.weights.recognise import (
     with_observed,
 )
 from tomevit.weights.rules import Format, Resampling, enumerate_names
-from tomevit.weights.sidecars import SIDECARS, read_sidecars
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz")
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from tomevit.config import Card
+from tomevit.deploy.programs import PROGRAMS
 from tomevit.models import VisionTransformer
-from tomevit.programs import PROGRAMS
-from tomevit.weights import native, rules
+from tomevit.weights import checkpoint as native
+from tomevit.weights import rules
 from tomevit.weights.convert import card_of_name, published
+from tomevit.weights.foreign_configs import write_sidecars
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import check_format
-from tomevit.weights.sidecars import write_sidecars
 
 #: Which container a file name asks for.
 CONTAINERS = {".safetensors": "safetensors", ".npz": "npz"} | dict.fromkeys((".pth", ".pt", ".bin", ".torch"), "torch")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tomevit.config import Card, Schedule
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
-from tomevit.weights import convert, files, native
+from tomevit.weights import checkpoint as native
+from tomevit.weights import convert, files
 from tomevit.weights.rules import enumerate_names
 
 #: Values of an image with which a forward pass is tried: a file of a few MB can describe a model for far larger ones.

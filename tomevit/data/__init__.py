@@ -1,0 +1,1 @@
+"""What comes in: images, labelled folders, shards, class names, and work shared between processes."""

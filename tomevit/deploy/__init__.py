@@ -1,0 +1,1 @@
+"""A model made faster, or carried elsewhere."""

@@ -1,0 +1,191 @@
+"""Programs as ONNX files, of operators that onnxruntime, OpenVINO and TensorRT (10 and later) all have."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tomevit.deploy.programs.trace import quiet
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+NEEDED = ("onnx", "onnxscript")
+LEAST_OPSET = 18  # what torch's exporter writes without converting, which may fail
+
+FATAL = 4  # of onnxruntime's severities: it would print its errors besides raising them
+
+#: Weights beyond this, in bytes, go to a file of their own: protobuf ends at 2 GiB.
+ONE_FILE = 2**31 - 2**27
+
+
+def check(opset: int | None) -> None:
+    """Raises ValueError if a package is missing, or does not know the opset."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"writing ONNX needs {' and '.join(missing)}: pip install 'tomevit[export]'")
+    from onnx.defs import onnx_opset_version
+
+    if opset is not None and not LEAST_OPSET <= opset <= onnx_opset_version():
+        raise ValueError(f"opset is {opset}, and must be from {LEAST_OPSET} to {onnx_opset_version()}")
+
+
+def write(program: ExportedProgram, path: Path, metadata: dict[str, str], *, dtype: str, opset: int | None) -> None:
+    """Write one ONNX file, with OUT.data beside it if it would be too large, and check it."""
+    import onnx
+
+    if dtype == "int8" and find_spec("onnxruntime") is None:
+        raise ValueError("quantising needs onnxruntime: pip install 'tomevit[export]'")
+    output = metadata["output"].partition(":")[0]
+    with quiet():
+        converted = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=[output],
+            opset_version=opset,
+            custom_translation_table=_translations(),
+        )
+    assert converted is not None
+    model = converted.model
+    if opset is not None and model.opset_imports[""] != opset:
+        raise ValueError(f"opset is {opset}, and torch could convert this model to {model.opset_imports['']} only")
+    _name_batch(model)
+    model.producer_name, model.producer_version = "tomevit", metadata["tomevit"]
+    model.metadata_props.update(metadata)
+    large = sum(tensor.nbytes for tensor in program.state_dict.values()) > ONE_FILE
+    if dtype == "int8":
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / "whole.onnx"
+            converted.save(whole, external_data=large)
+            _quantise(whole, path, large)
+    else:
+        converted.save(path, external_data=large)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def load(path: Path) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+    """What runs the file here: onnxruntime on the CPU, if it is installed. Both raise ValueError if it cannot."""
+    if find_spec("onnxruntime") is None:
+        return None
+    import onnxruntime
+
+    name = f"onnxruntime {version_of(onnxruntime)}"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = FATAL
+    with _in_one_sentence(name):
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        with _in_one_sentence(name):
+            (output,) = session.run(None, {"images": images.cpu().numpy()})
+        return torch.from_numpy(output)
+
+    return name, run
+
+
+@contextmanager
+def _in_one_sentence(runtime: str) -> Iterator[None]:
+    """Turns what onnxruntime raises, classes of its own without a base, into a ValueError."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime."):
+            raise
+        # "[ONNXRuntimeError] : 1 : FAIL : why", with spaces and line breaks as they come
+        why = " ".join(str(error).rpartition(" : ")[2].split())
+        raise ValueError(f"{runtime} cannot run this program, and nothing was written: {why}") from error
+
+
+def version_of(module: Any) -> str:
+    return str(getattr(module, "__version__", None) or version(module.__name__))
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Operators that torch's exporter lacks, or writes in a way that runtimes find hard to read."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18  # its types are those of tensors, and these functions are traced
+
+    def topk(values: Any, dim: int, largest: bool) -> Any:
+        # ONNX breaks ties by position, as a stable sort does. K is a constant, as TensorRT wants it.
+        return op.TopK(values, op.Constant(value_ints=[values.shape[dim]]), axis=dim, largest=int(largest), sorted=1)
+
+    def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
+        return topk(self, dim, descending)
+
+    def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
+        return topk(self, dim, descending)
+
+    def attention(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        # The exporter's own derives the shape of the transposed keys as it runs, which hides attention from the passes
+        # by which runtimes fuse it.
+        assert not dropout_p
+        assert not is_causal
+        assert not enable_gqa
+        factor = op.CastLike(op.Constant(value_float=scale or query.shape[-1] ** -0.5), query)
+        scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+        if attn_mask is not None:
+            scores = op.Add(scores, attn_mask)
+        return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+    aten = torch.ops.aten
+    return {
+        aten.sort.default: sort,
+        aten.sort.stable: stable_sort,
+        aten.scaled_dot_product_attention.default: attention,
+    }
+
+
+def _name_batch(model: Any) -> None:
+    """Call the open dimension `batch`, which torch calls by a number of its own."""
+    import onnx_ir
+
+    size = model.graph.inputs[0].shape[0]
+    if isinstance(size, int):
+        return
+    symbol = re.compile(rf"\b{re.escape(str(size.value))}\b")
+    for value in (*model.graph.inputs, *(output for node in model.graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(
+                dim if isinstance(dim, int) or dim.value is None else symbol.sub("batch", str(dim.value))
+                for dim in value.shape
+            )
+
+
+def _quantise(source: Path, out: Path, large: bool) -> None:
+    """Weights of matrix products to 8 bits, by channel; what they multiply is quantised as it comes."""
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+
+    prepared = source.with_name(f"{source.name}.prepared")
+    quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True, save_as_external_data=large)
+    quantize_dynamic(
+        prepared,
+        out,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        reduce_range=True,  # 7 bits: with 8, processors without VNNI would saturate sums
+        weight_type=QuantType.QInt8,
+        use_external_data_format=large,
+    )

@@ -1,0 +1,571 @@
+"""How fast a model is at several r, against the fastest model that merges nothing: ours or timm's.
+
+Merge efficiency is the share of the FLOPs saved that becomes time saved:
+
+    (throughput at r / best throughput at r = 0) / (FLOPs at 0 / FLOPs at r)
+
+"Best" is the fastest unmerged candidate of the same run, on the same device, in the same dtype and batch, whether ours
+or timm's, eager or compiled; FLOPs are those that our model computes (`flops(..., computed=True)`). 1 is the limit.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import tomevit
+from tomevit.config import Card, Config, Figure, Schedule
+from tomevit.deploy.optimize import compile_blocks, optimize
+from tomevit.errors import either
+from tomevit.flops import flops
+from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
+from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
+from tomevit.models import VisionTransformer
+from tomevit.schedule import token_counts
+
+#: What can be asked for as a dtype: torch's, and the precision of float32 matrix products.
+PRECISIONS = {
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+}
+SCHEMA = 1
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+
+
+class Candidate(NamedTuple):
+    """What takes its turn: one implementation, run in one way, at one r."""
+
+    implementation: str  # "tomevit", "timm"
+    mode: str  # a name in MODES
+    r: Schedule
+    forward: Callable[[Tensor], object]
+    flops: int  # multiply-adds per image that it computes
+    weights: int | None  # their bytes; None if its operators cannot be counted one by one
+
+
+class Mode(NamedTuple):
+    """A way to run a model."""
+
+    prepare: Callable[[nn.Module], nn.Module]  # a model to the same result; the given one stays as it is
+    for_timm: bool  # or for tomevit's models alone
+    eager: bool  # operators run one by one
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """The same model on the same weights, of which modules can be compiled without touching the first."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def _by_block(model: nn.Module) -> nn.Module:
+    """Compiled block by block; with dynamic shapes where tokens merge, so that an r does not cost a program each."""
+    model = _twin(model)
+    if isinstance(model, VisionTransformer):
+        compile_blocks(model)
+    else:
+        blocks: Any = model.blocks
+        for block in blocks:
+            block.compile(dynamic=False)
+    return model
+
+
+def _whole(model: nn.Module) -> nn.Module:
+    """A program with fixed shapes for each r and batch, on CUDA captured as a graph: the most that compiling gives."""
+    compiled: Any = torch.compile(_twin(model), fullgraph=True, dynamic=False, mode="reduce-overhead")
+    return compiled
+
+
+#: The ways to run a model: one line each.
+MODES = {
+    "eager": Mode(lambda model: model, for_timm=True, eager=True),
+    "compiled": Mode(_by_block, for_timm=True, eager=False),
+    "whole": Mode(_whole, for_timm=True, eager=False),
+    "optimized": Mode(partial(optimize, keep_memory=False), for_timm=False, eager=False),
+}
+
+
+def candidates(
+    model: VisionTransformer,
+    r_values: Sequence[Schedule],
+    *,
+    modes: Sequence[str] = ("eager",),
+    timm: nn.Module | None = None,
+) -> list[Candidate]:
+    """Our model at r = 0 and every other r, and timm's, in every mode.
+
+    Args:
+        model: on the device and in the dtype to measure.
+        r_values: what to compare with r = 0, which is there in any case and comes first.
+        modes: names in MODES.
+        timm: its model of the same weights, as `timm_twin` makes it.
+    """
+    config, found = model.config, []
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    for name in modes:
+        mode = MODES[name]
+        weights = size if mode.eager else None
+        if timm is not None and mode.for_timm:
+            found.append(Candidate("timm", name, 0, mode.prepare(timm), flops(config), weights))
+        ready = mode.prepare(model)
+        for r in with_zero(r_values):
+            cost = flops(config, r, computed=True)
+            found.append(Candidate("tomevit", name, r, partial(ready, r=r), cost, weights))
+    return found
+
+
+def with_zero(r_values: Sequence[Schedule]) -> list[Schedule]:
+    """What a comparison runs over: 0 first, then each other r once."""
+    return list({str(r): r for r in (0, *r_values)}.values())
+
+
+def default_r(card: Card) -> list[Schedule]:
+    """Half, four fifths, and all of the r that leaves next to nothing; and every r that the card has figures for."""
+    most = max(1, card.config.num_patches // card.config.depth)
+    return sorted({max(1, most // 2), round(0.8 * most), most} | {figure.r for figure in card.figures} - {0})
+
+
+def timm_twin(model: VisionTransformer) -> nn.Module:
+    """The model of timm's with the same architecture, on the very weights of ours.
+
+    Raises:
+        ValueError: timm is not installed, or does not have this model; the message says which.
+    """
+    card, config = model.card, model.config
+    if card.timm is None:
+        raise ValueError(f"timm has no name for {card.name or 'this model'}")
+    if find_spec("timm") is None:
+        raise ValueError("timm is not installed: pip install timm")
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        raise ValueError(f"timm is installed and cannot be imported: {str(error).splitlines()[0]}") from error
+    with torch.device("meta"):
+        theirs: nn.Module = timm.create_model(
+            card.timm, img_size=config.img_size, num_classes=config.num_classes, in_chans=config.in_chans
+        )
+    try:
+        theirs.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"timm's {card.timm} has another architecture: {str(error).splitlines()[1].strip()}"
+        ) from error
+    return theirs.eval()
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+class Row(NamedTuple):
+    """One candidate, measured."""
+
+    implementation: str
+    mode: str
+    r: Schedule
+    tokens: int  # leaving the last block
+    gflops: float  # multiply-adds per image, in 10⁹, as the paper counts them
+    gflops_computed: float  # as our model computes them
+    seconds: Quartiles  # of a call, which is a batch
+    images_per_second: float  # by the median
+    speed_up: float  # over the fastest candidate that merges nothing
+    speed_up_range: tuple[float, float] | None  # of 95 % confidence; None: too few rounds
+    flop_ratio: float  # r = 0 over this r, as the paper counts
+    flop_ratio_computed: float  # as our model computes: what the speed-up would be if time followed FLOPs
+    merges: bool
+    bounds: Bounds | None = None
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the FLOPs saved that became time saved; 1 is the limit."""
+        return self.speed_up / self.flop_ratio_computed
+
+    @property
+    def efficiency_range(self) -> tuple[float, float] | None:
+        """What it lies between, with 95 % confidence; None: too few rounds."""
+        if self.speed_up_range is None:
+            return None
+        lower, upper = self.speed_up_range
+        return lower / self.flop_ratio_computed, upper / self.flop_ratio_computed
+
+    @property
+    def name(self) -> str:
+        return f"{self.implementation} {self.mode}"
+
+
+class Suggestion(NamedTuple):
+    """An r, and why."""
+
+    r: Schedule
+    why: str
+
+
+class Comparison(NamedTuple):
+    """All candidates at one batch in one dtype."""
+
+    dtype: str  # a name in PRECISIONS
+    batch: int
+    rows: list[Row]
+    rounds: int  # that all rows have at least
+    note: str = ""  # why there are fewer rows or rounds than were asked for
+    hints: tuple[str, ...] = ()  # what binds, and what would help
+    suggestion: Suggestion | None = None
+    interrupted: bool = False
+
+    @property
+    def best(self) -> Row | None:
+        """The fastest row that merges nothing."""
+        return min((row for row in self.rows if not row.merges), key=lambda row: row.seconds.median, default=None)
+
+
+def compare(
+    those: Sequence[Candidate],
+    model: VisionTransformer,
+    *,
+    batch: int,
+    rounds: int = 10,
+    dtype: str | None = None,
+    limits: Limits | None = None,
+    target: float | None = None,
+    progress: Callable[[Candidate], object] | None = None,
+) -> Comparison:
+    """Time candidates in inference, all taking turns, on generated images.
+
+    A batch that does not fit into memory, and an interrupt from the keyboard, end in a comparison that says so.
+
+    Args:
+        those: of which one at least merges nothing.
+        model: ours, for its architecture, device and dtype.
+        batch: images per call.
+        rounds: timed calls of each; the medians are compared.
+        dtype: a name in PRECISIONS; default: the model's.
+        limits: of the device, to find out what binds; None: do not.
+        target: the speed-up that the suggestion is to reach.
+        progress: called after every call, two rounds of warm-up included.
+    """
+    config, device, kind = model.config, model.pos_embed.device, model.pos_embed.dtype
+    dtype = dtype or str(kind).removeprefix("torch.")
+    times: list[list[float]] = [[] for _ in those]
+    found: dict[int, Bounds] = {}
+    hints: list[str] = []
+    note, interrupted = "", False
+    try:
+        images = torch.randn(batch, config.in_chans, *config.img_size, device=device, dtype=kind)
+        calls: dict[int, Callable[[], object]] = {i: partial(each.forward, images) for i, each in enumerate(those)}
+        with torch.inference_mode(), _many_programs(those), _precision(dtype):
+            for turn in turns(calls, rounds=rounds, device=device):
+                if turn.counts:
+                    times[turn.key].append(turn.seconds)
+                if progress is not None:
+                    progress(those[turn.key])
+        if limits is not None:
+            with _precision(dtype):
+                for i, each in enumerate(those):
+                    tokens = model.token_counts(each.r)[:-1]
+                    found[i] = bounds(
+                        calls[i],
+                        Quartiles.of(times[i]).median,
+                        limits,
+                        config=config,
+                        dtype=kind,
+                        flops=batch * each.flops,
+                        tokens=max(1, batch * sum(tokens) // len(tokens)),
+                        weights=each.weights,
+                    )
+                if faster := faster_dtype(limits, config, kind, min(256, batch * config.num_tokens)):
+                    hints.append(faster)
+    except KeyboardInterrupt:
+        note, interrupted = f"interrupted after {min(map(len, times))} of {rounds} rounds", True
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        note, times, found = f"a batch of {batch} does not fit into the memory of {device}", [[] for _ in those], {}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    rows = _rows(those, times, found, config, batch)
+    result = Comparison(dtype, batch, rows, min(map(len, times)), note, tuple(hints), None, interrupted)
+    if result.best is None:
+        return result._replace(rows=[])
+    hints = [*_binding(rows), *hints]
+    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target))
+
+
+def bench(
+    model: VisionTransformer,
+    r_values: Sequence[Schedule],
+    *,
+    batch: int = 8,
+    rounds: int = 10,
+    modes: Sequence[str] = ("eager",),
+    timm: bool = False,
+    progress: Callable[[], object] | None = None,
+) -> list[Row]:
+    """Time a model in inference at several r, all taking turns, on generated images.
+
+    Args:
+        model: on the device and in the dtype to measure.
+        r_values: what to compare with r = 0, which is measured in any case and comes first.
+        batch: images per call.
+        rounds: timed calls of each; the medians are compared.
+        modes: names in MODES.
+        timm: compare with timm's model too, if it is installed and has it.
+        progress: called after every call, two rounds of warm-up included.
+
+    Raises:
+        ValueError: an r of no known form, timm's model cannot be had, or the batch does not fit into memory.
+    """
+    those = candidates(model, r_values, modes=modes, timm=timm_twin(model) if timm else None)
+    tell = None if progress is None else (lambda _, progress=progress: progress())
+    result = compare(those, model, batch=batch, rounds=rounds, progress=tell)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if result.note:
+        raise ValueError(result.note)
+    return result.rows
+
+
+def sweep(
+    model: VisionTransformer,
+    r_values: Sequence[Schedule],
+    *,
+    batches: Sequence[int] = (8,),
+    dtypes: Sequence[str] = ("float32",),
+    device: torch.device | str = "cpu",
+    modes: Sequence[str] = ("eager",),
+    timm: bool = False,
+    rounds: int = 10,
+    target: float | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Iterator[Comparison]:
+    """Compare at every batch in every dtype, with what binds and which r is suggested; yield each when it is done.
+
+    Args:
+        model: on any device, in any dtype; it stays as it is.
+        batches, dtypes: images per call, and names in PRECISIONS.
+        device: to measure on.
+        progress: called with the share of all work that has been done since the last call.
+
+    Other arguments and errors as `bench`, but that a batch which does not fit is left out with a note.
+
+    Raises:
+        KeyboardInterrupt: after what was measured until then has been yielded.
+    """
+    device, limits = torch.device(device), Limits(device)
+    if "tf32" in dtypes and device.type != "cuda":
+        raise ValueError("tf32 is a precision of NVIDIA's GPUs: name a CUDA device, or float32")
+    if wrong := sorted({*modes} - MODES.keys()):
+        raise ValueError(f"there is no mode {wrong[0]!r}; there is {either(MODES)}")
+    for r in r_values:
+        model.schedule(r)  # before the first minute is spent
+    for dtype in dtypes:
+        ours = copy.deepcopy(model).to(device, PRECISIONS[dtype][0])
+        those = candidates(ours, r_values, modes=modes, timm=timm_twin(ours) if timm else None)
+        work = len(dtypes) * sum(batches) * (rounds + WARMUP) * sum(each.flops for each in those)
+        for batch in batches:
+
+            def tell(candidate: Candidate, batch: int = batch, work: int = work) -> None:
+                if progress is not None:
+                    progress(batch * candidate.flops / work)
+
+            result = compare(
+                those, ours, batch=batch, rounds=rounds, dtype=dtype, limits=limits, target=target, progress=tell
+            )
+            yield result
+            if result.interrupted:
+                raise KeyboardInterrupt
+
+
+def _rows(
+    those: Sequence[Candidate], times: Sequence[Sequence[float]], found: dict[int, Bounds], config: Config, batch: int
+) -> list[Row]:
+    medians = {i: statistics.median(found) for i, found in enumerate(times) if found}
+    counts = [token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1] for each in those]
+    merges = [tokens < config.num_tokens for tokens in counts]
+    best = min((i for i in medians if not merges[i]), key=lambda i: medians[i], default=None)
+    unmerged = [times[j] for j in medians if not merges[j]]
+    rows = []
+    for i, each in enumerate(those):
+        if i not in medians:
+            continue
+        over = times[i if best is None else best]
+        spread = Quartiles.of(times[i])
+        paper, computed = flops(config, each.r), flops(config, each.r, computed=True)
+        rows.append(
+            Row(
+                implementation=each.implementation,
+                mode=each.mode,
+                r=each.r,
+                tokens=counts[i],
+                gflops=paper / 1e9,
+                gflops_computed=computed / 1e9,
+                seconds=spread,
+                images_per_second=batch / spread.median,
+                speed_up=statistics.median(over) / spread.median,
+                speed_up_range=ratio_interval(unmerged or [times[i]], times[i]),
+                flop_ratio=flops(config) / paper,
+                flop_ratio_computed=flops(config, computed=True) / computed,
+                merges=merges[i],
+                bounds=found.get(i),
+            )
+        )
+    return rows
+
+
+def _binding(rows: Sequence[Row]) -> list[str]:
+    """What binds the fastest row that merges nothing and the fastest that merges, and what to do about it."""
+    told = []
+    for merges in (False, True):
+        alike = [row for row in rows if row.merges is merges and row.bounds is not None]
+        told += sorted(alike, key=lambda row: row.seconds.median)[:1]
+    hints = [f"{row.name}, r = {row.r}, is bound by {row.bounds.bound_by} ({row.bounds})" for row in told if row.bounds]
+    kinds = dict.fromkeys(row.bounds.bound_by for row in told if row.bounds)
+    return hints + [f"{kind}: {ADVICE[kind]}" for kind in kinds]
+
+
+def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float | None = None) -> Suggestion:
+    """An r for what was measured.
+
+    Args:
+        rows: of one comparison.
+        figures: published accuracies of the weights.
+        target: the speed-up to reach with as little merging as possible. None: an r with a published accuracy, if it
+            pays, else the fastest.
+    """
+    merged = sorted((row for row in rows if row.merges), key=lambda row: row.gflops, reverse=True)
+    paying = [row for row in merged if row.speed_up > 1]
+    if not merged:
+        return Suggestion(0, "nothing that merges was measured")
+    fastest = max(merged, key=lambda row: row.speed_up)
+    if not paying:
+        return Suggestion(
+            0, f"merging does not pay here: the best, r = {fastest.r}, has {fastest.speed_up:.2f} times the throughput"
+        )
+    if target is not None:
+        enough = next((row for row in merged if row.speed_up >= target), None)
+        if enough is None:
+            return Suggestion(
+                fastest.r, f"{target:g} times is not reached; the most is {_gain(fastest)}{_cost(fastest, figures)}"
+            )
+        return Suggestion(
+            enough.r, f"the least merging that reaches {target:g} times: {_gain(enough)}{_cost(enough, figures)}"
+        )
+    known = {figure.r for figure in figures}
+    published = [row for row in paying if row.r in known]
+    chosen = max(published or paying, key=lambda row: row.speed_up)
+    why = "the r whose accuracy is published" if published else "the fastest measured"
+    return Suggestion(chosen.r, f"{why}: {_gain(chosen)}{_cost(chosen, figures)}")
+
+
+def _gain(row: Row) -> str:
+    return f"{row.speed_up:.2f} times the best unmerged ({row.name})"
+
+
+def _cost(row: Row, figures: Collection[Figure]) -> str:
+    """The accuracy at this r as published, beside the one without merging."""
+    known = {str(figure.r): figure.top1 for figure in figures}
+    if str(row.r) not in known:
+        return "; its accuracy is not published: measure it on your images"
+    beside = f" against {known['0']:.2f} % at r = 0" if "0" in known else ""
+    return f", for {known[str(row.r)]:.2f} % top-1{beside}, as published"
+
+
+# ------------------------------------------------------------------------------------------------------------- setting
+
+
+def setting(
+    model: VisionTransformer, *, device: torch.device | str, rounds: int, timm: bool, name: str | None = None
+) -> dict[str, Any]:
+    """What figures must be read with: the model, the machine, the versions."""
+    found = subject(model, device, name) | {"rounds": rounds}
+    if timm:
+        import timm as theirs
+
+        found["timm"] = theirs.__version__
+    return found
+
+
+def subject(model: VisionTransformer, device: torch.device | str, name: str | None = None) -> dict[str, Any]:
+    """The model, and where it runs: what any figure must be read with."""
+    found: dict[str, Any] = {"model": name or model.card.full_name, "img_size": list(model.config.img_size)}
+    found |= environment(device)
+    if torch.device(device).type == "cuda":
+        found["cuda"] = str(torch.version.cuda)
+    return found | {"platform": platform.platform(terse=True), "tomevit": tomevit.__version__}
+
+
+def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[str, Any]:
+    """Everything, as JSON takes it.
+
+    schema       1; it changes when a field changes its meaning or goes
+    …            the setting: model, img_size, rounds, device, threads, platform, tomevit, timm, torch, python
+    comparisons  one for each dtype and batch:
+        dtype, batch, rounds    rounds: those that were timed
+        note                    why there are fewer rows or rounds than asked for, or ""
+        hints                   sentences on what binds
+        suggestion              {r, why}, or null
+        rows                    one for each candidate:
+            implementation, mode, r, tokens, merges
+            seconds             {lower, median, upper}: quartiles of a call
+            images_per_second   by the median
+            speed_up            over the fastest row of the comparison that merges nothing
+            speed_up_range      [lower, upper], with 95 % confidence, or null for fewer than 6 rounds
+            gflops, flop_ratio  multiply-adds as the paper counts, and those of r = 0 over these
+            gflops_computed, flop_ratio_computed    as they are computed
+            efficiency          speed_up / flop_ratio_computed
+            efficiency_range    as speed_up_range
+            bounds              {arithmetic, memory, launches, allocation, rate, bandwidth, bound_by}, or null:
+                                    shares of the time (null: unknown), and what the device reaches, per second
+    """
+    return {"schema": SCHEMA} | setting | {"comparisons": [_comparison_as_json(each) for each in comparisons]}
+
+
+def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
+    rows = [
+        row._asdict()
+        | {"seconds": row.seconds._asdict(), "efficiency": row.efficiency, "efficiency_range": row.efficiency_range}
+        | {"bounds": None if row.bounds is None else row.bounds._asdict() | {"bound_by": row.bounds.bound_by}}
+        for row in comparison.rows
+    ]
+    suggestion = None if comparison.suggestion is None else comparison.suggestion._asdict()
+    fields = {name: getattr(comparison, name) for name in ("dtype", "batch", "rounds", "note")}
+    return fields | {"hints": list(comparison.hints), "suggestion": suggestion, "rows": rows}
+
+
+# ------------------------------------------------------------------------------------------------------------- private
+
+
+@contextmanager
+def _precision(dtype: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(PRECISIONS[dtype][1])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
+    """Without it torch.compile gives up after eight programs of a block, in silence, and runs it eagerly."""
+    if all(each.weights is not None for each in those):
+        return nullcontext()  # torch's compiler takes seconds to import
+    from torch._dynamo import config
+
+    return config.patch(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # names that torch 2.6 has too
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what it says, on a GPU or a CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "MPS backend out of memory"))

@@ -1,0 +1,255 @@
+"""What a model takes images for: the likeliest classes at an r, and beside r = 0, which merges nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from os import PathLike
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomevit import zoo
+from tomevit.config import Card, Schedule
+from tomevit.data.class_names import ClassNames, class_names
+from tomevit.data.images import find, stream
+from tomevit.errors import either
+from tomevit.measure.bench import default_r, out_of_memory
+from tomevit.measure.timing import seconds
+from tomevit.models import VisionTransformer
+from tomevit.preprocessing import transform
+from tomevit.schedule import check_schedule, token_counts
+from tomevit.weights.checkpoint import card_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Guess(NamedTuple):
+    """A class that an image may show."""
+
+    class_index: int  # the output of the head
+    name: str  # of ImageNet's classes all synonyms; "" if no names are known
+    synset: str  # WordNet's number of an ImageNet class, as in "n01440764"; "" of others
+    probability: float
+    unmerged: float | None = None  # its probability at r = 0, where that was asked for
+
+
+class Answer(NamedTuple):
+    """What a model says of one image."""
+
+    image: str  # the file; "" for an image in memory
+    top: tuple[Guess, ...]  # the likeliest first
+    tokens: int  # that are left behind the last block
+    seconds: float | None = None  # of the model, per image of its batch; without reading and preparing
+    top_unmerged: tuple[Guess, ...] = ()  # the likeliest at r = 0 first, with the same two probabilities
+    seconds_unmerged: float | None = None
+    error: str = ""  # why the image cannot be read: then there is nothing else
+
+    @property
+    def changed(self) -> bool | None:
+        """Whether the likeliest class is another at r = 0; None if that is not known."""
+        return self.top[0].class_index != self.top_unmerged[0].class_index if self.top and self.top_unmerged else None
+
+
+class Summary(NamedTuple):
+    """All answers together."""
+
+    images: int  # that were read
+    unreadable: int
+    seconds: float | None  # of the model per image: the mean
+    seconds_unmerged: float | None
+    kept: int | None  # images whose likeliest class is the same at r = 0
+
+    @property
+    def speed_up(self) -> float | None:
+        """Over r = 0, on the same batches, in turn."""
+        return self.seconds_unmerged / self.seconds if self.seconds and self.seconds_unmerged else None
+
+
+def classify(
+    model: VisionTransformer,
+    images: str | PathLike[str] | bytes | Image | Tensor | Iterable[str | PathLike[str] | bytes | Image | Tensor],
+    *,
+    r: Schedule | None = None,
+    top: int = 5,
+    compare: bool = False,
+    batch: int = 32,
+    workers: int = 0,
+    upright: bool = True,
+) -> list[Answer]:
+    """The likeliest classes of images, in order.
+
+    An image that cannot be read does not end the work on the others: its answer has an `error`, and no classes.
+
+    Args:
+        model: with a head, on any device, in any dtype.
+        images: one or several: files, folders and patterns (as `tomevit.data.images.find` takes them), what is in a file
+            (bytes), PIL images, and tensors (C, H, W) uint8. The last two are taken as they are.
+        r: instead of the model's own.
+        top: classes for each image, if the model has so many.
+        compare: say what the model answers at r = 0 as well, and how long that takes.
+        batch: images per call.
+        workers: processes that read images; 0: this one.
+        upright: turn photographs as their EXIF data says. The loaders that published accuracies were measured with do
+            not, and with False the model sees what it saw there.
+
+    Raises:
+        ValueError: the model has no head; its answers are not finite; a batch does not fit into its device's memory; r
+            is of no known form, or is to be compared with r = 0 and merges nothing; a source names nothing; or Pillow
+            is not installed.
+    """
+    sources = _sources(images)
+    return list(answers(model, sources, r=r, top=top, compare=compare, batch=batch, workers=workers, upright=upright))
+
+
+def answers(
+    model: VisionTransformer,
+    images: Sequence[str | bytes | Image | Tensor],
+    *,
+    r: Schedule | None = None,
+    top: int = 5,
+    compare: bool = False,
+    batch: int = 32,
+    workers: int = 0,
+    upright: bool = True,
+) -> Iterator[Answer]:
+    """`classify`, each answer as soon as it is known; of files, not of folders and patterns."""
+    r = check(card_of(model), r, compare=compare)
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() first")
+    names, tokens = class_names(model.card), model.token_counts(r)[-1]
+    values: list[Schedule] = [r, 0] if compare else [r]
+    step = 0
+    for part in stream(images, transform(model), batch=batch, workers=workers, upright=upright):
+        found = {place: Answer(_name(images[place]), (), tokens, error=reason) for place, reason in part.unreadable}
+        if len(part.places):
+            prepared = part.images.to(model.pos_embed.device)
+            if step == 0:  # what the very first call sets up is not the time of an image
+                for value in values:
+                    _run(model, prepared[:1], value)
+            step = -1 if step == 1 else 1  # first the one, then the other, so that a trend slows both alike
+            merged, *plain = [_run(model, prepared, value) for value in values[::step]][::step]
+            said = _answers(tokens, names, merged, plain[0] if plain else None, top)
+            for place, answer in zip(part.places.tolist(), said, strict=True):
+                found[place] = answer._replace(image=_name(images[place]))
+        yield from (found[place] for place in sorted(found))
+
+
+def check(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Schedule:
+    """The r that a model will classify at. Before its weights are fetched, it says if it cannot.
+
+    Args:
+        card: of the model.
+        r, compare: as in `classify`.
+
+    Raises:
+        ValueError: as `classify`, as far as it can be known from these.
+    """
+    if find_spec("PIL") is None:
+        raise ValueError("reading images needs Pillow: pip install pillow")
+    config = card.config
+    if not config.num_classes:
+        raise ValueError(f"{card.full_name or 'the model'} has no head to classify with: {_with_head(card)}")
+    if config.in_chans not in (1, 3):
+        raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
+    r = check_schedule(card.r if r is None else r, config.depth)
+    if compare and token_counts(r, config.depth, config.num_tokens, config.num_prefix)[-1] == config.num_tokens:
+        others = either(map(str, default_r(card)))
+        raise ValueError(f"r = {r} merges nothing, and would be compared with itself: give an r such as {others}")
+    return r
+
+
+def summary(those: Iterable[Answer]) -> Summary:
+    """All answers of one call together."""
+    those = list(those)
+    read = [answer for answer in those if not answer.error]
+    changed = [answer.changed for answer in read]
+    return Summary(
+        images=len(read),
+        unreadable=len(those) - len(read),
+        seconds=_mean([answer.seconds for answer in read]),
+        seconds_unmerged=_mean([answer.seconds_unmerged for answer in read]),
+        kept=None if None in changed or not changed else changed.count(False),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _sources(
+    images: str | PathLike[str] | bytes | Image | Tensor | Iterable[str | PathLike[str] | bytes | Image | Tensor],
+) -> list[str | bytes | Image | Tensor]:
+    """One or several images, folders and patterns, as a list of images."""
+    from PIL.Image import Image
+
+    if isinstance(images, str | PathLike | bytes | Image) or (isinstance(images, Tensor) and images.ndim == 3):
+        images = [images]
+    found: list[str | bytes | Image | Tensor] = []
+    for image in images:
+        found += find([image]) if isinstance(image, str | PathLike) else [image]
+    return found
+
+
+def _name(image: object) -> str:
+    return image if isinstance(image, str) else ""
+
+
+def _with_head(card: Card) -> str:
+    """What to take instead of a model without a head."""
+    others = zoo.cards(card.name) if card.name in zoo.list_models() else ()
+    for other in others:
+        if other.config.num_classes and other.sources:
+            return f"take {other.full_name}, or another of tomevit list '{card.name}*' --weights"
+    return "give it one, with num_classes, and train it"
+
+
+class _Run(NamedTuple):
+    logits: Tensor  # (B, classes) float32, on the CPU
+    probabilities: Tensor  # (B, classes)
+    seconds: float  # per image
+
+
+@torch.inference_mode()
+def _run(model: VisionTransformer, images: Tensor, r: Schedule) -> _Run:
+    """What a model says of prepared images (B, C, H, W) at an r."""
+    logits = images
+
+    def call() -> None:
+        nonlocal logits
+        logits = model(images, r)
+
+    try:
+        taken = seconds(call, images.device)
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise ValueError(f"a batch of {len(images)} does not fit into the memory of {images.device}") from error
+        raise
+    logits = logits.to("cpu", torch.float32)
+    if not logits.isfinite().all():
+        dtype = str(model.pos_embed.dtype).removeprefix("torch.")
+        raise ValueError(f"the model's answers are not finite: its weights are damaged, or too large for {dtype}")
+    return _Run(logits, logits.softmax(1), taken / len(images))
+
+
+def _answers(tokens: int, names: ClassNames, merged: _Run, plain: _Run | None, top: int) -> Iterator[Answer]:
+    """What was said of each image of a batch."""
+
+    def ranked(run: _Run) -> Iterator[tuple[Guess, ...]]:
+        # By the logits: the probabilities of unlikely classes may all be 0.
+        indices = run.logits.topk(min(top, run.logits.shape[1])).indices
+        both = [each.probabilities.gather(1, indices).tolist() for each in (merged, plain) if each is not None]
+        for row in zip(indices.tolist(), *both, strict=True):
+            yield tuple(
+                Guess(index, names.names[index], names.synsets[index] if names.synsets else "", *probabilities)
+                for index, *probabilities in zip(*row, strict=True)
+            )
+
+    if plain is None:
+        yield from (Answer("", best, tokens, merged.seconds) for best in ranked(merged))
+        return
+    for best, unmerged in zip(ranked(merged), ranked(plain), strict=True):
+        yield Answer("", best, tokens, merged.seconds, unmerged, plain.seconds)

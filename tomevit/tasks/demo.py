@@ -1,0 +1,212 @@
+"""What merging costs and brings, measured on real images with models that ship with tomevit; needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+import tomevit
+from tomevit.config import Schedule
+from tomevit.measure.bench import bench, with_zero
+from tomevit.measure.timing import environment
+from tomevit.models import VisionTransformer
+from tomevit.tasks import plots
+from tomevit.tasks.plots import Point
+
+PLAIN = "digits_p1.plain"
+TRAINED = "digits_p1.tome_r16"
+R_VALUES: tuple[Schedule, ...] = (4, 8, 12, 16, 24)
+PICTURED = (0, 2, 3, 4, 5, 8)  # classes whose shapes differ most
+
+
+def held_out() -> tuple[Tensor, Tensor]:
+    """The digits that no model was trained on: images (360, 1, 8, 8) uint8, labels (360,) int64."""
+    tensors = load_file(str(resources.files("tomevit") / "assets" / "digits_heldout.safetensors"))
+    return tensors["images"], tensors["labels"]
+
+
+@torch.inference_mode()
+def accuracy(
+    model: VisionTransformer, images: Tensor, labels: Tensor, r: Schedule | None = None, batch: int = 360
+) -> float:
+    """Per cent of images classified right.
+
+    Args:
+        images: (N, C, H, W) uint8, not yet prepared.
+        labels: (N,) int64.
+        r: instead of the model's own.
+        batch: images per call.
+    """
+    prepared = tomevit.transform(model)(images)
+    answers = torch.cat([model(part, r).argmax(1) for part in torch.split(prepared, batch)])
+    return 100 * int((answers == labels).sum()) / len(labels)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model gains little from more, and threads that wait for each other on a busy machine cost a lot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds: int = 30) -> None:
+    """Classify every held-out digit at several r, print a table, and write two pictures and all figures.
+
+    Measures on one CPU thread.
+
+    Args:
+        out: the directory for merged_tokens.png, accuracy_throughput.png and results.json; made if need be.
+        r_values: what to compare with r = 0; empty: a range.
+        batch: images per call.
+        rounds: timed calls of each r.
+
+    Raises:
+        ValueError: an r of no known form, or matplotlib is not installed.
+    """
+    plots.require_matplotlib()
+    plain, trained = (tomevit.create(name, pretrained=True) for name in (PLAIN, TRAINED))
+    values = with_zero(r_values or R_VALUES)
+    for r in values:
+        plain.schedule(r)  # a wrong r ends here, before anything is measured or written
+    out.mkdir(parents=True, exist_ok=True)
+
+    images, labels = held_out()
+    with one_thread():
+        results = _measure(plain, trained, images, labels, values, batch, rounds)
+    _print(results)
+    _draw_merging(out / "merged_tokens.png", trained, images, labels)
+    _draw_trade_off(out / "accuracy_throughput.png", results)
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    click.echo(f"\nwritten to {out}: merged_tokens.png, accuracy_throughput.png, results.json")
+
+
+def _measure(
+    plain: VisionTransformer,
+    trained: VisionTransformer,
+    images: Tensor,
+    labels: Tensor,
+    values: Sequence[Schedule],
+    batch: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """Everything that results.json holds. Both models have the same architecture, so one of them is timed."""
+    calls = len(values) * (2 + rounds + 2)
+    with tqdm(total=calls, delay=2, unit="call", leave=False, disable=None) as bar:
+        rows = []
+        for r in values:
+            right = {}
+            for key, model in (("off_the_shelf", plain), ("trained_with_merging", trained)):
+                right[key] = accuracy(model, images, labels, r, batch)
+                bar.update()
+            rows.append({"r": r, "accuracy": right})
+        timed = bench(plain, values, batch=batch, rounds=rounds, progress=bar.update)
+    for row, found in zip(rows, timed, strict=True):
+        row |= {
+            "tokens": found.tokens,
+            "gflops": found.gflops,
+            "images_per_second": found.images_per_second,
+            "speed_up": found.speed_up,
+            "flop_ratio": found.flop_ratio,
+        }
+    return {
+        "images": len(labels),
+        "off_the_shelf": plain.card.full_name,
+        "trained_with_merging": trained.card.full_name,
+        "trained_r": trained.r,
+        "batch": batch,
+        "rounds": rounds,
+        "dtype": str(plain.pos_embed.dtype).removeprefix("torch."),
+        "environment": environment() | {"tomevit": tomevit.__version__},
+        "rows": rows,
+    }
+
+
+def _print(results: dict[str, Any]) -> None:
+    where = results["environment"]
+    click.echo(
+        f"{results['images']} held-out handwritten digits, each pixel a token. Accuracy of {results['off_the_shelf']} "
+        f"off the shelf,\nand of {results['trained_with_merging']}, trained with merging. {_setting(results)}.\n"
+        f"{where['device']}, tomevit {where['tomevit']}, torch {where['torch']}, Python {where['python']}\n"
+    )
+    heads = ("r", "tokens", "GFLOPs", "off the shelf %", "trained %", "images/s", "speed-up", "FLOP ratio")
+    cells = [heads, *(_cells(row) for row in results["rows"])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        str(row["r"]),
+        str(row["tokens"]),
+        f"{row['gflops']:.4f}",
+        f"{row['accuracy']['off_the_shelf']:.2f}",
+        f"{row['accuracy']['trained_with_merging']:.2f}",
+        f"{row['images_per_second']:.0f}",
+        f"{row['speed_up']:.2f}",
+        f"{row['flop_ratio']:.2f}",
+    )
+
+
+def _setting(results: dict[str, Any]) -> str:
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}{'s' if number > 1 else ''}"
+
+    threads = int(results["environment"]["threads"])
+    return (
+        f"Median of {count(results['rounds'], 'call')} of {count(results['batch'], 'image')}, {results['dtype']}, "
+        f"{count(threads, 'thread')}"
+    )
+
+
+@torch.inference_mode()
+def _draw_merging(path: Path, model: VisionTransformer, images: Tensor, labels: Tensor) -> None:
+    """The first held-out digit of some classes, and its tokens after each block."""
+    chosen = [int((labels == label).nonzero()[0]) for label in PICTURED]
+    steps = model.forward_intermediates(tomevit.transform(model)(images[chosen]))
+    prefix, grid = model.config.num_prefix, model.config.grid
+    slots = [tokens.slots for tokens in steps if tokens.slots is not None]  # traced, so all of them
+    left = [tokens.x.shape[1] - prefix for tokens in steps]
+    plots.merged_tokens(
+        path,
+        list(images[chosen]),
+        [[step[i, prefix:].view(grid) for step in slots] for i in range(len(chosen))],
+        [
+            f"image\n{model.config.num_patches} pixels",
+            *(f"block {i}\n{count} tokens" for i, count in enumerate(left, 1)),
+        ],
+        [str(label) for label in PICTURED],
+        f"What is left of the pixels, merging r = {model.r} in each block",
+    )
+
+
+def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
+    rows = results["rows"]
+    plots.accuracy_throughput(
+        path,
+        {
+            name: [
+                Point(f"r = {row['r']}", row["images_per_second"], row["accuracy"][key], row["gflops"]) for row in rows
+            ]
+            for key, name in (
+                ("off_the_shelf", "merging off the shelf"),
+                ("trained_with_merging", f"trained with merging, r = {results['trained_r']}"),
+            )
+        },
+        f"Merging on {results['images']} held-out digits",
+        f"{_setting(results)}\n{results['environment']['device']}",
+    )

@@ -1,0 +1,545 @@
+"""Images to feature vectors at scale: streamed, resumable, by one process or by many.
+
+    tomevit.tasks.embed.embed(model, ["photographs/"], "photographs.safetensors", r=16, workers=4)
+    found = tomevit.tasks.embedding_files.read("photographs.safetensors")     # found.vectors (N, D), found.keys
+
+While it works, finished parts lie in a directory beside the output. A part is made of the same images in the same
+batches whoever makes it: so a run that was interrupted ends in the same bytes as one that was not, and several
+processes write the same file as one. At the end the parts are joined and removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from tomevit.config import ARCHITECTURE, Config, Schedule
+from tomevit.data import images, shards
+from tomevit.data.distributed import agreed, of_first, processes, require_same, wait
+from tomevit.data.images import Strings
+from tomevit.errors import either
+from tomevit.layers.pool import mean_patch
+from tomevit.measure.bench import out_of_memory
+from tomevit.models import VisionTransformer
+from tomevit.preprocessing import Transform, transform
+from tomevit.tasks import embedding_files as embeddings
+from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
+from tomevit.weights import checkpoint as native
+
+Pool = Literal["cls", "mean"]
+
+#: A run over files has about so many parts; each is one batch at least, and so many images at most.
+PARTS, MOST = 1000, 8192
+#: Of a shard, whose length is not known, a part is so many samples.
+OF_SHARD = 1024
+#: In the directory of parts: what they are of.
+PLAN = "run.json"
+#: Seconds that the processes which read images may live on behind one that was killed: they hold its lock.
+HELD = 15.0
+#: The file names so many of the images that could not be read.
+LISTED = 10_000
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..., Tensor]:
+    """A function from images (B, C, H, W), and r if it is not to be the model's, to feature vectors (B, D).
+
+    They are what a head would read: pooled, behind the final norm, D = model.config.embed_dim. The function shares the
+    model's weights, and runs in evaluation mode.
+
+    Args:
+        model: any; it stays as it is.
+        pool: "cls" for the class token, "mean" for the mean patch, in which a merged token counts as often as the
+            patches it stands for. None: what the model's head reads; of a distilled model the mean of its two tokens.
+
+    Raises:
+        ValueError: there is no such pooling, or no class token.
+    """
+    if pool not in (None, *get_args(Pool)):
+        raise ValueError(f"pool is {pool!r}, and must be {either(get_args(Pool))}")
+    if pool == "cls" and not model.config.class_token:
+        raise ValueError("this model has no class token: pool must be mean")
+    weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, weights).eval()
+    twin.reset_classifier(0)
+    if pool in (None, pooling(model.config)):
+        return twin
+
+    def features(images: Tensor, r: Schedule | None = None) -> Tensor:
+        tokens = twin.forward_features(images, r, trace=False)
+        pooled = tokens.x[:, 0] if pool == "cls" else mean_patch(tokens, twin.config.num_prefix)
+        return twin.fc_norm(pooled)
+
+    return features
+
+
+def pooling(config: Config) -> str:
+    """What a model's head reads, as `extractor` names it; of a distilled model "cls+dist"."""
+    if config.dist_token:
+        return "cls+dist"
+    return "cls" if config.pool == "token" else "mean"
+
+
+# ----------------------------------------------------------------------------------------------------------- the whole
+
+
+class Report(NamedTuple):
+    """What a file of embeddings holds."""
+
+    rows: int
+    dim: int
+    num_unreadable: int  # images that were left out
+    unreadable: list[tuple[str, str]]  # their names and reasons, of LISTED at most
+
+
+def embed(
+    model: VisionTransformer,
+    sources: Iterable[str | PathLike[str]] | Data,
+    out: str | PathLike[str],
+    *,
+    r: Schedule | None = None,
+    pool: Pool | None = None,
+    normalize: bool = False,
+    dtype: torch.dtype = torch.float32,
+    batch: int = 32,
+    workers: int = 0,
+    upright: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[str, int, int | None], object] = lambda *_: None,
+) -> Report:
+    """Write a feature vector for every image into one file, which appears whole or not at all.
+
+    Memory does not grow with the number of images, but for their names. Interrupted or killed, the same call goes on
+    behind the last part that was finished. In a process group of torch.distributed the processes share the work, if
+    they see the same directories; the first one writes the file, and all return when it is there.
+
+    Args:
+        model: on the device and in the dtype to compute in.
+        sources: files, folders and patterns of images (`tomevit.data.images.find`), or of WebDataset shards
+            (`tomevit.data.shards.find_shards`); or what `locate` found.
+        out: the .safetensors or .parquet file to write, as `tomevit.tasks.embedding_files` describes it. Parts lie in OUT.parts
+            until it is there.
+        r: instead of the model's own.
+        pool: as in `extractor`.
+        normalize: to unit length, so that a product of two vectors is the cosine of the angle between them.
+        dtype: of what is stored, float32 or float16.
+        batch: images per call; but for rounding, no result depends on it.
+        workers: processes that read images; 0: this one.
+        upright: turn photographs as their EXIF data says.
+        overwrite: begin anew, whatever an earlier run left.
+        progress: is told "embedding" or "writing", how many images of this process's share are done, and of how many;
+            None while that is not known, as with shards.
+
+    Raises:
+        ValueError: an argument does not fit; an earlier run with other settings left parts or a file, or another is
+            running; a batch does not fit into memory; a vector is not finite.
+        OSError: a file cannot be written.
+    """
+    device, out = model.pos_embed.device, Path(out)
+
+    def prepare() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
+        check_suffix(native.check_place(out))
+        _check(dtype, batch, workers)
+        features, data = extractor(model, pool), sources if isinstance(sources, Data) else locate(sources)
+        settings = describe(model, data, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
+        return features, data, settings
+
+    features, data, settings = agreed(prepare)
+    require_same({**settings, "batch": batch})
+    rank, world = processes()
+    parts = out.with_name(f"{out.name}.parts")
+
+    def vectors(prepared: Tensor) -> Tensor:
+        if not len(prepared):
+            return torch.empty(0, model.config.embed_dim, dtype=dtype)
+        found = features(prepared.to(device), r=r).float()
+        return (F.normalize(found, dim=1) if normalize else found).to("cpu", dtype)
+
+    with ExitStack() as lock:
+        size = of_first(lambda: _begin(out, parts, settings, data, batch, overwrite, lock))
+        if size is not None:
+            todo = _remaining(parts, data, size, rank, world)
+            pieces = _read(data, todo, transform(model), size=size, batch=batch, workers=workers, upright=upright)
+            try:
+                with images.reading():
+                    _make_parts(parts, pieces, todo, vectors, progress)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise ValueError(f"a batch of {batch} does not fit into the memory of {device}") from error
+                raise
+            wait()
+        return of_first(lambda: _finish(out, parts, settings, data, progress, joined=size is None))
+
+
+def check_suffix(out: Path) -> None:
+    """Raise ValueError if no such file can be written."""
+    if out.suffix not in SUFFIXES:
+        raise ValueError(f"{out} ends in {out.suffix or 'no suffix'}, and must end in {either(SUFFIXES)}")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ValueError("parquet needs pyarrow: pip install 'tomevit[parquet]'")
+
+
+def _check(dtype: torch.dtype, batch: int, workers: int) -> None:
+    if dtype not in (known for known, _ in DTYPES.values()):
+        raise ValueError(f"dtype is {dtype}, and must be torch.{either(DTYPES)}")
+    if batch < 1:
+        raise ValueError(f"batch is {batch}, and must be at least 1")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}, and must be at least 0")
+
+
+# ---------------------------------------------------------------------------------------------------------- what it is
+
+
+class Data(NamedTuple):
+    """What to embed."""
+
+    names: Strings  # paths of images, or of shards
+    sharded: bool
+
+
+def locate(sources: Iterable[str | PathLike[str]]) -> Data:
+    """What sources name: shards if all of them do, else images.
+
+    Raises:
+        ValueError: a source names nothing, or some name shards and some images.
+    """
+    expanded = [name for source in sources for name in shards.expand(fspath(source))]
+    if not expanded:
+        raise ValueError("there is nothing to embed: name files, folders, patterns or shards")
+    found = [shards.find_shards(source) for source in expanded]
+    if all(found):
+        return Data(Strings(name for names in found for name in names), sharded=True)
+    if any(found):
+        of_shards, other = (
+            next(s for s, names in zip(expanded, found, strict=True) if bool(names) is b) for b in (True, False)
+        )
+        raise ValueError(f"{of_shards} is of WebDataset, and {other} is not: embed the two one after the other")
+    return Data(Strings(images.find(expanded)), sharded=False)
+
+
+def describe(
+    model: VisionTransformer,
+    data: Data,
+    *,
+    r: Schedule | None = None,
+    pool: Pool | None = None,
+    normalize: bool = False,
+    dtype: torch.dtype = torch.float32,
+    upright: bool = False,
+) -> dict[str, Any]:
+    """All that embeddings depend on, but for rounding, in JSON: two runs may share their parts if it is the same."""
+    r = model.r if r is None else r
+    model.schedule(r)
+    config, matching = asdict(model.config), model.config.matching
+    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in native.in_order(model.state_dict()))
+    described = {
+        "model": model.card.full_name,
+        "computed": str(model.pos_embed.dtype).removeprefix("torch."),
+        "weights": native.digest(tensors),
+        "architecture": {name: config[name] for name in ARCHITECTURE},
+        "prop_attn": model.config.prop_attn,
+        "matching": matching if isinstance(matching, str) else f"{matching.__module__}.{matching.__qualname__}",
+        "r": str(r),
+        "pool": pool or pooling(model.config),
+        "normalize": normalize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "dim": model.config.embed_dim,
+        "preprocess": asdict(model.card.preprocess),
+        "upright": upright,
+        "data": _fingerprint(data),
+    }
+    return json.loads(json.dumps(described))
+
+
+def _fingerprint(data: Data) -> str:
+    """Names and sizes, but not times: data may be copied anew for each run."""
+    sha = hashlib.sha256()
+    for name in data.names:
+        try:
+            size = Path(name).stat().st_size
+        except OSError:  # it will be named among what cannot be read
+            size = -1
+        sha.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
+    return f"{len(data.names)} {'shards' if data.sharded else 'files'}, sha256 {sha.hexdigest()}"
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting that differs: its name, and both values."""
+    for name in {**old, **new}:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            if inside := _difference(before, now, f"{name}."):
+                return inside
+        elif before != now:
+            return f"{prefix}{name}", before, now
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- begin and end
+
+
+def _begin(
+    out: Path, parts: Path, settings: dict[str, Any], data: Data, batch: int, overwrite: bool, lock: ExitStack
+) -> int | None:
+    """Hold the directory of parts, and see what an earlier run left.
+
+    Returns:
+        The number of images in a part; None if the output is there.
+
+    Raises:
+        ValueError: an earlier run had other settings; the message names one.
+    """
+    if out.exists() and not overwrite:
+        info = embeddings.read_info(out)
+        if other := _difference({name: info.get(name) for name in settings}, settings):
+            raise ValueError(f"{out} was made with {_sentence(other)}")
+        if (begun := _begun(parts)) is not None and begun["settings"] == settings:  # killed while they were removed
+            lock.enter_context(_sole(parts))
+            _remove(parts)
+        return None
+    lock.enter_context(_sole(parts))
+    if (begun := _begun(parts)) is not None:
+        other, size = _difference(begun["settings"], settings), begun["size"]
+        if other is None:
+            if size % batch:
+                raise ValueError(f"{parts} has parts of {size} images, which batches of {batch} do not divide")
+            return size
+        if not overwrite:
+            raise ValueError(f"{parts} was begun with {_sentence(other)}")
+        _clear(parts)
+    if data.sharded:
+        size = batch * math.ceil(OF_SHARD / batch)
+    else:
+        size = batch * min(math.ceil(len(data.names) / (PARTS * batch)), max(1, MOST // batch))
+    with native.draft(parts / PLAN) as unfinished:
+        unfinished.write_text(json.dumps({"settings": settings, "size": size}, indent=2), encoding="utf-8")
+    return size
+
+
+def _begun(parts: Path) -> dict[str, Any] | None:
+    """The settings of the run that the directory of parts is of, and the size of its parts; None if there is none."""
+    try:
+        begun: dict[str, Any] = json.loads((parts / PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return begun
+
+
+def _clear(parts: Path) -> None:
+    """Remove all parts, and at last what says that they are ours."""
+    for path in parts.glob("*.safetensors"):
+        path.unlink()
+    (parts / PLAN).unlink()
+
+
+def _remove(parts: Path) -> None:
+    _clear(parts)
+    shutil.rmtree(parts, ignore_errors=True)  # a lock, and drafts of killed runs
+
+
+def _sentence(other: tuple[str, Any, Any]) -> str:
+    name, before, now = other
+    return f"{name} {before}, not {now}: give the same again, name another file, or overwrite"
+
+
+@contextmanager
+def _sole(parts: Path) -> Iterator[None]:
+    """Hold the directory of parts, which is made if need be.
+
+    Raises:
+        ValueError: another process does, or it is none of ours.
+    """
+    parts.mkdir(exist_ok=True)
+    lock = FileLock(parts / ".lock")
+    try:
+        lock.acquire(timeout=HELD)
+    except Timeout as error:
+        raise ValueError(f"another process is writing to {parts}") from error
+    try:
+        if not (parts / PLAN).exists() and any(not path.name.startswith(".") for path in parts.iterdir()):
+            raise ValueError(f"{parts} is in the way: parts are kept there, and it holds something else")
+        yield
+    finally:
+        lock.release()
+
+
+def _finish(
+    out: Path,
+    parts: Path,
+    settings: dict[str, Any],
+    data: Data,
+    progress: Callable[[str, int, int | None], object],
+    *,
+    joined: bool,
+) -> Report:
+    """Join all parts into the output, unless that was done, and remove them."""
+    if not joined:
+        found = dict(_all_parts(parts, data))
+        unreadable = [name for part in found.values() for name in part.unreadable]
+        rows = sum(part.rows for part in found.values())
+        info = {
+            **settings,
+            **({"shards": list(data.names)} if data.sharded else {}),
+            "rows": rows,
+            "num_unreadable": len(unreadable),
+            "unreadable": unreadable[:LISTED],
+        }
+        written = 0
+
+        def tell(more: int) -> None:
+            nonlocal written
+            written += more
+            progress("writing", written, rows)
+
+        whole = parts / ".whole"
+        with native.naming(out, whole):
+            embeddings.join(whole, out.suffix, {_path(parts, *place): place[0] for place in found}, info, tell)
+            whole.replace(out)
+        _remove(parts)
+    info = embeddings.read_info(out)
+    return Report(info["rows"], info["dim"], info["num_unreadable"], [(n, why) for n, why in info["unreadable"]])
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+#: Where a part belongs: its shard, or 0 for images, and its number in it.
+Place = tuple[int, int]
+
+
+def _path(parts: Path, shard: int, number: int) -> Path:
+    return parts / f"{shard:08}-{number:08}.safetensors"
+
+
+def _all_parts(parts: Path, data: Data) -> Iterator[tuple[Place, Part]]:
+    """Every part in order; raises ValueError if one is not there."""
+    for shard in range(len(data.names) if data.sharded else 1):
+        part, number = None, 0
+        while part is None or not part.last:
+            part = embeddings.read_part(_path(parts, shard, number))
+            if part is None:
+                raise ValueError(f"{_path(parts, shard, number)} is missing or damaged; the same call makes it again")
+            yield (shard, number), part
+            number += 1
+
+
+class Todo(NamedTuple):
+    """What a process has to do."""
+
+    begin: list[Place]  # parts of images, each; or of shards, the part in each to go on with
+    done: int  # images, of this process's share
+    total: int | None
+
+
+def _remaining(parts: Path, data: Data, size: int, rank: int, world: int) -> Todo:
+    """What is not done of the share of one of several processes."""
+    begin: list[Place] = []
+    done = 0
+    if not data.sharded:
+        count = len(data.names)
+        total = 0
+        for number in range(rank, math.ceil(count / size), world):
+            images_in_it = min(size, count - number * size)
+            total += images_in_it
+            if embeddings.read_part(_path(parts, 0, number)) is None:
+                begin.append((0, number))
+            else:
+                done += images_in_it
+        return Todo(begin, done, total)
+    for shard in range(rank, len(data.names), world):
+        number = 0
+        while (part := embeddings.read_part(_path(parts, shard, number))) is not None:
+            done += part.seen
+            number += 1
+            if part.last:
+                break
+        else:
+            begin.append((shard, number))
+    return Todo(begin, done, total=None)
+
+
+class Piece(NamedTuple):
+    """A batch, and the part that it belongs to."""
+
+    place: Place
+    keys: list[str]
+    images: Tensor  # (B, C, H, W)
+    unreadable: list[tuple[str, str]]  # names and reasons
+    ends: bool  # the part
+    last: bool  # that there is of the shard
+
+
+def _read(
+    data: Data, todo: Todo, transform: Transform, *, size: int, batch: int, workers: int, upright: bool
+) -> Iterator[Piece]:
+    """All batches that are to do; of each part they come in order."""
+    names = data.names
+    if data.sharded:
+        begin = [(shard, number * size) for shard, number in todo.begin]
+        for found in shards.stream(names, transform, batch=batch, workers=workers, begin=begin, upright=upright):
+            ends = found.last or (found.first + batch) % size == 0
+            place = found.shard, found.first // size
+            yield Piece(place, found.keys, found.images, found.unreadable, ends, found.last)
+        return
+    indices = array("q")
+    for _, number in todo.begin:
+        indices.extend(range(number * size, min((number + 1) * size, len(names))))
+    seen = 0
+    for read in images.stream(names, transform, batch=batch, workers=workers, indices=indices, upright=upright):
+        places = read.places.tolist()
+        final = indices[seen + len(places) + len(read.unreadable) - 1]
+        seen += len(places) + len(read.unreadable)
+        last = final == len(names) - 1
+        keys, unreadable = [names[place] for place in places], [(names[place], why) for place, why in read.unreadable]
+        yield Piece((0, final // size), keys, read.images, unreadable, last or (final + 1) % size == 0, last)
+
+
+def _make_parts(
+    parts: Path,
+    pieces: Iterable[Piece],
+    todo: Todo,
+    vectors: Callable[[Tensor], Tensor],
+    progress: Callable[[str, int, int | None], object],
+) -> None:
+    """Embed batches, and write each part as soon as it is whole: so many are in memory as processes read shards."""
+    done = todo.done
+    progress("embedding", done, todo.total)
+    unfinished: dict[Place, list[tuple[Piece, Tensor]]] = {}
+    with torch.inference_mode():
+        for piece in pieces:
+            found = vectors(piece.images)
+            if not found.isfinite().all():
+                key = piece.keys[int(found.isfinite().all(1).int().argmin())]
+                raise ValueError(f"{key}: its vector is not finite; compute or store in another dtype")
+            group = unfinished.setdefault(piece.place, [])
+            group.append((piece._replace(images=torch.empty(0)), found))
+            if piece.ends:
+                _write_part(_path(parts, *piece.place), unfinished.pop(piece.place))
+            done += len(piece.keys) + len(piece.unreadable)
+            progress("embedding", done, todo.total)
+
+
+def _write_part(path: Path, group: list[tuple[Piece, Tensor]]) -> None:
+    keys = [key for piece, _ in group for key in piece.keys]
+    unreadable = [name for piece, _ in group for name in piece.unreadable]
+    with native.draft(path) as draft:
+        found = torch.cat([found for _, found in group])
+        embeddings.write_part(draft, found, keys, unreadable, last=group[-1][0].last)

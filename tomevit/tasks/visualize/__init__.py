@@ -1,0 +1,193 @@
+"""What merging does to one image: which patches are one token behind each block, and where the class token looks.
+
+`observe` computes it, as plain data. `pictures.draw` makes a picture of it, `page.html` a page to look around in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from tomevit.config import Card, Config, Schedule
+from tomevit.data.class_names import class_names
+from tomevit.flops import flops_by_step
+from tomevit.layers.block import Block
+from tomevit.layers.merge import Tokens
+from tomevit.models import VisionTransformer
+from tomevit.preprocessing import Transform, transform
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Answer", "Observation", "Run", "attention_weights", "group_sizes", "observe", "seen", "written"]
+
+ANSWERS = 3  # the most probable classes of each run
+
+
+class Answer(NamedTuple):
+    """A class that a model takes an image for."""
+
+    number: int
+    name: str  # the class's, or "class 17" where no names are known
+    probability: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run:
+    """What became of an image at one r. Step 0 is the patch embedding, step i block i."""
+
+    r: Schedule
+    tokens: tuple[int, ...]  # that leave each step, prefix included: depth + 1
+    flops: tuple[int, ...]  # multiply-adds of each step, as the paper counts them: depth + 1
+    groups: Tensor  # (depth + 1, rows, columns) int64: the token that each patch is part of behind each step, from 0
+    attention: Tensor | None  # (depth, rows, columns) float32: of the class token in each block, each patch's share
+    prefix_attention: (
+        Tensor | None
+    )  # (depth, num_prefix) float32: the shares of the prefix, the class token's own first
+    answers: tuple[Answer, ...]  # the most probable first; none from a model without a head
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Observation:
+    """One image in one model, at several r."""
+
+    card: Card
+    config: Config
+    image: Tensor  # (C, H, W) uint8: the pixels that the model saw, behind the resize and the crop
+    runs: tuple[Run, ...]
+
+
+@torch.inference_mode()
+def observe(
+    model: VisionTransformer,
+    image: Image | Tensor,
+    r_values: Sequence[Schedule],
+    *,
+    progress: Callable[[], object] = lambda: None,
+) -> Observation:
+    """What merging does to one image, at each r.
+
+    Attention is averaged over the heads. A merged token's share is divided among its patches, so that the shares of all
+    patches and of the prefix sum to 1. Where there is no class token, there is none.
+
+    Args:
+        model: in evaluation mode, of one or three channels.
+        image: as `tomevit.transform(model)` takes it: a PIL image, or a uint8 tensor (C, H, W).
+        r_values: one or more, as `model.r`.
+        progress: called behind each r.
+
+    Raises:
+        ValueError: the model is in training mode or takes no pictures, the image does not fit, or an r has no known
+            form or is not for this depth.
+    """
+    config = model.config
+    if model.training:
+        raise ValueError("the model is in training mode, in which answers are random: call model.eval()")
+    if config.in_chans not in (1, 3):
+        raise ValueError(f"a picture has one or three channels, and the model takes {config.in_chans}")
+    if not r_values:
+        raise ValueError("r_values is empty; give one r at least")
+    for r in r_values:
+        model.schedule(r)  # a wrong one ends it here
+    prepare = transform(model)
+    images = prepare(image)[None]
+    if images.ndim != 4:
+        raise ValueError(f"the image is a tensor of {images.ndim - 1} dimensions; give one image, (C, H, W)")
+    pixels = seen(images[0], prepare)
+    images = images.to(model.pos_embed.device)
+    embedded = model._embed(images, trace=True)
+    runs = []
+    for r in r_values:
+        runs.append(_run(model, [embedded, *model.forward_intermediates(images, r)], r))
+        progress()
+    return Observation(card=model.card, config=config, image=pixels, runs=tuple(runs))
+
+
+def _run(model: VisionTransformer, steps: Sequence[Tokens], r: Schedule) -> Run:
+    """From the tokens of one image behind each step."""
+    config, prefix = model.config, model.config.num_prefix
+    slots = [step.slots for step in steps if step.slots is not None]  # traced, so all of them
+    groups = torch.cat(slots)[:, prefix:].sub(prefix).view(-1, *config.grid).cpu()
+    attention = prefix_attention = None
+    if config.class_token:
+        blocks: Any = model.blocks
+        weights = [attention_weights(*entering)[0, :, 0].mean(0).cpu() for entering in zip(blocks, steps, strict=False)]
+        prefix_attention = torch.stack([weight[:prefix] for weight in weights])
+        attention = torch.stack([weight[prefix:][into] for weight, into in zip(weights, groups, strict=False)])
+        attention /= group_sizes(groups[:-1])
+    return Run(
+        r=r,
+        tokens=tuple(step.x.shape[1] for step in steps),
+        flops=flops_by_step(config, r),
+        groups=groups,
+        attention=attention,
+        prefix_attention=prefix_attention,
+        answers=_answers(model, steps[-1]),
+    )
+
+
+def _answers(model: VisionTransformer, last: Tokens) -> tuple[Answer, ...]:
+    if not model.config.num_classes:
+        return ()
+    logits = model.forward_head(last._replace(x=model.norm(last.x)))[0]
+    best = logits.to(torch.float32).softmax(0).topk(min(ANSWERS, len(logits)))
+    names = class_names(model.card)
+    return tuple(
+        Answer(number, names.short(number), probability)
+        for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    )
+
+
+def attention_weights(block: Block, tokens: Tokens, num_queries: int = 1) -> Tensor:
+    """The attention weights of the first tokens in a block, which fused attention never shows; they sum to 1.
+
+    Args:
+        block: in evaluation mode.
+        tokens: that enter it, x (B, N, D); their sizes count where the block's attention is proportional.
+        num_queries: how many tokens, from the front, to ask for. The first is the class token, where there is one.
+
+    Returns:
+        (B, H, num_queries, N) float32
+    """
+    attention = block.attn
+    qkv = attention.qkv(block.norm1(tokens.x))
+    q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=attention.head_dim)
+    q, k = attention.q_norm(q[:, :, :num_queries]), attention.k_norm(k)
+    scores = q.to(torch.float32) @ k.to(torch.float32).mT * attention.head_dim**-0.5
+    if block.prop_attn and tokens.size is not None:
+        scores += rearrange(tokens.size.log(), "b n 1 -> b 1 1 n")
+    return scores.softmax(-1)
+
+
+def group_sizes(groups: Tensor) -> Tensor:
+    """How many patches each patch's group has.
+
+    Args:
+        groups: (..., rows, columns) int64 from 0, the group of each patch.
+
+    Returns:
+        As groups.
+    """
+    flat = groups.flatten(-2)
+    count = torch.zeros_like(flat).scatter_add_(-1, flat, torch.ones_like(flat))
+    return count.gather(-1, flat).view_as(groups)
+
+
+def written(r: Schedule) -> str:
+    """An r as the command line takes it: 8, or 8,-1, or [20,0,7], or 0.08."""
+    if isinstance(r, tuple):
+        return f"{r[0]},{r[1]:g}"
+    return str(r).replace(" ", "")
+
+
+def seen(image: Tensor, prepared_by: Transform) -> Tensor:
+    """The pixels in a prepared image, (C, H, W) uint8: normalisation undone, to the bit."""
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
+    )
+    return image.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)

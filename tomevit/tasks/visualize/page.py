@@ -1,0 +1,126 @@
+"""An observation as a page: one HTML file that needs nothing else, no network either."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html as escaping
+import json
+import re
+from importlib import resources
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+import tomevit
+from tomevit.config import Config
+from tomevit.flops import flops
+from tomevit.tasks.visualize import Observation, Run, written
+
+#: Larger than this, in bytes, an image is a JPEG.
+LOSSLESS = 100_000
+QUALITY = 92
+
+
+def html(observation: Observation, title: str) -> str:
+    """A page with a slider over the blocks, the tokens or the class token's attention, and all runs to switch between.
+
+    Nothing is loaded, and a policy within forbids it. The text may hold anything: it is escaped.
+
+    Args:
+        observation: what to show; its groups must be fewer than 65536, and so be stored in two bytes.
+        title: the image's name, say.
+
+    Raises:
+        ValueError: the image has more patches than that.
+    """
+    if observation.config.num_patches > 2**16:
+        raise ValueError(f"a page holds up to {2**16} patches, and this image has {observation.config.num_patches}")
+    files = resources.files("tomevit.tasks.visualize")
+    parts = {kind: (files / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    # In a script, only < could end it or begin a comment.
+    data = json.dumps(_data(observation), separators=(",", ":")).replace("<", "\\u003c")
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(parts['css'])}; script-src {_hash(parts['js'])}; "
+        f"base-uri 'none'; form-action 'none'"
+    )
+    filled = {
+        "policy": policy,
+        "title": escaping.escape(title.encode("utf-8", "replace").decode()),  # a file's name may be no UTF-8
+        "style": parts["css"],
+        "script": parts["js"],
+        "data": data,
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], parts["html"])
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _data(observation: Observation) -> dict[str, Any]:
+    config, card = observation.config, observation.card
+    (height, width), (rows, columns) = config.img_size, config.grid
+    prefix = _prefix(config)
+    notes = [
+        "FLOPs are multiply-adds of matrix products, as the ToMe paper counts them.",
+        f"Never merged: {', '.join(f'the {name} token' for name in prefix)}." if prefix else "",
+        "" if config.class_token else "This model has no class token, whose attention could be shown.",
+        f"Made with tomevit {tomevit.__version__}.",
+    ]
+    name = card.full_name or "a model without a name"
+    return {
+        "setting": f"{name}, {width} × {height} pixels, {columns} × {rows} patches",
+        "notes": " ".join(filter(None, notes)),
+        "reads": "" if config.pool == "token" else " The head reads the mean patch, not the class token.",
+        "size": [height, width],
+        "grid": [rows, columns],
+        "prefix": prefix,
+        "unmerged": flops(config),
+        "image": _image(observation.image),
+        "runs": [_run(run) for run in observation.runs],
+    }
+
+
+def _prefix(config: Config) -> list[str]:
+    """What the tokens in front of the patches are called."""
+    names = ["class"] * config.class_token + ["distillation"] * config.dist_token
+    return names + [f"register {i}" for i in range(1, config.reg_tokens + 1)]
+
+
+def _run(run: Run) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "r": written(run.r),
+        "tokens": run.tokens,
+        "flops": run.flops,
+        "groups": _words(run.groups),
+        "attention": None,
+        "answers": [[answer.name, answer.probability] for answer in run.answers],
+    }
+    if run.attention is not None and run.prefix_attention is not None:
+        most = run.attention.amax((1, 2))
+        data["most"] = most.tolist()
+        data["attention"] = _words((run.attention / most[:, None, None] * (2**16 - 1)).round())
+        data["prefix"] = run.prefix_attention.tolist()
+    return data
+
+
+def _words(values: Tensor) -> str:
+    """Integers below 65536, in two bytes each, the low one first, in base64."""
+    return base64.b64encode(values.numpy().astype(np.dtype("<u2")).tobytes()).decode()
+
+
+def _image(image: Tensor) -> str:
+    """An image (C, H, W) uint8 as a data URI."""
+    from PIL import Image
+
+    pixels = image.permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels)
+    file, kind = BytesIO(), "png"
+    picture.save(file, kind, optimize=True)
+    if file.tell() > LOSSLESS:
+        file, kind = BytesIO(), "jpeg"
+        picture.save(file, kind, quality=QUALITY, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

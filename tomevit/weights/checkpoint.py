@@ -1,0 +1,443 @@
+"""tomevit's own file: safetensors that describe themselves.
+
+Tensors have the names of the model's parameters. The metadata has one entry, `tomevit`, in JSON:
+
+    version   of this format
+    card      the Card with the whole Config, so that nothing else is needed to build, feed and understand the model
+    sha256    of the tensors, as `digest` has it, so that damage shows
+
+Equal models make equal files.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from tomevit.config import Card, Config, Schedule
+from tomevit.errors import CheckpointError
+from tomevit.layers.matching import find_matching
+from tomevit.models import VisionTransformer, build_meta, unwrap
+from tomevit.schedule import check_schedule
+
+KEY = "tomevit"
+VERSION = 2
+
+#: Of a disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+#: safetensors' names
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class Described(NamedTuple):
+    """What a file of tomevit's own holds."""
+
+    card: Card
+    tensors: dict[str, Tensor]  # mapped into memory, not read
+    sha256: str | None  # what `digest` of the tensors must be; None in files of version 1
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    card: Card | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model with all that is needed to build, feed and understand it into one safetensors file.
+
+    The file appears whole or not at all.
+
+    Args:
+        model: on any device, in any floating dtype, in a wrapper of torch's or not.
+        path: the file; its directory must exist.
+        card: instead of the model's own. The architecture and r always come from the model.
+        state_dict: instead of the model's own: the whole one of a model that is spread over processes.
+
+    Raises:
+        ValueError: the model merges by a function of your own, which a file cannot hold, or is none of ours, or not
+            what its config says, or is spread over processes.
+        OSError: the file cannot be written; what was there before is untouched.
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, VisionTransformer):
+        raise ValueError(f"model is a {type(inner).__name__}, and a file holds a VisionTransformer, such as an encoder")
+    tensors = inner.state_dict() if state_dict is None else state_dict
+    if strange := {type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"}:
+        raise ValueError(
+            f"the weights are of type {', '.join(strange)}; those of a model spread over processes are given as "
+            f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+        )
+    if state_dict is not None and (wrong := _misfit(inner.config, state_dict)):
+        raise ValueError(f"state_dict is of another model: {wrong[0]} is missing, left over or of another shape")
+    write(path, card_of(inner, card), tensors)
+
+
+def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
+    """The model's card, or another, with the architecture and r as the model has them now.
+
+    Raises:
+        ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
+    """
+    if wrong := _misfit(model.config, model.state_dict()):
+        name, given, wanted = wrong
+        raise ValueError(
+            f"the model is not what its config says: {name} is {given} and should be {wanted}; "
+            f"for another number of classes use model.reset_classifier"
+        )
+    return replace(card or model.card, config=model.config, r=model.r)
+
+
+def _misfit(config: Config, tensors: Mapping[str, Tensor]) -> tuple[str, object, object] | None:
+    """The first tensor that is not as in a config's model: its name, its shape and the one it should have."""
+    given, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(config)
+    name = min((name for name, _ in given.items() ^ wanted.items()), default=None)
+    return None if name is None else (name, given.get(name, "missing"), wanted.get(name, "missing"))
+
+
+def write(
+    path: str | os.PathLike[str], card: Card, tensors: Mapping[str, Tensor], *, dtype: torch.dtype | None = None
+) -> None:
+    """Write tensors and their card, one tensor after the other: memory holds one copy of one tensor at a time.
+
+    Raises:
+        ValueError, OSError: as `save`.
+    """
+    if callable(card.config.matching):
+        raise ValueError(
+            f"a file cannot hold the function {card.config.matching!r}: save a model whose matching has a name, "
+            f"and pass the function to create() when loading"
+        )
+
+    def metadata(sha256: str) -> dict[str, str]:
+        return {KEY: json.dumps({"version": VERSION, "card": _card_to_json(card), "sha256": sha256})}
+
+    with draft(path) as unfinished:
+        write_safetensors(unfinished, tensors, metadata, dtype)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Callable[[str], dict[str, str]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a safetensors file, one tensor after the other.
+
+    safetensors' own writer wants every tensor contiguous and in its dtype at once, which can double the memory.
+
+    Args:
+        path: the file.
+        tensors: of any floating dtype, on any device.
+        metadata: from the tensors' digest, of the same length for every digest.
+        dtype: None: each tensor's own.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in in_order(tensors):
+        becomes = dtype or tensor.dtype
+        if becomes not in DTYPES:
+            raise ValueError(f"{name} is {becomes}, and a file holds {', '.join(map(str, DTYPES))}")
+        end = offset + tensor.numel() * becomes.itemsize
+        header[name] = {"dtype": DTYPES[becomes], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+
+    def encode(sha256: str) -> bytes:
+        text = json.dumps({"__metadata__": metadata(sha256), **header}).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    bar = tqdm(desc="writing", total=offset, delay=2, unit="B", unit_scale=True, leave=False, disable=None)
+    with path.open("wb") as file, bar:
+
+        def put(values: memoryview) -> None:
+            file.write(values)
+            bar.update(len(values))
+
+        file.write(encode("0" * 64))
+        stored = ((name, tensor.detach().to("cpu", dtype).contiguous()) for name, tensor in in_order(tensors))
+        sha256 = digest(stored, put)
+        file.seek(0)
+        file.write(encode(sha256))
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """As they lie in a file: wide dtypes first, so that each is aligned, then by name."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = lambda _: None) -> str:
+    """The sha256 of names, dtypes, shapes and values, in order.
+
+    Args:
+        tensors: contiguous, on the CPU, as `in_order` has them.
+        also: is given the bytes of each.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in tensors:
+        sha.update(f"{name} {DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
+        values = tensor.reshape(-1).view(torch.uint8).numpy().data
+        sha.update(values)
+        also(values)
+    return sha.hexdigest()
+
+
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """A path where a file can be written, as far as that can be known before.
+
+    Raises:
+        IsADirectoryError, FileNotFoundError: it is a directory, or lies in none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name the file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} into")
+    return path
+
+
+@contextmanager
+def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A file beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    path = check_place(path)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with naming(path, unfinished):
+            yield unfinished
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, unfinished: Path) -> Iterator[None]:
+    """While a file is written under another name: an OSError has its own, also where it has none, as of a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = errno_of(error)
+        if isinstance(error, OSError) and error.filename in (unfinished, os.fspath(unfinished)):
+            error.filename = os.fspath(path)
+        elif number is not None and (isinstance(error, SafetensorError) or (number in FULL and not error.filename)):
+            raise OSError(number, os.strerror(number), os.fspath(path)) from error
+        raise
+
+
+def errno_of(error: OSError | SafetensorError) -> int | None:
+    """The operating system's number of an error; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return None if found is None else int(found[1])
+
+
+def load(path: str | os.PathLike[str]) -> VisionTransformer:
+    """The model in a file that `save` wrote, in evaluation mode, on the CPU, in the file's dtype.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a file of tomevit's, or one of a newer version, or damaged.
+    """
+    card, tensors, _ = read(path)
+    return assemble(card, tensors, path)
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that tomevit wrote it, as far as its header can be read."""
+    try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            return False
+        with safe_open(path, framework="pt") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
+    """The card and the tensors of a file that `save` wrote.
+
+    Args:
+        path: the file.
+        fitting: check that the tensors are those of the card's architecture.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load`.
+    """
+    path = os.fspath(path)
+    if not Path(path).is_file():
+        directory = f": {path} is a directory" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"there is no file {path}{directory}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            card, sha256 = _read_metadata(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a file of tomevit's own: it is damaged, or of another format, "
+            f"which tomevit convert reads ({error})"
+        ) from error
+    if others := sorted({str(tensor.dtype) for tensor in tensors.values()} - set(map(str, DTYPES))):
+        raise CheckpointError(f"{path} is damaged: weights are floating point, and it holds {', '.join(others)}")
+    if fitting:
+        check_structure(card.config, tensors, path)
+    return Described(card, tensors, sha256)
+
+
+def assemble(card: Card, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:
+    """A model of the card's config over these very tensors: nothing is initialised, nothing copied.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; the message shows both sides.
+    """
+    check_structure(card.config, tensors, path)
+    model = build_meta(card.config, card.r)
+    modules = dict(model.named_modules())
+    for name, tensor in tensors.items():  # load_state_dict(assign=True), of which all is checked, in half the time
+        module, _, parameter = name.rpartition(".")
+        modules[module].register_parameter(parameter, nn.Parameter(tensor))
+    model.card = card
+    return model.eval()
+
+
+def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError, showing both sides, unless tensors are those of a config's model.
+
+    Nothing is built but one block: a config may come from a file that was made to do harm.
+    """
+    path = os.fspath(path)
+    if config.depth > len(tensors):
+        raise CheckpointError(f"{path} describes a model of {config.depth} blocks, and holds {len(tensors)} tensors")
+    try:
+        one = _shapes(replace(config, depth=1, drop_path=0.0))
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch, of numbers that it cannot hold
+        raise CheckpointError(f"{path} describes a model that cannot be: {_first_line(error)}") from error
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in one.items():
+        in_block = name.removeprefix("blocks.0.")
+        names = [name] if in_block == name else [f"blocks.{i}.{in_block}" for i in range(config.depth)]
+        wanted |= dict.fromkeys(names, shape)
+    check_fit(wanted, tensors, path)
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items()}
+
+
+def check_fit(
+    wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Raises CheckpointError, showing both sides, unless names and shapes are the same."""
+    lines = []
+    for name in sorted(wanted.keys() | tensors.keys()):
+        ours, theirs = wanted.get(name), tuple(tensors[name].shape) if name in tensors else None
+        if ours != theirs:
+            lines.append(f"  {name}: model {ours or '—'}, file {theirs or '—'}")
+    if lines:
+        raise CheckpointError(f"{os.fspath(path)} does not fit the model:\n" + "\n".join(lines))
+
+
+def _read_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> tuple[Card, str | None]:
+    path = os.fspath(path)
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by tomevit: its metadata has no entry {KEY!r}; tomevit convert reads other formats"
+        )
+    try:
+        described = json.loads(metadata[KEY], parse_constant=_refuse_constant)
+        if not isinstance(described, dict) or "version" not in described:
+            raise ValueError(f"its metadata is {reprlib.repr(described)}, and must have a version")
+        version = described["version"]
+        if version not in range(1, VERSION + 1):
+            raise ValueError(
+                f"it is of format version {reprlib.repr(version)}, and this tomevit reads up to {VERSION}: upgrade it"
+            )
+        if missing := [name for name in ("card", "sha256")[:version] if name not in described]:
+            raise ValueError(f"its metadata has no {missing[0]}")
+        # Version 1 had neither the tensors' digest nor the card's origin, and a Source had neither revision nor file.
+        sha256 = _decode(str, described["sha256"], "sha256") if version > 1 else None
+        return _card_from_json(described["card"]), sha256
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _card_to_json(card: Card) -> dict[str, Any]:
+    return asdict(card) | {"r": _schedule_to_json(card.r)}
+
+
+def _card_from_json(data: Any) -> Card:
+    if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
+        raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
+    card: Card = _decode(Card, {name: value for name, value in data.items() if name != "r"}, "card")
+    find_matching(card.config.matching)
+    if card.config.embed_dim * card.config.mlp_ratio < 1 or card.config.norm_eps < 0:
+        raise ValueError(f"mlp_ratio {card.config.mlp_ratio} and norm_eps {card.config.norm_eps} must be positive")
+    return replace(card, r=check_schedule(_schedule_from_json(data["r"]), card.config.depth))
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """A value of JSON, as what a field is annotated with.
+
+    Raises:
+        ValueError: it is something else; the message says where.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = _hints(kind)
+        if isinstance(value, dict) and value.keys() <= hints.keys():
+            return kind(**{name: _decode(hints[name], part, f"{where}.{name}") for name, part in value.items()})
+    elif origin in (Union, UnionType):  # with None, or a function, which no file holds
+        return None if value is None and NoneType in args else _decode(args[0], value, where)
+    elif origin is tuple and isinstance(value, list):
+        kinds = args[:1] * len(value) if args[-1] is ... else args
+        if len(kinds) == len(value):
+            return tuple(_decode(one, part, f"{where}[{i}]") for i, (one, part) in enumerate(zip(kinds, value)))  # noqa: B905
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"{where} is {reprlib.repr(value)}, which does not fit {getattr(kind, '__name__', kind)}")
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"its metadata has a number that is {name}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _schedule_to_json(r: Schedule) -> Any:
+    return {"mean": r[0], "inflection": r[1]} if isinstance(r, tuple) else r
+
+
+def _schedule_from_json(r: Any) -> Any:
+    return (r.get("mean"), r.get("inflection")) if isinstance(r, dict) else r
