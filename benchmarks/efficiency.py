@@ -42,7 +42,7 @@ from tomevit.measure.bench import (
 )
 from tomevit.measure.bounds import Limits
 from tomevit.measure.timing import WARMUP
-from tomevit.weights.checkpoint import draft
+from tomevit.output import new_file
 
 RESULTS = Path(__file__).parent / "results"
 HEAD = (
@@ -129,7 +129,7 @@ def main() -> None:
         if args.store and lines:
             path = RESULTS / f"efficiency_{each.name.replace(' ', '_')}_{device.type}.json"
             path.parent.mkdir(exist_ok=True)
-            with draft(path) as unfinished:
+            with new_file(path) as unfinished:
                 unfinished.write_text(json.dumps(as_json(where, [result]), indent=2) + "\n", encoding="utf-8")
             print(f"written to {path}", flush=True)
         if result.interrupted:

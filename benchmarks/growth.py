@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 
 import tomevit
-from tomevit.config import Schedule
 from tomevit.layers import Block
 from tomevit.measure.timing import environment, turns
+from tomevit.output import new_file
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
-from tomevit.weights.checkpoint import draft
 
 RESULTS = Path(__file__).parent / "results"
 PIXELS = [224, 384, 512, 640, 768, 896, 1024]
@@ -120,10 +120,10 @@ def main() -> None:
     if args.store:
         name = f"growth_{args.model}_{args.dtype}_{device.type}"
         RESULTS.mkdir(exist_ok=True)
-        with draft(RESULTS / f"{name}.json") as unfinished:
+        with new_file(RESULTS / f"{name}.json") as unfinished:
             stored = where | {"rows": list(rows.values())}
             unfinished.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-        with draft(RESULTS / f"{name}.png") as unfinished:
+        with new_file(RESULTS / f"{name}.png") as unfinished:
             lines = {
                 f"r = {r}": [(row["tokens"], 100 * row["share"]) for row in rows.values() if row["r"] == r]
                 for r in values

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import tomevit
 from docs import tables
-from tomevit.config import Schedule
+from tomevit.schedule import Schedule
 
 project = "tomevit"
 author = "The tomevit authors"

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import tomevit
 from docs import tables
-from tomevit.config import Schedule
 from tomevit.layers import bipartite_soft_matching, merge_mean
+from tomevit.schedule import Schedule
 from tomevit.tasks import demo, plots
 from tomevit.tasks.visualize import pictures as visualize
 

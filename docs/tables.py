@@ -12,9 +12,10 @@ from PIL import Image
 import tomevit
 from docs import weights_table
 from tomevit import cli, zoo
-from tomevit.config import Card, Figure, Schedule
+from tomevit.config import Card, Figure
 from tomevit.measure.bench import default_r
 from tomevit.models import build_meta
+from tomevit.schedule import Schedule
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.visualize import Observation, observe, page
 

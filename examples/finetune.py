@@ -37,10 +37,10 @@ from tqdm import tqdm
 import tomevit
 from examples.data import Data, DataError, Images, seeded
 from examples.finetune_options import AMP, Record, command, describe, overridden, read_options, set_up
-from tomevit.config import Schedule
 from tomevit.measure.timing import environment
 from tomevit.models import DistilledLogits, VisionTransformer
-from tomevit.weights.checkpoint import draft
+from tomevit.output import new_file
+from tomevit.schedule import Schedule
 
 # --- The loop ---------------------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ def save(options: argparse.Namespace, data: Data, parts: Record, done: Record) -
     Path(options.out).mkdir(parents=True, exist_ok=True)
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     state = {name: part.state_dict() for name, part in parts.items()}
-    with draft(Path(options.out) / "checkpoint.pt") as path:
+    with new_file(Path(options.out) / "checkpoint.pt") as path:
         torch.save(
             {"options": vars(options), "data": describe(data), "done": done, "generators": generators} | state, path
         )
@@ -248,7 +248,7 @@ def finish(model: VisionTransformer, data: Data, options: argparse.Namespace, tr
     card = replace(card, class_names=data.classes, notes=f"Trained with: {report['command']}")
     for name, each in models.items():
         tomevit.save(each.cpu(), out / f"{name}.safetensors", card=card)
-    with draft(out / "report.json") as path:
+    with new_file(out / "report.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

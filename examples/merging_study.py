@@ -45,10 +45,10 @@ from examples.data import Digits, load_split
 from examples.finetune_options import number
 from examples.train_digits import MODEL, accuracy, fresh, make_optimiser, train, train_step
 from tomevit.measure.timing import environment, interleave
+from tomevit.output import check_output, new_file
 from tomevit.schedule import token_counts
 from tomevit.tasks import plots
 from tomevit.tasks.demo import held_out, one_thread
-from tomevit.weights.checkpoint import check_place, draft
 
 START, END = "<!-- merging study: start -->", "<!-- merging study: end -->"
 FIXED = ("model", "r", "epochs", "batch", "lr", "limit")  # the options that all trainings of a study share
@@ -177,7 +177,7 @@ def begin(options: argparse.Namespace) -> Study:
 
 
 def store(study: Study, path: Path) -> None:
-    with draft(path) as unfinished:
+    with new_file(path) as unfinished:
         unfinished.write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
 
 
@@ -377,7 +377,7 @@ def run(options: argparse.Namespace) -> str | None:
         stale = options.check.read_text(encoding="utf-8") != current
         return f"{options.check} does not have the table of {out}; write it with --readme" if stale else None
     plots.require_matplotlib()
-    check_place(out)
+    check_output(out)
     if options.readme:
         split(options.readme)  # no marks: known before hours of training
     study = begin(options)
@@ -397,7 +397,7 @@ def run(options: argparse.Namespace) -> str | None:
     print(f"\nwritten: {out}, {picture}")
     if options.readme:
         text = insert(study, picture, options.readme)
-        with draft(options.readme) as unfinished:
+        with new_file(options.readme) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
     return None
 

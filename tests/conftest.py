@@ -28,7 +28,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _memory_is_given_back() -> None:
     # `optimize` would have the process keep what it frees, and so grow with every large model until the end.
-    importlib.import_module("tomevit.optimize").KEEP_FREED_MEMORY = {}
+    importlib.import_module("tomevit.deploy.optimize").KEEP_FREED_MEMORY = {}
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tomevit.config import Config, Schedule
+from tomevit.config import Config
 from tomevit.models import VisionTransformer, build
+from tomevit.schedule import Schedule
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:

@@ -170,7 +170,7 @@ def test_the_speed_up_is_of_the_same_batches_in_turn(
         return calls[-1][0] * (3.0 if calls[-1][1] == 0 else 1.5)
 
     monkeypatch.setattr(type(digits), "forward", recorded)
-    monkeypatch.setattr(import_module("tomevit.classify"), "seconds", clock)  # the module, not the function
+    monkeypatch.setattr(import_module("tomevit.tasks.classify"), "seconds", clock)  # the module, not the function
     found = classify(digits, held_out()[0][:8], r=16, compare=True, batch=3)
     warm_up, measured = calls[:2], calls[2:]
     assert sorted(warm_up) == [(1, 0), (1, 16)]

@@ -17,7 +17,6 @@ import torch
 import tomevit
 from tests import foreign
 from tomevit import cli
-from tomevit.weights import checkpoint as native
 
 Run = Any
 

@@ -23,8 +23,7 @@ from tests.helpers import randomise, tiny
 from tomevit import CheckpointError, Config
 from tomevit.config import Card
 from tomevit.models import build
-from tomevit.weights import checkpoint as native
-from tomevit.weights import rules
+from tomevit.weights import checkpoint, rules
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import differences, find_format, observe, with_observed
 
@@ -265,7 +264,7 @@ def changed_header(draw: st.DrawFn, sound: dict[str, Any], described: dict[str, 
             case _ if isinstance(place, dict):
                 place[draw(st.sampled_from(["depth", "new", "r"]))] = draw(LEAVES)
     if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"] = {native.KEY: json.dumps(described)}
+        header["__metadata__"] = {checkpoint.KEY: json.dumps(described)}
     return json.dumps(header).encode()
 
 
@@ -276,7 +275,7 @@ def test_changed_files_of_ours(tmp_path: Path) -> None:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    described = json.loads(header["__metadata__"][native.KEY])
+    described = json.loads(header["__metadata__"][checkpoint.KEY])
     out.write_bytes(b"as it was")
     loaded = 0
 

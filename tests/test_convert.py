@@ -19,7 +19,7 @@ from tests import foreign
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import AmbiguousCheckpointError, CheckpointError, Config
 from tomevit.config import Card, Source
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 from tomevit.weights.adapt import adapt, resample_positions
 from tomevit.weights.formats import BICUBIC, FORMATS
 
@@ -430,7 +430,7 @@ def test_verify_finds_nan_and_missing_tensors(tmp_path: Path) -> None:
     failed = [check for check in tomevit.verify(path) if not check.passed]
     assert [(check.name, check.found) for check in failed] == [("values", "NaN or infinity in norm.bias")]
     tensors = {name: tensor for name, tensor in tiny().state_dict().items() if name != "norm.bias"}
-    native.write(path, tiny().card, tensors)
+    checkpoint.write(path, tiny().card, tensors)
     failed = [check for check in tomevit.verify(path) if not check.passed]
     assert [check.name for check in failed] == ["structure"]
     assert "norm.bias: model (24,), file —" in failed[0].found
@@ -472,7 +472,7 @@ def test_what_lies_beside_a_file_stands_when_its_model_is_named(tmp_path: Path) 
     config = replace(model.config, norm_eps=1e-12)
     preprocess = replace(model.card.preprocess, mean=(0.1, 0.2, 0.3))
     model.card = replace(model.card, config=config, preprocess=preprocess, class_names=("a", "b", "c"), licence="mit")
-    native.write(tmp_path / "ours.safetensors", model.card, model.state_dict())
+    checkpoint.write(tmp_path / "ours.safetensors", model.card, model.state_dict())
     tomevit.export(tmp_path / "ours.safetensors", tmp_path / "theirs", "hf_vit")
     again = tomevit.create("vit_tiny_patch16_224", pretrained=tmp_path / "theirs")
     assert again.config.norm_eps == 1e-12

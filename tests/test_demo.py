@@ -76,7 +76,7 @@ def test_a_wrong_r_ends_it_before_anything_is_written(tmp_path, r):
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"pip install 'tomevit\[plot\]'"):
         demo.run(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ from tests.test_distributed import torchrun
 from tomevit.cli.options import R
 from tomevit.config import Figure
 from tomevit.data.labelled_images import labelled
-from tomevit.tasks import demo
+from tomevit.tasks import demo, plots
 from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, published, wilson
 
 PLAIN, TRAINED = demo.PLAIN, demo.TRAINED
@@ -582,13 +582,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The lines of the pictures that are drawn."""
     seen: list[Any] = []
     for name, place in (("accuracy_throughput", 1), ("speed_up", 2)):
-        real = getattr(plot, name)
+        real = getattr(plots, name)
 
         def watch(*args: Any, real: Any = real, place: int = place, **more: Any) -> None:
             seen.append(args[place])
             real(*args, **more)
 
-        monkeypatch.setattr(plot, name, watch)
+        monkeypatch.setattr(plots, name, watch)
     return seen
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.config import Schedule
 from tomevit.layers import MATCHINGS, Tokens
 from tomevit.layers.matching import find_matching
 from tomevit.models import VisionTransformer
+from tomevit.schedule import Schedule
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {},

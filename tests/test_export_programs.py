@@ -32,7 +32,7 @@ from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, export_progr
 from tomevit.deploy.programs import onnx as onnx_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 
 #: What TensorRT 10 has, without restrictions that could touch us (onnx/onnx-tensorrt, docs/operators.md, at 10.0), and
 #: onnxruntime and OpenVINO too. No scatter, no control flow, no sequences, nothing whose shape depends on values.
@@ -510,6 +510,6 @@ def test_a_mistake_gets_one_clear_line(
 
 
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
-    native.save(tiny(depth=1), tmp_path / "model.pt2")
+    checkpoint.save(tiny(depth=1), tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="the source itself"):
         export_program(tmp_path / "model.pt2", tmp_path / "model.pt2", "pt2")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tomevit import DistilledLogits
-from tomevit.config import Config, Schedule
+from tomevit.config import Config
 from tomevit.layers import (
     Merge,
     Tokens,
@@ -25,6 +25,7 @@ from tomevit.layers import (
     unmerge,
 )
 from tomevit.models import VisionTransformer, build
+from tomevit.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))

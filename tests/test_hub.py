@@ -28,7 +28,7 @@ from tests.elsewhere import Elsewhere
 from tests.server import Fault, Server
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
-from tomevit.weights import cache as hub
+from tomevit.weights import cache
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
 DATA = random.Random(0).randbytes(300_000)
@@ -225,7 +225,7 @@ def test_what_does_not_pass_is_given_up(
     server: Server, naps: list[float], fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault.hang:  # the variable takes whole seconds only
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr("huggingface_cache.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     given = card(at(server.put("/w.pth", DATA)))
     server.forever["/w.pth"] = fault
     with pytest.raises(DownloadError, match=f"{reason}.*gave up after 5 attempts"):
@@ -466,7 +466,7 @@ def test_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @given(st.lists(st.one_of(st.text(max_size=300), st.sampled_from(["con", "NUL.pth", "../a", "a/b", "a\\b", "..", ""]))))
 def test_any_name_becomes_a_file_name(names: list[str]) -> None:
-    safe = {name: hub._safe(name) for name in names}
+    safe = {name: cache._safe(name) for name in names}
     assert len(set(safe.values())) == len(safe)
     for name in safe.values():
         assert name.isascii()
@@ -475,7 +475,7 @@ def test_any_name_becomes_a_file_name(names: list[str]) -> None:
         assert name[0] != "."
         assert name[-1] != "."
         assert name.partition(".")[0].lower() not in {"con", "prn", "aux", "nul", "com1", "lpt9"}
-        assert hub._safe(name) == name
+        assert cache._safe(name) == name
 
 
 def test_a_card_without_sources_says_so() -> None:
@@ -578,7 +578,7 @@ def test_hugging_faces_cache_is_read_when_nobody_listens(
     assert sum(naps) < 30  # huggingface_hub tried for 23 seconds, once and not for each file name
 
 
-# The hub.
+# The cache.
 
 
 @pytest.mark.parametrize("data", [DATA, DATA[:500]], ids=["large", "small"])
@@ -692,13 +692,13 @@ def test_files_beside_the_weights(server: Server, set_environment: Callable[...,
     server.put_hub("owner/repo", "other.json", b"later")
     names = ("other.json", "config.json")
     with fetch(card(on_hub(revision=commit))) as fetched:
-        found = hub.beside(fetched.source, names)
+        found = cache.beside(fetched.source, names)
     assert {name: path.read_bytes() for name, path in found.items()} == {"config.json": b"{}"}
     set_environment(HF_HUB_OFFLINE="1")
-    assert hub.beside(fetched.source, names) == found
+    assert cache.beside(fetched.source, names) == found
     set_environment(HF_HUB_OFFLINE="0")
     with pytest.raises(DownloadError, match="no revision"):
-        hub.beside(on_hub(revision="none"), names)
+        cache.beside(on_hub(revision="none"), names)
 
 
 def read_anew(url: str) -> tuple[bytes, bool]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import flops
-from tomevit.config import Config, Schedule
+from tomevit.config import Config
 from tomevit.layers import (
     MATCHINGS,
     Merge,
@@ -30,6 +30,7 @@ from tomevit.layers import (
     slot_map,
     unmerge,
 )
+from tomevit.schedule import Schedule
 
 DETERMINISTIC = ["bipartite", "every_kth"]
 

@@ -391,7 +391,7 @@ def test_weights_are_packed_for_as_many_rows_as_are_faster(
         gain = dict(zip(dict.fromkeys(rows for rows, _ in candidates), gains, strict=True))
         return {(rows, packed): 1.0 if packed else gain[rows] for rows, packed in candidates}
 
-    monkeypatch.setattr(importlib.import_module("tomevit.optimize"), "interleave", interleave)
+    monkeypatch.setattr(importlib.import_module("tomevit.deploy.optimize"), "interleave", interleave)
     model = tiny(4, depth=2)
     fast = tomevit.optimize(model, keep_memory=False)
     if not can_pack():

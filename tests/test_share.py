@@ -22,7 +22,7 @@ from tomevit import zoo
 from tomevit.config import Card, Figure, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 from tomevit.weights.push import Base, find_base, model_card
 
 # huggingface_hub's way to send a large file is one that its HTTP library no longer likes.
@@ -263,7 +263,7 @@ def test_a_model_made_from_a_shared_one(server: Server) -> None:
     tomevit.push(model, "owner/first")
     root = zoo.card("vit_b16.augreg_in21k_ft_in1k").sources[0].hub
     assert readme(server, "owner/first").data.base_model == root
-    model.card = native.card_of(model, pushed_card(server, "owner/first"))
+    model.card = checkpoint.card_of(model, pushed_card(server, "owner/first"))
     tomevit.push(model, "owner/second")
     assert readme(server, "owner/second").data.base_model == "owner/first"
     tomevit.push(model, "owner/first", notes="Better.")  # no repository is its own base
@@ -273,7 +273,7 @@ def test_a_model_made_from_a_shared_one(server: Server) -> None:
 def pushed_card(server: Server, repo: str = REPO) -> Card:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(files(server, repo)["model.safetensors"])
-        return native.read(file.name).card
+        return checkpoint.read(file.name).card
 
 
 @pytest.mark.parametrize("licence", ["mit", "apache-2.0", "Mine"])

@@ -21,8 +21,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 import tomevit
 from tests.helpers import images_for, tiny
 from tomevit import VisionTransformer
-from tomevit.config import Schedule
 from tomevit.layers import DropPath, Merge, bipartite_soft_matching
+from tomevit.schedule import Schedule
 
 DIGITS = Path(tomevit.__file__).parent / "data" / "digits_p1_plain.safetensors"
 SCHEDULES: list[Schedule] = [0, 7, (8, -1.0), [3, 0, 9], 0.2]

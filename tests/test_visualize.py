@@ -16,10 +16,11 @@ import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tests.test_cli import run
 from tomevit.cli.options import R
-from tomevit.config import Preprocess, Schedule
+from tomevit.config import Preprocess
 from tomevit.flops import flops_by_step
 from tomevit.models import build_meta
 from tomevit.preprocessing import Transform
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
 from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen, written
 
@@ -376,7 +377,7 @@ def test_a_mistake_gets_one_clear_line(capsys, photo: Path, tmp_path: Path, argu
 
 
 def test_without_matplotlib_pictures_say_what_to_install(capsys, monkeypatch, photo: Path, tmp_path: Path) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
     rest = (str(photo), "--model", "digits_p1.plain", "-o")
     status, _, err = run(capsys, "visualize", *rest, str(tmp_path / "a.png"))
     assert status == 2

@@ -15,10 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomevit
 from benchmarks.peers import timm, torchvision
 from tests.helpers import images_for
-from tomevit.config import Card, Config, Schedule, Source
+from tomevit.config import Card, Config, Source
 from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta
 from tomevit.preprocessing import Transform
+from tomevit.schedule import Schedule
 from tomevit.zoo import _zoo, cards
 
 ALIASES = _zoo().aliases

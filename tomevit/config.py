@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
-#: What r may be: an int for every block, (r, inflection), a list with one int per block, or a share of the patches.
-Schedule = int | float | tuple[int, float] | list[int]
-
+from tomevit.schedule import Schedule, check_schedule
+from tomevit.typed import normalise_fields
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
 Pool = Literal["token", "avg"]
@@ -17,7 +15,6 @@ PoolNorm = Literal["before", "after"]
 Init = Literal["vit", "deit", "mae", "swag"]
 
 CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm), "init": get_args(Init)}
-BOOLEAN = ("qkv_bias", "qk_norm", "pre_norm", "class_token", "dist_token", "pos_embed_prefix", "prop_attn")
 LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 
 
@@ -60,17 +57,10 @@ class Config:
     init: Init = "vit"  # how fresh weights are drawn: as the code of that family does
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be one of {', '.join(allowed)}")
+        normalise_fields(self)
         for name, least in LEAST.items():
-            if not _is_int(getattr(self, name)) or getattr(self, name) < least:
+            if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be an int of at least {least}")
-        for name in BOOLEAN:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, and must be True or False")
-        if not isinstance(self.img_size, tuple) or len(self.img_size) != 2 or not all(map(_is_int, self.img_size)):
-            raise ValueError(f"img_size is {self.img_size!r}, and must be (height, width) in pixels")
         height, width = self.img_size
         if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
             near = (max(1, round(pixels / self.patch_size)) * self.patch_size for pixels in self.img_size)
@@ -84,8 +74,10 @@ class Config:
             raise ValueError("pool='token' reads the class token: set class_token=True, or pool='avg'")
         if self.dist_token and self.pool != "token":
             raise ValueError("dist_token=True adds a second head beside the class token's: it needs pool='token'")
+        if self.embed_dim * self.mlp_ratio < 1 or self.norm_eps < 0:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
         for name in ("drop_path", "dropout", "attn_dropout"):
-            if not isinstance(getattr(self, name), Real) or not 0.0 <= getattr(self, name) < 1.0:
+            if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be a probability below 1")
 
     @property
@@ -127,10 +119,6 @@ RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout", "ini
 ARCHITECTURE = tuple(f.name for f in fields(Config) if f.name not in RUNTIME)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """How an image becomes a model's input: resize, centre crop, scale to [0, 1], normalise."""
@@ -140,6 +128,15 @@ class Preprocess:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     crop_pct: float = 0.875  # the crop's share of the shorter edge after the resize
     resize: Literal["shorter", "squash"] = "shorter"  # keep the ratio, or resize both edges to the same length
+
+    def __post_init__(self) -> None:
+        normalise_fields(self)
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}: each has one for each channel")
+        if min(self.std) <= 0:
+            raise ValueError(f"std is {self.std}, and must be above 0")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}, and must be a share above 0, up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +180,9 @@ class Card:
     figures: tuple[Figure, ...] = ()
     class_names: tuple[str, ...] = ()
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", check_schedule(self.r, self.config.depth))
 
     @property
     def full_name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 
@@ -47,6 +48,19 @@ class ImageError(ValueError):
 
 class UploadError(OSError):
     """A model could not be brought to the hub: it cannot be reached, or refuses."""
+
+
+class OutputError(OSError):
+    """A result cannot be written: the disk is full, or nothing may be written there. Nothing was."""
+
+    def __init__(self, number: int, path: str | os.PathLike[str]) -> None:
+        super().__init__(number, os.strerror(number), os.fspath(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename} cannot be written: {self.strerror}"
+
+    def __reduce__(self) -> tuple[type[OutputError], tuple[int | None, str]]:
+        return OutputError, (self.errno, self.filename)
 
 
 class OtherProcessError(ValueError):

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from tomevit import zoo
-from tomevit.config import Config, Pool, Schedule
+from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
-from tomevit.schedule import check_schedule
-from tomevit.weights import checkpoint as native
-from tomevit.weights import convert
+from tomevit.schedule import Schedule, check_schedule
+from tomevit.weights import checkpoint, convert
 from tomevit.weights.adapt import for_channels
 
 
@@ -85,7 +84,7 @@ def create(
         else:
             weights = convert.pretrained(pretrained, name, img_size=size)
         card, tensors, report = convert.fit(weights, shape, chosen)
-        model = native.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
+        model = checkpoint.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
         if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             model = model.float()
     else:

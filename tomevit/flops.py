@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from tomevit.config import Config, Schedule
-from tomevit.schedule import token_counts
+from tomevit.config import Config
+from tomevit.schedule import Schedule, token_counts
 
 
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:

@@ -1,11 +1,15 @@
-"""From what a user calls r to the number of tokens that merge in each block."""
+"""From what a user calls r to the number of tokens that merge in each block: r checked, read, written, resolved."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
-from tomevit.config import Schedule
+#: What r may be: an int for every block, (r, inflection), a list with one int per block, or a share of the patches.
+Schedule = int | float | tuple[int, float] | list[int]
 
 ALLOWED = (
     "an int (tokens per block), (r, inflection), a list with one int per block, "
@@ -47,6 +51,45 @@ def check_schedule(r: object, depth: int) -> Schedule:
             )
         return share
     return _count(r, "r")
+
+
+def parse_schedule(text: str) -> Schedule:
+    """An r as it is typed: 8, or 8,-1 for (8, -1), or [20,0,7] for single blocks, or 0.08 for a share.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    try:
+        if text.startswith("["):
+            r: object = json.loads(text)
+        else:
+            first, *others = text.split(",")
+            number = float(first) if re.search(r"[.e]", first) else int(first)
+            r = (number, *map(float, others)) if others else number
+    except ValueError:
+        raise ValueError(f"{text!r} is none of 8, 8,-1, [20,0,7] and 0.08") from None
+    return check_schedule(r, depth=10**6)
+
+
+def format_schedule(r: Schedule) -> str:
+    """An r as `parse_schedule` reads it."""
+    return f"{r[0]},{r[1]:g}" if isinstance(r, tuple) else str(r).replace(" ", "")
+
+
+def schedule_to_json(r: Schedule) -> Any:
+    """An r as JSON holds it, in every file: (8, -1.0) as {"mean": 8, "inflection": -1.0}, the others as they are."""
+    return {"mean": r[0], "inflection": r[1]} if isinstance(r, tuple) else r
+
+
+def schedule_from_json(value: Any, depth: int = 10**6) -> Schedule:
+    """The inverse of `schedule_to_json`.
+
+    Raises:
+        ValueError: it is no r, or none for this depth.
+    """
+    if isinstance(value, dict):
+        value = (value.get("mean"), value.get("inflection"))
+    return check_schedule(value, depth)
 
 
 def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:

@@ -12,16 +12,17 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, aligned, check_writable, described, markdown, with_range
+from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
 from tomevit.cli.plot import draw
 from tomevit.cli.running import device_of
-from tomevit.config import Schedule
 from tomevit.factory import create
 from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
 from tomevit.models import VisionTransformer
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 
 MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
 COLUMNS = (*MEASURED, *SHARES)
@@ -88,7 +89,7 @@ def bench(
     All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
     the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
     """
-    check_writable(picture, out)
+    check_outputs(picture, out)
     if picture is not None:
         plots.require_matplotlib()
         plots.check_suffix(picture)
@@ -130,10 +131,10 @@ def bench(
     if out is None:
         click.echo(text)
     else:
-        with native.draft(out) as unfinished:
+        with new_file(out) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")
     if picture is not None and any(comparison.rows for comparison in found):
-        with native.draft(picture) as unfinished:
+        with new_file(picture) as unfinished:
             draw(unfinished, picture.suffix, {model: as_json(where, found)})
     for path in filter(None, (picture, out)):
         if path.is_file():
@@ -147,8 +148,8 @@ def _subject(model: str, img_size: tuple[int, int] | None) -> VisionTransformer:
     if not Path(model).is_file():
         return create(model, img_size=img_size)
     if img_size is None:
-        return native.load(model)
-    return create(native.read(model).card.full_name, pretrained=model, img_size=img_size)
+        return checkpoint.load(model)
+    return create(checkpoint.read(model).card.full_name, pretrained=model, img_size=img_size)
 
 
 def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, list[str]]:

@@ -19,15 +19,16 @@ from tqdm import tqdm
 import tomevit
 from tomevit import zoo
 from tomevit.cli import options
-from tomevit.cli.options import R, check_writable
+from tomevit.cli.options import R
 from tomevit.cli.running import DTYPES, device_of, readers, trained
-from tomevit.config import Schedule
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, read
 from tomevit.errors import ImageError
 from tomevit.measure.timing import environment
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule
 from tomevit.tasks.classify import Answer, Guess, answers, check, summary
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 
 SCHEMA = 1
 WIDTH = 80  # of text
@@ -83,11 +84,11 @@ def classify(
     status is then 1 at the end, and 2 if none can be read.
     """
     if out is not None:
-        check_writable(out)
+        check_outputs(out)
     place = device_of(device)
     # A name may cost a download: what can be wrong is found before.
     loaded = trained(model, r, img_size) if Path(model).is_file() else None
-    check(zoo.card(model) if loaded is None else native.card_of(loaded), r, compare=compare)
+    check(zoo.card(model) if loaded is None else checkpoint.card_of(loaded), r, compare=compare)
     sources = _sources(images)
     loaded = (trained(model, r, img_size) if loaded is None else loaded).to(place, DTYPES[dtype] if dtype else None)
 
@@ -136,7 +137,7 @@ def classify(
             interrupted = True
     tell(shape.foot(setting, said, interrupted))
     if out is not None:
-        with native.draft(out) as unfinished:
+        with new_file(out) as unfinished:
             unfinished.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
         click.echo(f"written to {out}", err=True)
     if interrupted:

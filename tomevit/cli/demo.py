@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tomevit.cli.options import Many, R
-from tomevit.config import Schedule
+from tomevit.schedule import Schedule
 
 
 @click.command(cls=Many)

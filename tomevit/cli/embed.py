@@ -11,11 +11,12 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, running
-from tomevit.cli.options import R, check_writable
+from tomevit.cli.options import R
 from tomevit.cli.running import own_device, readers, trained
-from tomevit.config import Schedule
 from tomevit.data.distributed import agreed, joined, processes
 from tomevit.models import VisionTransformer
+from tomevit.output import check_outputs
+from tomevit.schedule import Schedule
 from tomevit.tasks.embed import Data, Report, check_suffix, locate
 from tomevit.tasks.embed import embed as run_embed
 from tomevit.tasks.embedding_files import DTYPES
@@ -84,7 +85,7 @@ def embed(
     """
 
     def prepare() -> tuple[VisionTransformer, Data]:
-        check_writable(out)
+        check_outputs(out)
         check_suffix(out)
         place, data = own_device(device), locate(sources)  # before a download
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data

@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from tomevit import zoo
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, aligned, check_writable, described, markdown
+from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw
 from tomevit.cli.running import DTYPES, own_device, readers, trained
-from tomevit.config import Card, Schedule
+from tomevit.config import Card
 from tomevit.data.distributed import agreed, joined, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.measure.bench import subject, with_zero
 from tomevit.models import VisionTransformer
-from tomevit.schedule import check_schedule
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule, check_schedule
 from tomevit.tasks import plots
 from tomevit.tasks.evaluate import (
     Evaluation,
@@ -37,7 +38,7 @@ from tomevit.tasks.evaluate import (
     judge,
     published,
 )
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
 COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "FLOP ratio")
@@ -162,7 +163,7 @@ def eval_command(
         torch.set_num_threads(threads)
 
     def prepare() -> _Task:
-        check_writable(picture, out)
+        check_outputs(picture, out)
         if picture is not None:
             plots.require_matplotlib()
             plots.check_suffix(picture)
@@ -170,7 +171,7 @@ def eval_command(
             raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
         place = own_device(device)
         # Whatever the user may have got wrong comes before a download, and before the model is read.
-        card = native.read(model).card if Path(model).is_file() else zoo.card(model)
+        card = checkpoint.read(model).card if Path(model).is_file() else zoo.card(model)
         values = list(r_values) or with_zero([card.r])
         for r in values:
             check_schedule(r, card.config.depth)
@@ -233,10 +234,10 @@ def eval_command(
         raise KeyboardInterrupt
     if out is not None:
         by_name = {".json": "json", ".md": "markdown"}.get(out.suffix.lower(), "text")
-        with native.draft(out) as unfinished:
+        with new_file(out) as unfinished:
             unfinished.write_text(forms[as_what or by_name]() + "\n", encoding="utf-8")
     if picture is not None:
-        with native.draft(picture) as unfinished:
+        with new_file(picture) as unfinished:
             draw(unfinished, picture.suffix, {model: result})
     if state is not None:
         forget(state)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +10,7 @@ from typing import Any
 
 import click
 
-from tomevit.schedule import check_schedule
-from tomevit.weights import checkpoint as native
+from tomevit.schedule import parse_schedule
 
 
 class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
@@ -25,15 +22,7 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
         if not isinstance(value, str):
             return value
         try:
-            if value.startswith("["):
-                return check_schedule(json.loads(value), depth=10**6)
-            parts = value.split(",")
-            number = float(parts[0]) if re.search(r"[.e]", parts[0]) else int(parts[0])
-            r = number if len(parts) == 1 else (number, *(float(part) for part in parts[1:]))
-        except ValueError:
-            self.fail(f"{value!r} is none of 8, 8,-1, [20,0,7] and 0.08", param, ctx)
-        try:
-            return check_schedule(r, depth=10**6)
+            return parse_schedule(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
@@ -96,25 +85,6 @@ def _is_value(kind: Any, argument: str) -> bool:
     if isinstance(kind, click.Choice):
         return argument in kind.choices
     return re.match(r"[\d\[.]", argument) is not None and not Path(argument).is_file()
-
-
-def check_writable(*paths: Path | None) -> None:
-    """Before the minutes of work whose results are to go there; None: nowhere.
-
-    Raises:
-        OSError: nothing can be written there.
-        ValueError: two results would go to one file.
-    """
-    places: set[Path] = set()
-    for path in filter(None, paths):
-        place = native.check_place(path)
-        if place.resolve() in places:
-            raise ValueError(f"{path} is named for two results: name two files")
-        places.add(place.resolve())
-        try:
-            tempfile.TemporaryFile(dir=place.parent).close()
-        except OSError as error:
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def with_range(value: float, interval: tuple[float, float] | None, digits: int) -> str:

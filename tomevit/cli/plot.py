@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from tomevit.cli.options import check_writable, described, machine
-from tomevit.config import Schedule
+from tomevit.cli.options import described, machine
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
-from tomevit.weights import checkpoint as native
 
 
 @click.command("plot")
@@ -34,14 +34,14 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     Evaluations: accuracy against throughput, a line for each. Benchmarks: speed-up over r. Both: the accuracy of the
     evaluations against the throughput of the benchmarks of the same models.
     """
-    check_writable(out)
+    check_outputs(out)
     plots.require_matplotlib()
     plots.check_suffix(out)
     names = (
         [str(file) for file in files] if len({file.stem for file in files}) < len(files) else [f.stem for f in files]
     )
     results = {name: _read(file) for name, file in zip(names, files, strict=True)}
-    with native.draft(out) as unfinished:
+    with new_file(out) as unfinished:
         draw(unfinished, out.suffix, results)
     click.echo(f"written to {out}", err=True)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from tomevit.config import Schedule
 from tomevit.data.distributed import on_this_machine
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
-from tomevit.weights import checkpoint as native
+from tomevit.schedule import Schedule
+from tomevit.weights import checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,8 +25,8 @@ def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | N
     if not Path(model).is_file():
         return create(model, pretrained=True, r=r, img_size=img_size)
     if img_size is not None:
-        return create(native.read(model).card.full_name, pretrained=model, r=r, img_size=img_size)
-    loaded = native.load(model)
+        return create(checkpoint.read(model).card.full_name, pretrained=model, r=r, img_size=img_size)
+    loaded = checkpoint.load(model)
     if r is not None:
         loaded.r = r
     return loaded

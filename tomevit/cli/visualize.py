@@ -8,14 +8,14 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, check_writable
+from tomevit.cli.options import Many, R
 from tomevit.cli.running import device_of, trained
-from tomevit.config import Schedule
 from tomevit.data import images
 from tomevit.measure.bench import default_r
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
 from tomevit.tasks.visualize import observe, page, pictures
-from tomevit.weights import checkpoint as native
 
 PAGE = (".html", ".htm")
 
@@ -61,7 +61,7 @@ def visualize(
     A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
     is one for print. Both show the pixels that the model saw, resized and cropped.
     """
-    check_writable(out)
+    check_outputs(out)
     as_page = out.suffix.lower() in PAGE
     if as_page and (show or blocks):
         raise ValueError(
@@ -82,7 +82,7 @@ def visualize(
     with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
         observation = observe(subject, photograph, r_values, progress=bar.update)
     name = Path(image).name
-    with native.draft(out) as unfinished:
+    with new_file(out) as unfinished:
         if as_page:
             unfinished.write_text(page.html(observation, name), encoding="utf-8")
         else:

@@ -11,14 +11,13 @@ import click
 
 from tomevit import zoo
 from tomevit.cli import options
-from tomevit.cli.options import Many, R, check_writable, table
-from tomevit.config import Card, Schedule
+from tomevit.cli.options import Many, R, table
+from tomevit.config import Card
 from tomevit.flops import flops
 from tomevit.models import build_meta
-from tomevit.schedule import token_counts
+from tomevit.output import check_outputs, new_file
+from tomevit.schedule import Schedule, format_schedule, token_counts
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import written
-from tomevit.weights import checkpoint as native
 
 
 @click.command("list")
@@ -92,7 +91,7 @@ def info(
 ) -> None:
     """One model: architecture, cost and tokens at each r, preprocessing, weights, licence."""
     if picture is not None:
-        check_writable(picture)
+        check_outputs(picture)
         plots.require_matplotlib()
         plots.check_suffix(picture)
     card = zoo.card(name)
@@ -107,8 +106,8 @@ def info(
     ]
     params, unmerged = sum(p.numel() for p in build_meta(config).parameters()), flops(config) / 1e9
     if picture is not None:
-        lines = {f"r = {written(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
-        with native.draft(picture) as unfinished:
+        lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
+        with new_file(picture) as unfinished:
             plots.tokens_per_layer(
                 unfinished, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first"
             )
@@ -137,7 +136,7 @@ def info(
     )
     for at in schedules:
         click.echo(
-            f"r = {written(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer than "
+            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer than "
             f"the {unmerged:.4g} of r = 0\n"
             f"               tokens {' '.join(map(str, at['tokens']))}"
         )

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 import tomevit
-from tomevit.config import Card, Config, Figure, Schedule
+from tomevit.config import Card, Config, Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import either
 from tomevit.flops import flops
 from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
-from tomevit.schedule import token_counts
+from tomevit.schedule import Schedule, token_counts
 
 #: What can be asked for as a dtype: torch's, and the precision of float32 matrix products.
 PRECISIONS = {

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tomevit.config import Config, Schedule
+from tomevit.config import Config
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
 from tomevit.models.init import initial_heads, initial_weights
 from tomevit.models.mae import MaskedAutoencoder, Reconstruction, patchify, unpatchify
 from tomevit.models.vit import VisionTransformer
+from tomevit.schedule import Schedule
 
 __all__ = [
     "DistilledLogits",

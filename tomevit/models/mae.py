@@ -10,12 +10,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tomevit.config import Config, Schedule
+from tomevit.config import Config
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.init import initial_weights
 from tomevit.models.vit import VisionTransformer, run
+from tomevit.schedule import Schedule
 
 
 class Reconstruction(NamedTuple):

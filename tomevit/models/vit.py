@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tomevit.config import Card, Config, Schedule
+from tomevit.config import Card, Config
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.init import initial_heads
-from tomevit.schedule import check_schedule, resolve_schedule, token_counts
+from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
 
 
 class VisionTransformer(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Card, Schedule
+from tomevit.config import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, stream
 from tomevit.errors import either
@@ -19,7 +19,7 @@ from tomevit.measure.bench import default_r, out_of_memory
 from tomevit.measure.timing import seconds
 from tomevit.models import VisionTransformer
 from tomevit.preprocessing import transform
-from tomevit.schedule import check_schedule, token_counts
+from tomevit.schedule import Schedule, check_schedule, token_counts
 from tomevit.weights.checkpoint import card_of
 
 if TYPE_CHECKING:

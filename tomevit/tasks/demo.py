@@ -16,10 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import tomevit
-from tomevit.config import Schedule
 from tomevit.measure.bench import bench, with_zero
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
+from tomevit.schedule import Schedule
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
 

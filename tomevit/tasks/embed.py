@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from tomevit.config import ARCHITECTURE, Config, Schedule
+from tomevit.config import ARCHITECTURE, Config
 from tomevit.data import images, shards
 from tomevit.data.distributed import agreed, of_first, processes, require_same, wait
 from tomevit.data.images import Strings
@@ -37,10 +37,12 @@ from tomevit.errors import either
 from tomevit.layers.pool import mean_patch
 from tomevit.measure.bench import out_of_memory
 from tomevit.models import VisionTransformer
+from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.preprocessing import Transform, transform
+from tomevit.schedule import Schedule
 from tomevit.tasks import embedding_files as embeddings
 from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 
 Pool = Literal["cls", "mean"]
 
@@ -156,7 +158,7 @@ def embed(
     device, out = model.pos_embed.device, Path(out)
 
     def prepare() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
-        check_suffix(native.check_place(out))
+        check_suffix(check_output(out))
         _check(dtype, batch, workers)
         features, data = extractor(model, pool), sources if isinstance(sources, Data) else locate(sources)
         settings = describe(model, data, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
@@ -250,11 +252,11 @@ def describe(
     r = model.r if r is None else r
     model.schedule(r)
     config, matching = asdict(model.config), model.config.matching
-    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in native.in_order(model.state_dict()))
+    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in checkpoint.in_order(model.state_dict()))
     described = {
         "model": model.card.full_name,
         "computed": str(model.pos_embed.dtype).removeprefix("torch."),
-        "weights": native.digest(tensors),
+        "weights": checkpoint.digest(tensors),
         "architecture": {name: config[name] for name in ARCHITECTURE},
         "prop_attn": model.config.prop_attn,
         "matching": matching if isinstance(matching, str) else f"{matching.__module__}.{matching.__qualname__}",
@@ -330,7 +332,7 @@ def _begin(
         size = batch * math.ceil(OF_SHARD / batch)
     else:
         size = batch * min(math.ceil(len(data.names) / (PARTS * batch)), max(1, MOST // batch))
-    with native.draft(parts / PLAN) as unfinished:
+    with new_file(parts / PLAN) as unfinished:
         unfinished.write_text(json.dumps({"settings": settings, "size": size}, indent=2), encoding="utf-8")
     return size
 
@@ -411,7 +413,7 @@ def _finish(
             progress("writing", written, rows)
 
         whole = parts / ".whole"
-        with native.naming(out, whole):
+        with explain_os_errors(out, whole):
             embeddings.join(whole, out.suffix, {_path(parts, *place): place[0] for place in found}, info, tell)
             whole.replace(out)
         _remove(parts)
@@ -540,6 +542,6 @@ def _make_parts(
 def _write_part(path: Path, group: list[tuple[Piece, Tensor]]) -> None:
     keys = [key for piece, _ in group for key in piece.keys]
     unreadable = [name for piece, _ in group for name in piece.unreadable]
-    with native.draft(path) as draft:
+    with new_file(path) as draft:
         found = torch.cat([found for _, found in group])
         embeddings.write_part(draft, found, keys, unreadable, last=group[-1][0].last)

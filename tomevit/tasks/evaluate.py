@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tomevit
-from tomevit.config import Card, Schedule
+from tomevit.config import Card
 from tomevit.data.distributed import of_first, processes, require_same
 from tomevit.data.images import reading, stream
 from tomevit.flops import flops
@@ -36,8 +36,10 @@ from tomevit.measure import timing
 from tomevit.measure.bench import out_of_memory
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
+from tomevit.output import new_file
 from tomevit.preprocessing import transform
-from tomevit.weights import checkpoint as native
+from tomevit.schedule import Schedule
+from tomevit.weights import checkpoint
 
 SCHEMA = 1
 SAVE_EVERY = 30.0  # seconds
@@ -481,7 +483,7 @@ def _save(path: Path, key: Mapping[str, str], board: Board) -> None:
     """Write what is known: the file is whole at any time."""
     tensors = {"answers": board.answers, "among5": board.among5, "seconds": board.seconds}
     metadata = {"evaluation": json.dumps(key), "unreadable": json.dumps(board.unreadable)}
-    with native.draft(path) as unfinished:
+    with new_file(path) as unfinished:
         save_file(tensors, unfinished, metadata)
 
 
@@ -528,11 +530,11 @@ def _key(
     model: VisionTransformer, files: Sequence[str], labels: Sequence[int], r_values: Sequence[Schedule], batch: int
 ) -> dict[str, str]:
     """What an evaluation is of, so that none is gone on from with other images or weights."""
-    weights = ((name, tensor.detach().cpu().contiguous()) for name, tensor in native.in_order(model.state_dict()))
+    weights = ((name, tensor.detach().cpu().contiguous()) for name, tensor in checkpoint.in_order(model.state_dict()))
     above = len(os.path.dirname(os.path.commonprefix(files)))  # noqa: PTH120, RUF071  # the set may be moved
     images = "\n".join(f"{label} {file[above:]}" for file, label in zip(files, labels, strict=True))
     return {
-        "weights": native.digest(weights)[:12],
+        "weights": checkpoint.digest(weights)[:12],
         "model": _digest(repr(model.config)),
         "preprocessing": _digest(repr(transform(model))),
         "images": _digest(images),

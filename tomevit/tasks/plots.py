@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomevit.config import Schedule
+from tomevit.schedule import Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

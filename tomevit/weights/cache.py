@@ -46,8 +46,9 @@ from tqdm import tqdm
 
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
+from tomevit.output import FULL
+from tomevit.output import error_number as errno_of
 from tomevit.weights import files
-from tomevit.weights.checkpoint import FULL, errno_of
 
 log = logging.getLogger("tomevit")
 

@@ -11,38 +11,25 @@ Equal models make equal files.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import math
 import os
-import re
-import reprlib
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass, replace
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tomevit.config import Card, Config, Schedule
+from tomevit.cards import Header, decode_header, encode_header, first_line
+from tomevit.config import Card, Config
 from tomevit.errors import CheckpointError
-from tomevit.layers.matching import find_matching
 from tomevit.models import VisionTransformer, build_meta, unwrap
-from tomevit.schedule import check_schedule
-
-KEY = "tomevit"
-VERSION = 2
-
-#: Of a disk
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+from tomevit.output import new_file
 
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -128,11 +115,8 @@ def write(
             f"and pass the function to create() when loading"
         )
 
-    def metadata(sha256: str) -> dict[str, str]:
-        return {KEY: json.dumps({"version": VERSION, "card": _card_to_json(card), "sha256": sha256})}
-
-    with draft(path) as unfinished:
-        write_safetensors(unfinished, tensors, metadata, dtype)
+    with new_file(path, endings=(".safetensors",)) as unfinished:
+        write_safetensors(unfinished, tensors, lambda sha256: encode_header(Header(card, sha256)), dtype)
 
 
 def write_safetensors(
@@ -201,55 +185,6 @@ def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = l
     return sha.hexdigest()
 
 
-def check_place(path: str | os.PathLike[str]) -> Path:
-    """A path where a file can be written, as far as that can be known before.
-
-    Raises:
-        IsADirectoryError, FileNotFoundError: it is a directory, or lies in none.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name the file to write")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} into")
-    return path
-
-
-@contextmanager
-def draft(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file beside `path` that takes its place when the block ends well, and vanishes otherwise."""
-    path = check_place(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with naming(path, unfinished):
-            yield unfinished
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def naming(path: Path, unfinished: Path) -> Iterator[None]:
-    """While a file is written under another name: an OSError has its own, also where it has none, as of a full disk."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = errno_of(error)
-        if isinstance(error, OSError) and error.filename in (unfinished, os.fspath(unfinished)):
-            error.filename = os.fspath(path)
-        elif number is not None and (isinstance(error, SafetensorError) or (number in FULL and not error.filename)):
-            raise OSError(number, os.strerror(number), os.fspath(path)) from error
-        raise
-
-
-def errno_of(error: OSError | SafetensorError) -> int | None:
-    """The operating system's number of an error; safetensors tells it in words only."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return None if found is None else int(found[1])
-
-
 def load(path: str | os.PathLike[str]) -> VisionTransformer:
     """The model in a file that `save` wrote, in evaluation mode, on the CPU, in the file's dtype.
 
@@ -259,17 +194,6 @@ def load(path: str | os.PathLike[str]) -> VisionTransformer:
     """
     card, tensors, _ = read(path)
     return assemble(card, tensors, path)
-
-
-def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Whether a file says that tomevit wrote it, as far as its header can be read."""
-    try:
-        if not Path(path).is_file():  # a pipe would wait for ever
-            return False
-        with safe_open(path, framework="pt") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
 
 
 def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
@@ -288,7 +212,7 @@ def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
         raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
         with safe_open(path, framework="pt") as file:
-            card, sha256 = _read_metadata(path, file.metadata() or {})
+            card, sha256 = decode_header(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -329,7 +253,7 @@ def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | o
     try:
         one = _shapes(replace(config, depth=1, drop_path=0.0))
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # torch, of numbers that it cannot hold
-        raise CheckpointError(f"{path} describes a model that cannot be: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} describes a model that cannot be: {first_line(error)}") from error
     wanted: dict[str, tuple[int, ...]] = {}
     for name, shape in one.items():
         in_block = name.removeprefix("blocks.0.")
@@ -354,90 +278,3 @@ def check_fit(
             lines.append(f"  {name}: model {ours or '—'}, file {theirs or '—'}")
     if lines:
         raise CheckpointError(f"{os.fspath(path)} does not fit the model:\n" + "\n".join(lines))
-
-
-def _read_metadata(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> tuple[Card, str | None]:
-    path = os.fspath(path)
-    if KEY not in metadata:
-        raise CheckpointError(
-            f"{path} was not written by tomevit: its metadata has no entry {KEY!r}; tomevit convert reads other formats"
-        )
-    try:
-        described = json.loads(metadata[KEY], parse_constant=_refuse_constant)
-        if not isinstance(described, dict) or "version" not in described:
-            raise ValueError(f"its metadata is {reprlib.repr(described)}, and must have a version")
-        version = described["version"]
-        if version not in range(1, VERSION + 1):
-            raise ValueError(
-                f"it is of format version {reprlib.repr(version)}, and this tomevit reads up to {VERSION}: upgrade it"
-            )
-        if missing := [name for name in ("card", "sha256")[:version] if name not in described]:
-            raise ValueError(f"its metadata has no {missing[0]}")
-        # Version 1 had neither the tensors' digest nor the card's origin, and a Source had neither revision nor file.
-        sha256 = _decode(str, described["sha256"], "sha256") if version > 1 else None
-        return _card_from_json(described["card"]), sha256
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
-
-
-def _card_to_json(card: Card) -> dict[str, Any]:
-    return asdict(card) | {"r": _schedule_to_json(card.r)}
-
-
-def _card_from_json(data: Any) -> Card:
-    if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
-        raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
-    card: Card = _decode(Card, {name: value for name, value in data.items() if name != "r"}, "card")
-    find_matching(card.config.matching)
-    if card.config.embed_dim * card.config.mlp_ratio < 1 or card.config.norm_eps < 0:
-        raise ValueError(f"mlp_ratio {card.config.mlp_ratio} and norm_eps {card.config.norm_eps} must be positive")
-    return replace(card, r=check_schedule(_schedule_from_json(data["r"]), card.config.depth))
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """A value of JSON, as what a field is annotated with.
-
-    Raises:
-        ValueError: it is something else; the message says where.
-    """
-    origin, args = get_origin(kind), get_args(kind)
-    if isinstance(kind, type) and is_dataclass(kind):
-        hints = _hints(kind)
-        if isinstance(value, dict) and value.keys() <= hints.keys():
-            return kind(**{name: _decode(hints[name], part, f"{where}.{name}") for name, part in value.items()})
-    elif origin in (Union, UnionType):  # with None, or a function, which no file holds
-        return None if value is None and NoneType in args else _decode(args[0], value, where)
-    elif origin is tuple and isinstance(value, list):
-        kinds = args[:1] * len(value) if args[-1] is ... else args
-        if len(kinds) == len(value):
-            return tuple(_decode(one, part, f"{where}[{i}]") for i, (one, part) in enumerate(zip(kinds, value)))  # noqa: B905
-    elif origin is Literal:
-        if value in args:
-            return value
-    elif kind is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return value
-    elif type(value) is kind:
-        return value
-    raise ValueError(f"{where} is {reprlib.repr(value)}, which does not fit {getattr(kind, '__name__', kind)}")
-
-
-@cache
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"its metadata has a number that is {name}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _schedule_to_json(r: Schedule) -> Any:
-    return {"mean": r[0], "inflection": r[1]} if isinstance(r, tuple) else r
-
-
-def _schedule_from_json(r: Any) -> Any:
-    return (r.get("mean"), r.get("inflection")) if isinstance(r, dict) else r

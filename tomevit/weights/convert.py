@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import zoo
+from tomevit.cards import is_ours
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
 from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
+from tomevit.output import check_output
 from tomevit.weights import cache as hub
 from tomevit.weights import checkpoint as native
 from tomevit.weights import files, rules
@@ -156,7 +158,7 @@ def _check_before_reading(
 ) -> None:
     """What can be known to be wrong before a download should be."""
     if out is not None:
-        native.check_place(out)
+        check_output(out)
     if format is not None:
         check_format(format)
     if model is not None:
@@ -214,7 +216,7 @@ def pretrained(source: str | os.PathLike[str], model: str, *, img_size: tuple[in
         return weights
     with locate(source) as located:
         weights = read(located, model=model, img_size=img_size)
-    if not (located.downloaded or native.is_ours(located.path)):
+    if not (located.downloaded or is_ours(located.path)):
         # They are mapped from a file that a user may write anew, in place, while the model is in use.
         for name in list(weights.tensors):
             weights.tensors[name] = weights.tensors[name].clone()
@@ -243,7 +245,7 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         if not (path / "model.safetensors").is_file():
             raise FileNotFoundError(f"{name} is a directory without model.safetensors: name the checkpoint file")
         yield _known(path / "model.safetensors", _local(path / "model.safetensors"), _beside(path))
-    elif native.is_ours(path):
+    elif is_ours(path):
         yield Located(path, Source(format="tomevit", file=path.name))
     elif path.exists():
         yield _known(path, _local(path), _beside(path.parent) if path.name in hub.HUB_FILES else {})
@@ -331,7 +333,7 @@ def read(
     Args, Raises: as `convert`; img_size helps only to read positions of a grid that is not square.
     """
     with _naming(located):
-        if native.is_ours(located.path):
+        if is_ours(located.path):
             if format or key:
                 raise ValueError(f"{located.path} is a file of tomevit's own: it takes neither a format nor a key")
             return read_native(located.path, model)

@@ -16,6 +16,7 @@ from torch import Tensor
 from tomevit.config import Card
 from tomevit.deploy.programs import PROGRAMS
 from tomevit.models import VisionTransformer
+from tomevit.output import check_output, new_file
 from tomevit.weights import checkpoint as native
 from tomevit.weights import rules
 from tomevit.weights.convert import card_of_name, published
@@ -62,7 +63,7 @@ def export(
     if not to_directory:
         if out.suffix not in CONTAINERS:
             raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
-        native.check_place(out)
+        check_output(out)
     if isinstance(model, VisionTransformer):
         card, named = native.card_of(model), {name: t.detach().cpu() for name, t in model.state_dict().items()}
     elif Path(model).exists():
@@ -81,7 +82,7 @@ def export(
         out.mkdir(parents=True, exist_ok=True)
         out = out / "model.safetensors"
     try:
-        with native.draft(out) as unfinished:
+        with new_file(out) as unfinished:
             _WRITERS[CONTAINERS[out.suffix]](unfinished, tensors, table.container.partition(":")[2])
     except BaseException:
         if to_directory:
@@ -90,7 +91,7 @@ def export(
         raise
     beside = [out.with_name(name) for name in sidecars]
     for path in beside:
-        with native.draft(path) as unfinished:
+        with new_file(path) as unfinished:
             unfinished.write_text(json.dumps(sidecars[path.name], indent=2) + "\n", encoding="utf-8")
     return Exported([out, *beside], _unsaid(card, format))
 

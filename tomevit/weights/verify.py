@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tomevit.config import Card, Schedule
+from tomevit.config import Card
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint as native
 from tomevit.weights import convert, files
 from tomevit.weights.rules import enumerate_names

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tomevit.config import Card, Schedule
+from tomevit.config import Card
 from tomevit.deploy.programs import archive, onnx
 from tomevit.deploy.programs.trace import from_pixels, trace
 from tomevit.errors import either
 from tomevit.models import VisionTransformer, unwrap
-from tomevit.schedule import check_schedule
-from tomevit.weights import checkpoint as native
+from tomevit.output import check_output
+from tomevit.schedule import Schedule, check_schedule
+from tomevit.weights import checkpoint
 from tomevit.weights.convert import card_of_name, published
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -110,7 +111,7 @@ def export_program(
     """
     if format not in PROGRAMS:
         raise ValueError(f"there is no program format {format!r}; there are {', '.join(PROGRAMS)}")
-    kind, out = PROGRAMS[format], native.check_place(out)
+    kind, out = PROGRAMS[format], check_output(out)
     if out.suffix != kind.suffix:
         raise ValueError(f"{out.name} must end in {kind.suffix}, as a program of format {format} does")
     if dtype not in kind.dtypes:
@@ -135,14 +136,14 @@ def export_program(
             bar.update()
 
         with torch.no_grad(), _beside(out) as folder:
-            reference = native.assemble(card, {name: t.float() for name, t in tensors.items()}, source)
+            reference = checkpoint.assemble(card, {name: t.float() for name, t in tensors.items()}, source)
             if card.config.matching == "random" and any(reference.schedule()):
                 raise ValueError(
                     "matching='random' draws anew at every call, and a program answers the same each time: "
                     "create the model with matching='bipartite'"
                 )
             kept = DTYPES.get(dtype, torch.float32)
-            exact = native.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, source)
+            exact = checkpoint.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, source)
             runs = from_pixels(exact) if raw else exact
             metadata = describe(reference, dtype, batch, raw)
             images = _images(card, batch or 2, raw).to(exact.pos_embed.device, None if raw else kept)
@@ -196,9 +197,9 @@ def _source(model: nn.Module | str | os.PathLike[str], out: Path) -> tuple[Card,
             raise ValueError(
                 f"model is a {type(inner).__name__}, and a program is made of a VisionTransformer, such as an encoder"
             )
-        return native.card_of(inner), {name: tensor.detach() for name, tensor in inner.state_dict().items()}
+        return checkpoint.card_of(inner), {name: tensor.detach() for name, tensor in inner.state_dict().items()}
     if Path(model).exists():
-        card, named, _ = native.read(model)
+        card, named, _ = checkpoint.read(model)
         if out.exists() and out.samefile(model):
             raise ValueError(f"{out} is the source itself: name another file to write")
         return card, named

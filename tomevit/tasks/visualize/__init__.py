@@ -13,13 +13,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tomevit.config import Card, Config, Schedule
+from tomevit.config import Card, Config
 from tomevit.data.class_names import class_names
 from tomevit.flops import flops_by_step
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens
 from tomevit.models import VisionTransformer
 from tomevit.preprocessing import Transform, transform
+from tomevit.schedule import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -176,13 +177,6 @@ def group_sizes(groups: Tensor) -> Tensor:
     flat = groups.flatten(-2)
     count = torch.zeros_like(flat).scatter_add_(-1, flat, torch.ones_like(flat))
     return count.gather(-1, flat).view_as(groups)
-
-
-def written(r: Schedule) -> str:
-    """An r as the command line takes it: 8, or 8,-1, or [20,0,7], or 0.08."""
-    if isinstance(r, tuple):
-        return f"{r[0]},{r[1]:g}"
-    return str(r).replace(" ", "")
 
 
 def seen(image: Tensor, prepared_by: Transform) -> Tensor:

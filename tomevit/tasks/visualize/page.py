@@ -17,7 +17,8 @@ from torch import Tensor
 import tomevit
 from tomevit.config import Config
 from tomevit.flops import flops
-from tomevit.tasks.visualize import Observation, Run, written
+from tomevit.schedule import format_schedule
+from tomevit.tasks.visualize import Observation, Run
 
 #: Larger than this, in bytes, an image is a JPEG.
 LOSSLESS = 100_000
@@ -92,7 +93,7 @@ def _prefix(config: Config) -> list[str]:
 
 def _run(run: Run) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "r": written(run.r),
+        "r": format_schedule(run.r),
         "tokens": run.tokens,
         "flops": run.flops,
         "groups": _words(run.groups),

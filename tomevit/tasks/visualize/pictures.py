@@ -10,8 +10,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from tomevit.config import Config
+from tomevit.schedule import format_schedule
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import Observation, Run, written
+from tomevit.tasks.visualize import Observation, Run
 
 Show = Literal["picture", "strip", "attention"]
 SHOW = get_args(Show)
@@ -46,7 +47,7 @@ def draw(
     if show == "picture":
         inches = 3.2
         pictures = [[image, *(_tokens(observation, run, config.depth, inches) for run in runs)]]
-        columns = ["image", *(f"r = {_short(written(run.r))}" for run in runs)]
+        columns = ["image", *(f"r = {_short(format_schedule(run.r))}" for run in runs)]
         captions = [[f"{config.num_patches} patches", *(_outcome(run) for run in runs)]]
         labels, note = [""], plots.MERGED_NOTE
     else:
@@ -104,7 +105,7 @@ def _most(run: Run, block: int) -> float:
 
 
 def _label(run: Run) -> str:
-    lines = [f"r = {_short(written(run.r))}", _cost(run)]
+    lines = [f"r = {_short(format_schedule(run.r))}", _cost(run)]
     return "\n".join([*lines, *_answer(run)])
 
 

@@ -1,0 +1,106 @@
+"""A card in a file: what a file of tomevit's own says of itself, in the metadata of its safetensors header.
+
+The metadata has one entry, `tomevit`, in JSON:
+
+    version   of this format
+    card      the Card with the whole Config, so that nothing else is needed to build, feed and understand the model
+    sha256    of the tensors, as `tomevit.weights.checkpoint.digest` has it, so that damage shows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from tomevit.config import Card
+from tomevit.errors import CheckpointError
+from tomevit.schedule import schedule_from_json, schedule_to_json
+from tomevit.typed import conform
+
+KEY = "tomevit"
+VERSION = 2
+
+
+class Header(NamedTuple):
+    """What a file says of itself."""
+
+    card: Card
+    sha256: str | None  # what the digest of the tensors must be; None in files of version 1
+
+
+def encode_header(header: Header) -> dict[str, str]:
+    """The metadata of a file."""
+    return {KEY: json.dumps({"version": VERSION, "card": card_to_json(header.card), "sha256": header.sha256})}
+
+
+def decode_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Header:
+    """The inverse of `encode_header`, of files of earlier versions too.
+
+    Raises:
+        CheckpointError: tomevit did not write it, or a newer one, or it is damaged.
+    """
+    path = os.fspath(path)
+    if KEY not in metadata:
+        raise CheckpointError(
+            f"{path} was not written by tomevit: its metadata has no entry {KEY!r}; tomevit convert reads other formats"
+        )
+    try:
+        described = json.loads(metadata[KEY], parse_constant=_refuse_constant)
+        if not isinstance(described, dict) or "version" not in described:
+            raise ValueError(f"its metadata is {reprlib.repr(described)}, and must have a version")
+        version = described["version"]
+        if version not in range(1, VERSION + 1):
+            raise ValueError(
+                f"it is of format version {reprlib.repr(version)}, and this tomevit reads up to {VERSION}: upgrade it"
+            )
+        if missing := [name for name in ("card", "sha256")[:version] if name not in described]:
+            raise ValueError(f"its metadata has no {missing[0]}")
+        # Version 1 had neither the tensors' digest nor the card's origin, and a Source had neither revision nor file.
+        sha256 = conform(str, described["sha256"], "sha256") if version > 1 else None
+        return Header(card_from_json(described["card"]), sha256)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that tomevit wrote it, as far as its header can be read."""
+    try:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            return False
+        with safe_open(path, framework="np") as file:
+            return KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
+def card_to_json(card: Card) -> dict[str, Any]:
+    return asdict(card) | {"r": schedule_to_json(card.r)}
+
+
+def card_from_json(data: Any) -> Card:
+    """A card from what JSON has of it.
+
+    Raises:
+        ValueError: it is none; the message says where it is wrong.
+    """
+    if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
+        raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
+    card: Card = conform(Card, {name: value for name, value in data.items() if name != "r"}, "card")
+    if callable(card.config.matching):
+        raise ValueError(f"card.config.matching is {card.config.matching!r}, and must be a name")
+    return replace(card, r=schedule_from_json(data["r"], card.config.depth))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"its metadata has a number that is {name}")
