@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.peers import timm
 
-DATA = Path(__file__).parent.parent / "tomevit" / "data" / "imagenet_classes.tsv.gz"
+DATA = Path(__file__).parent.parent / "tomevit" / "assets" / "imagenet_classes.tsv.gz"
 LISTS = Path(timm.__file__).parent / "data" / "_info"
 HEADER = """\
 # The classes of ImageNet-1k and ImageNet-21k, in the order of heads of 1000 and of 21843 outputs.

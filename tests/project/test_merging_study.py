@@ -24,7 +24,7 @@ from examples import merging_study, train_digits
 from examples.merging_study import END, START, complete_seeds, load, main, rows, versions
 from tomevit.tasks.demo import one_thread
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "merging_study.json"
 # Nothing is learned, and no two trainings end alike.
 TRAINING = ["--epochs", "2", "--batch", "8", "--lr", "3e-4", "--limit", "32"]

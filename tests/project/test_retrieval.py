@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tomevit
-from tests.test_shards import digit
+from tests.tools.test_shards import digit
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.embed import extractor
 

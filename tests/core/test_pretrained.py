@@ -24,7 +24,7 @@ from tomevit import zoo
 from tomevit.weights.checkpoint import read
 from tomevit.weights.convert import published
 
-GOLDEN = load_file(Path(__file__).parent / "golden" / "full_size.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "full_size.safetensors")
 
 
 @pytest.fixture(autouse=True)

@@ -14,15 +14,15 @@ from torch import Tensor
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
-from tests.test_cli import run
+from tests.tasks.test_cli import run
 from tomevit.cli.options import R
 from tomevit.config import Preprocess
 from tomevit.flops import flops_by_step
 from tomevit.models import build_meta
 from tomevit.preprocessing import Transform
-from tomevit.schedule import Schedule
+from tomevit.schedule import Schedule, format_schedule
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen, written
+from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -222,7 +222,7 @@ def test_what_cannot_be_shown_is_named(model: Any, image: Any, r_values: Any, sa
 
 @pytest.mark.parametrize("r", SCHEDULES)
 def test_r_is_written_as_it_is_read(r: Schedule) -> None:
-    assert R().convert(written(r), None, None) == r
+    assert R().convert(format_schedule(r), None, None) == r
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

@@ -19,7 +19,7 @@ from tomevit.config import Config
 from tomevit.models import build, patchify, unpatchify
 from tomevit.models.init import sincos_positions
 
-GOLDEN = load_file(Path(__file__).parent / "golden/mae_pretrain.safetensors")
+GOLDEN = load_file(Path(__file__).parents[1] / "golden/mae_pretrain.safetensors")
 REFERENCE = {name.removeprefix("weights/"): value for name, value in GOLDEN.items() if name.startswith("weights/")}
 SMALL = Config(img_size=(64, 64), patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0, init="mae")
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
-from tests.test_cli import run
-from tests.test_distributed import torchrun
-from tests.test_shards import digit, write_digits, write_shard
+from tests.project.test_torchrun import torchrun
+from tests.tasks.test_cli import run
+from tests.tools.test_shards import digit, write_digits, write_shard
 from tomevit.config import Preprocess
 from tomevit.models import VisionTransformer, build
 from tomevit.tasks import embed as module

@@ -17,6 +17,7 @@ import torch
 import tomevit
 from tests import foreign
 from tomevit import cli
+from tomevit.weights import checkpoint
 
 Run = Any
 
@@ -186,7 +187,7 @@ def test_interrupted_conversions_leave_nothing(run: Run, monkeypatch: pytest.Mon
         signal.raise_signal(signal.SIGINT)
         return ""
 
-    monkeypatch.setattr(native, "digest", interrupt)
+    monkeypatch.setattr(checkpoint, "digest", interrupt)
     before_us = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that runs tests may ignore it
     try:
         status, out, err = run("convert", "deit.pth", "-o", "out.safetensors")
@@ -328,7 +329,7 @@ def test_a_failed_export_leaves_no_directory(run: Run, monkeypatch: pytest.Monke
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(native, "digest", fail)
+    monkeypatch.setattr(checkpoint, "digest", fail)
     status, _, err = run("export", "ours.safetensors", "--format", "timm", "-o", "folder")
     assert (status, err) == (2, "tomevit: [Errno 28] No space left on device: 'folder/model.safetensors'\n")
     assert not Path("folder").exists()

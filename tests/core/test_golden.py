@@ -27,7 +27,7 @@ from tomevit.layers import (
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
 FAMILIES = {
     "vit": {},

@@ -13,7 +13,7 @@ import torch
 import tomevit
 from examples import embed_ray
 from tests.helpers import relative_error
-from tests.test_shards import digit, write_digits
+from tests.tools.test_shards import digit, write_digits
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.embed import embed
 from tomevit.tasks.embedding_files import read

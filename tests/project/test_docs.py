@@ -49,7 +49,7 @@ from tomevit import cli, zoo
 from tomevit.deploy import programs
 from tomevit.tasks.demo import held_out
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("*.md", "docs/*.md", "examples/*.md", "benchmarks/*.md")
@@ -58,14 +58,16 @@ PAGES = sorted(
 PROGRAMS = ("tomevit", "python", "torchrun", "make")
 
 INSTALLS = "sets up an environment; whoever runs this test has done so"
-MEASURES = "takes minutes; tests/test_bench.py runs it on small models"
-EXPORTS = "takes long; tests/test_export_programs.py does it for every format and option"
-TRAINS = "takes a data set and hours; tests/test_finetune.py and tests/test_distributed.py run it on digits"
+MEASURES = "takes minutes; tests/tools/test_bench.py runs it on small models"
+EXPORTS = "takes long; tests/tools/test_export_programs.py does it for every format and option"
+TRAINS = (
+    "takes a data set and hours; tests/project/test_finetune.py and tests/project/test_torchrun.py run it on digits"
+)
 NOT_RUN = {
     "make demo": INSTALLS,
     "make check": INSTALLS,
     "make clean && make test CONSTRAINTS=constraints-lowest.txt": INSTALLS,
-    "tomevit demo": "takes half a minute; tests/test_demo.py runs it",
+    "tomevit demo": "takes half a minute; tests/tasks/test_demo.py runs it",
     "tomevit bench vit_b16 --batch 1 8": MEASURES,
     "tomevit bench vit_b16 --batch 1 8 --mode eager optimized --markdown --plot speed.png": MEASURES,
     "tomevit bench mine.safetensors --dtype float32 bfloat16 --target 1.5 --json": MEASURES,

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import tomevit
 from tests.helpers import images_for, randomise, tiny
 from tests.server import Fault, Server, objections
-from tests.test_cli import run
+from tests.tasks.test_cli import run
 from tomevit import zoo
 from tomevit.config import Card, Figure, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError

@@ -24,7 +24,7 @@ from tomevit import VisionTransformer
 from tomevit.layers import DropPath, Merge, bipartite_soft_matching
 from tomevit.schedule import Schedule
 
-DIGITS = Path(tomevit.__file__).parent / "data" / "digits_p1_plain.safetensors"
+DIGITS = Path(tomevit.__file__).parent / "assets" / "digits_p1_plain.safetensors"
 SCHEDULES: list[Schedule] = [0, 7, (8, -1.0), [3, 0, 9], 0.2]
 
 

@@ -24,8 +24,8 @@ import tomevit
 import tomevit.cli
 import tomevit.tasks.evaluate
 from tests.helpers import tiny
-from tests.test_cli import run
-from tests.test_distributed import torchrun
+from tests.project.test_torchrun import torchrun
+from tests.tasks.test_cli import run
 from tomevit.cli.options import R
 from tomevit.config import Figure
 from tomevit.data.labelled_images import labelled

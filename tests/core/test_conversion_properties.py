@@ -20,10 +20,10 @@ from torch import Tensor
 import tomevit
 from tests import foreign
 from tests.helpers import randomise, tiny
-from tomevit import CheckpointError, Config
+from tomevit import CheckpointError, Config, cards
 from tomevit.config import Card
 from tomevit.models import build
-from tomevit.weights import checkpoint, rules
+from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import differences, find_format, observe, with_observed
 
@@ -264,7 +264,7 @@ def changed_header(draw: st.DrawFn, sound: dict[str, Any], described: dict[str, 
             case _ if isinstance(place, dict):
                 place[draw(st.sampled_from(["depth", "new", "r"]))] = draw(LEAVES)
     if isinstance(header.get("__metadata__"), dict):
-        header["__metadata__"] = {checkpoint.KEY: json.dumps(described)}
+        header["__metadata__"] = {cards.KEY: json.dumps(described)}
     return json.dumps(header).encode()
 
 
@@ -275,7 +275,7 @@ def test_changed_files_of_ours(tmp_path: Path) -> None:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
-    described = json.loads(header["__metadata__"][checkpoint.KEY])
+    described = json.loads(header["__metadata__"][cards.KEY])
     out.write_bytes(b"as it was")
     loaded = 0
 

@@ -25,8 +25,8 @@ import tomevit.cli.classify
 from benchmarks.peers import timm, torchvision
 from docs import class_names as script
 from tests.helpers import tiny
-from tests.test_cli import run
-from tests.test_images import FILES, turned
+from tests.tasks.test_cli import run
+from tests.tools.test_images import FILES, turned
 from tomevit import Card, Config, card, class_names, classify, list_models
 from tomevit.data.class_names import IMAGENET, imagenet
 from tomevit.data.images import read

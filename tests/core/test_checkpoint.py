@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 import tomevit
 from tests.helpers import images_for, tiny
+from tomevit import cards
 from tomevit.config import Card, Figure, Preprocess, Source
 from tomevit.layers import bipartite_soft_matching
 from tomevit.schedule import Schedule
@@ -48,7 +49,7 @@ def rewrite(path: Path, *, drop: str = "", add: dict[str, Any] | None = None, me
     """The same file with tensors or the metadata's one entry changed."""
     tensors, old = contents(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name != drop} | (add or {})
-    safetensors.torch.save_file(tensors, path, old if metadata is None else {checkpoint.KEY: metadata})
+    safetensors.torch.save_file(tensors, path, old if metadata is None else {cards.KEY: metadata})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -204,12 +205,12 @@ def test_newer_versions_are_value_errors(path: Path, version: Any) -> None:
 
 def damaged(**changes: Any) -> str:
     """The metadata with fields of the card changed; those set to ... left out."""
-    data = checkpoint._card_to_json(replace(CARD, config=tiny().config)) | changes
+    data = cards.card_to_json(replace(CARD, config=tiny().config)) | changes
     return with_card({name: value for name, value in data.items() if value is not ...})
 
 
 def with_card(card: Any) -> str:
-    return json.dumps({"version": checkpoint.VERSION, "card": card, "sha256": ""})
+    return json.dumps({"version": cards.VERSION, "card": card, "sha256": ""})
 
 
 def test_undamaged_metadata_load(path: Path) -> None:
@@ -306,9 +307,9 @@ def test_verify_tries_no_gigantic_image(path: Path) -> None:
     tomevit.save(model, path)
     tensors, metadata = contents(path)
     tensors["patch_embed.proj.weight"] = torch.zeros(1, 3, 512, 512)
-    described = json.loads(metadata[checkpoint.KEY])
+    described = json.loads(metadata[cards.KEY])
     described["card"]["config"] |= {"patch_size": 512, "img_size": [2**15, 2**15]}
-    safetensors.torch.save_file(tensors, path, {checkpoint.KEY: json.dumps(described)})
+    safetensors.torch.save_file(tensors, path, {cards.KEY: json.dumps(described)})
     assert tomevit.load(path).config.img_size == (2**15, 2**15)
     last = tomevit.verify(path)[-1]
     assert not last.passed
@@ -343,7 +344,7 @@ def test_a_failed_save_leaves_things_as_they_were(path: Path, monkeypatch: pytes
     if existing:
         tomevit.save(tiny(), path)
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
-    monkeypatch.setattr(native, "digest", fail_half_way)
+    monkeypatch.setattr(checkpoint, "digest", fail_half_way)
     with pytest.raises(FailedWriteError):
         tomevit.save(tiny(8, seed=1), path)
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
@@ -358,7 +359,7 @@ def test_a_save_replaces_the_whole_file_at_once(path: Path, monkeypatch: pytest.
         write(*arguments)
         seen.append(path.read_bytes())
 
-    monkeypatch.setattr(native, "write_safetensors", write_and_look)
+    monkeypatch.setattr(checkpoint, "write_safetensors", write_and_look)
     tomevit.save(tiny(seed=2), path)
     assert seen == [old]
     assert path.read_bytes() != old

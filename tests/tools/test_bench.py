@@ -21,7 +21,7 @@ import tomevit.measure.bench
 import tomevit.measure.bounds
 from benchmarks.peers import timm
 from tests.helpers import images_for, randomise, tiny
-from tests.test_cli import run
+from tests.tasks.test_cli import run
 from tomevit import flops
 from tomevit.config import Config, Figure
 from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compare, default_r, suggest, sweep, timm_twin

@@ -23,14 +23,14 @@ import tomevit
 from benchmarks.peers import torchvision  # noqa: F401  # the way to import it beside a CPU torch
 from examples import finetune
 from examples.finetune_options import FREE, command, make_parser, read_options
-from tests.test_data import folder  # noqa: F401
+from tests.project.test_example_data import folder  # noqa: F401
 from tomevit.models import DistilledLogits
 from tomevit.tasks.demo import accuracy, held_out
 from tomevit.training.recipes import recipe
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LITTLE = "--limit 48 --measure 48 --batch 16 --epochs 2 --threads 1 --r 8"
 EVERYTHING = """
     --drop-path 0.2 --ema 0.9 --mixup 0.8 --cutmix 1 --erasing 0.25 --randaugment 2 9 --repeats 2 --accumulate 2

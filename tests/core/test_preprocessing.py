@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.peers import timm, torchvision
 from tests.helpers import tiny
-from tests.test_images import FILES
+from tests.tools.test_images import FILES
 from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
 from tomevit.data.images import read

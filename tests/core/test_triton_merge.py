@@ -113,7 +113,7 @@ def test_the_import_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.skipif(DEVICE == "cuda", reason="runs here, on the GPU")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stdout + child.stderr
