@@ -7,20 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Half-precision types that this processor has no instructions for.
-EMULATED = (
-    frozenset(
-        dtype
-        for dtype, supported in (
-            (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
-            (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
-        )
-        if not supported()
-    )
-    if torch._C._has_mkldnn  # else torch does not have these operators
-    else frozenset()
-)
+from tomevit import private
 
+#: Half-precision types that this processor has no instructions for.
+EMULATED = private.emulated_dtypes()
 
 #: torch 2.6 does not tell exporting from compiling.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import tomevit
+from tomevit import private
 from tomevit.config import Card, Config, Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import either
@@ -559,9 +560,7 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
     """Without it torch.compile gives up after eight programs of a block, in silence, and runs it eagerly."""
     if all(each.weights is not None for each in those):
         return nullcontext()  # torch's compiler takes seconds to import
-    from torch._dynamo import config
-
-    return config.patch(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # names that torch 2.6 has too
+    return private.allow_many_programs()
 
 
 def out_of_memory(error: RuntimeError) -> bool:
