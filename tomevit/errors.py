@@ -73,7 +73,13 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def printable(text: str) -> str:
+    """A text from a file as a terminal may have it: line breaks, control characters and the like are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The known names that a wrong one may have meant, as a question; or else what to say instead."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {either(near)}?" if near else otherwise
+    """The known names that a wrong one may have meant, whatever its case, as a question; or else what to say instead."""
+    by_lower = {one.lower(): one for one in reversed(list(known))}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f"did you mean {either(by_lower[one] for one in near)}?" if near else otherwise

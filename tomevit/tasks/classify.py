@@ -18,8 +18,8 @@ from tomevit.errors import either
 from tomevit.measure.bench import default_r, out_of_memory
 from tomevit.measure.timing import seconds
 from tomevit.models import VisionTransformer
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule, check_schedule, token_counts
+from tomevit.transform import transform
 from tomevit.weights.checkpoint import card_of
 
 if TYPE_CHECKING:

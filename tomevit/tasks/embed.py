@@ -38,10 +38,10 @@ from tomevit.layers.pool import mean_patch
 from tomevit.measure.bench import out_of_memory
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, explain_os_errors, new_file
-from tomevit.preprocessing import Transform, transform
 from tomevit.schedule import Schedule
 from tomevit.tasks import embedding_files as embeddings
 from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
+from tomevit.transform import Transform, transform
 from tomevit.weights import checkpoint
 
 Pool = Literal["cls", "mean"]

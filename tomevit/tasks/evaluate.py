@@ -37,8 +37,8 @@ from tomevit.measure.bench import out_of_memory
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
 from tomevit.output import new_file
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule
+from tomevit.transform import transform
 from tomevit.weights import checkpoint
 
 SCHEMA = 1
@@ -536,7 +536,7 @@ def _key(
     return {
         "weights": checkpoint.digest(weights)[:12],
         "model": _digest(repr(model.config)),
-        "preprocessing": _digest(repr(transform(model))),
+        "transform": _digest(repr(transform(model))),
         "images": _digest(images),
         "r": ", ".join(map(str, r_values)),
         "batch": str(batch),
