@@ -79,7 +79,7 @@ def printable(text: str) -> str:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The known names that a wrong one may have meant, whatever its case, as a question; or else what to say instead."""
+    """The known names that a wrong one may have meant, whatever its case, as a question; or what to say instead."""
     by_lower = {one.lower(): one for one in reversed(list(known))}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
     return f"did you mean {either(by_lower[one] for one in near)}?" if near else otherwise

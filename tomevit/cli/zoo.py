@@ -224,7 +224,8 @@ def _weights(weights: Sequence[Card]) -> Iterator[str]:
 def _file(contents: Contents) -> Iterator[str]:
     """What a file says of itself beside its model."""
     card = contents.card
-    yield f"merging        r = {format_schedule(card.r)}, {'proportional' if card.config.prop_attn else 'plain'} attention"
+    attention = "proportional" if card.config.prop_attn else "plain"
+    yield f"merging        r = {format_schedule(card.r)}, {attention} attention"
     yield f"licence        {printable(card.licence or 'not stated')}"
     yield ""
     yield f"file           {contents.size:,} bytes, {contents.format}"

@@ -85,8 +85,8 @@ def classify(
 
     Args:
         model: with a head, on any device, in any dtype.
-        images: one or several: files, folders and patterns (as `tomevit.data.images.find` takes them), what is in a file
-            (bytes), PIL images, and tensors (C, H, W) uint8. The last two are taken as they are.
+        images: one or several: files, folders and patterns (as `tomevit.data.images.find` takes them), what is in a
+            file (bytes), PIL images, and tensors (C, H, W) uint8. The last two are taken as they are.
         r: instead of the model's own.
         top: classes for each image, if the model has so many.
         compare: say what the model answers at r = 0 as well, and how long that takes.

@@ -137,8 +137,8 @@ def embed(
         model: on the device and in the dtype to compute in.
         sources: files, folders and patterns of images (`tomevit.data.images.find`), or of WebDataset shards
             (`tomevit.data.shards.find_shards`); or what `locate` found.
-        out: the .safetensors or .parquet file to write, as `tomevit.tasks.embedding_files` describes it. Parts lie in OUT.parts
-            until it is there.
+        out: the .safetensors or .parquet file to write, as `tomevit.tasks.embedding_files` describes it. Parts
+            lie in OUT.parts until it is there.
         r: instead of the model's own.
         pool: as in `extractor`.
         normalize: to unit length, so that a product of two vectors is the cosine of the angle between them.
