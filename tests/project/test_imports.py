@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import pytest
 
 import tomevit
@@ -118,7 +117,6 @@ def test_public_names_exist_and_only_they_are_shown() -> None:
 
 @pytest.mark.parametrize("name", cli.VERBS)
 def test_every_command_of_the_list_is_there(name: str) -> None:
-    command = cli.cli.get_command(click.Context(cli.cli), name)
-    assert command is not None
+    command = cli.load_command(name)
     assert command.name == name
     assert command.help

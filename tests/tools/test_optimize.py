@@ -459,30 +459,3 @@ def fresh_compiler() -> None:
 def test_the_fused_merge_is_refused_without_a_gpu() -> None:
     with pytest.raises(ValueError, match="bipartite matching on a GPU, and this model has 'bipartite' on cpu"):
         tomevit.optimize(tiny(4), fused_merge=True)
-
-
-FAULTS = """
-import resource, torch, tomevit
-from tests.helpers import images_for, tiny
-torch.set_num_threads(1)
-model = tiny(depth=2)
-images = images_for(model, 8192)
-
-def faults(model):
-    with torch.inference_mode():
-        for i in range(3):
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            model(images)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-plain, fast = faults(model), tomevit.optimize(model, packed=False)
-print(plain, faults(fast), *fast.optimizations, sep=",")
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
-def test_freed_memory_is_kept() -> None:
-    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    plain, fast, *done = run.stdout.strip().split(",")
-    assert done == ["freed memory kept by the process"]
-    assert int(fast) < 0.1 * int(plain), (plain, fast)

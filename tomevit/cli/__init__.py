@@ -53,17 +53,20 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in VERBS:
-            return None
-        verb = VERBS[cmd_name]
-        if verb.torch:
-            import_torch()
-        command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
-        return command
+        return load_command(cmd_name) if cmd_name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+
+def load_command(name: str) -> click.Command:
+    """A command of VERBS, and torch before it where it needs that."""
+    verb = VERBS[name]
+    if verb.torch:
+        import_torch()
+    command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
+    return command
 
 
 def import_torch() -> None:
