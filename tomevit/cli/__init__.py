@@ -70,7 +70,11 @@ def load_command(name: str) -> click.Command:
 
 
 def import_torch() -> None:
-    """Import torch as fast as it can be, and without a traceback where that is interrupted."""
+    """Import torch as fast as it can be, and without a traceback where that is interrupted.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     if "torch" in sys.modules:
         return
     gc.disable()  # its passes would go through all that torch makes, and free none of it
@@ -78,6 +82,8 @@ def import_torch() -> None:
         with _interrupted_at_once():
             import torch  # noqa: F401
         gc.freeze()
+    except ImportError as error:
+        raise ValueError(f"torch cannot be imported: {str(error).splitlines()[0]}; pip install torch") from error
     finally:
         gc.enable()
 
