@@ -110,7 +110,7 @@ def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
 
 
 def test_traceback_on_request():
-    with pytest.raises(ValueError, match="no model .vit_b61."):
+    with pytest.raises(ValueError, match="no model 'vit_b61'"):
         cli.main(["--traceback", "info", "vit_b61"])
 
 
