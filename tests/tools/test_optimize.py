@@ -138,8 +138,10 @@ def test_autocast_leaves_float64_alone(dtype: torch.dtype, monkeypatch: pytest.M
     monkeypatch.setattr(backends, "EMULATED", frozenset({dtype}))
     layer = nn.Linear(32, 8).double()
     with torch.autocast("cpu", dtype):
-        widened = backends.widened(F.linear, torch.ones(5, 32, dtype=torch.float64), layer.weight, layer.bias)
-        assert torch.equal(widened, layer(torch.ones(5, 32, dtype=torch.float64)))
+        without_emulation = backends.without_emulation(
+            F.linear, torch.ones(5, 32, dtype=torch.float64), layer.weight, layer.bias
+        )
+        assert torch.equal(without_emulation, layer(torch.ones(5, 32, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])

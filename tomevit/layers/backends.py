@@ -38,7 +38,7 @@ def may_overwrite(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or x.requires_grad or torch.compiler.is_compiling())
 
 
-def widened(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+def without_emulation(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
     """function(x, *others), in float32 where this processor has no instructions for the half-precision type asked for.
 
     Such types are emulated there, several times slower than float32 and with no other result than float32's, rounded:
