@@ -536,7 +536,7 @@ def _key(
     return {
         "weights": checkpoint.digest(weights)[:12],
         "model": _digest(repr(model.config)),
-        "transform": _digest(repr(transform(model))),
+        "preprocessing": _digest(repr(transform(model))),
         "images": _digest(images),
         "r": ", ".join(map(str, r_values)),
         "batch": str(batch),
