@@ -42,7 +42,7 @@ def adapt(
     if wanted.in_chans != found.in_chans:
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
-        card = replace(card, preprocess=for_channels(card.preprocess, wanted.in_chans))
+        card = replace(card, preprocess=preprocess_for_channels(card.preprocess, wanted.in_chans))
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
     if wanted.pool_norm != found.pool_norm:
         # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).
@@ -94,7 +94,7 @@ def convert_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
 
 
-def for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
+def preprocess_for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
     """Other channels than those the statistics were taken of map to [-1, 1]."""
     if channels == len(preprocess.mean):
         return preprocess

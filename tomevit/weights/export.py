@@ -72,7 +72,7 @@ def export(
             raise ValueError(f"{out} is the source itself: name another file to write")
     else:
         card, named, _ = published(card_of_name(os.fspath(model)))
-    tensors = rules.write(table, named, card.config)
+    tensors = rules.from_native(table, named, card.config)
 
     sidecars = {}
     if to_directory:
