@@ -38,7 +38,7 @@ def adapt(
         tensors["pos_embed"] = resample_positions(
             tensors["pos_embed"], found.grid, wanted.grid, found.num_positions_prefix, resampling
         )
-        changes.append(f"positions resampled from {_by(found.grid)} to {_by(wanted.grid)} patches, {resampling}")
+        changes.append(f"positions resampled from {_size(found.grid)} to {_size(wanted.grid)} patches, {resampling}")
     if wanted.in_chans != found.in_chans:
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
@@ -116,5 +116,5 @@ def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) ->
     return f"{both}head{plural} replaced: fresh weights for {wanted.num_classes} classes instead of {found.num_classes}"
 
 
-def _by(grid: tuple[int, int]) -> str:
+def _size(grid: tuple[int, int]) -> str:
     return f"{grid[0]}x{grid[1]}"
