@@ -7,6 +7,7 @@ another way, an einops pattern says how.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from tomevit.weights.rules import PRE_LOGITS, Format, Omission, Resampling, Rule, Signature
@@ -127,15 +128,13 @@ TORCHVISION = Format(
     container="torch",
 )
 
-TORCHVISION_LINEAR = Format(
+TORCHVISION_LINEAR = replace(
+    TORCHVISION,
     name="torchvision_linear",
     title="torchvision's VisionTransformer before its MLP layers were renamed (pytorch/vision, pull request 6053)",
     rules=_encoder_layers("encoder_layer", "linear_1", "linear_2", "heads.head", None),
     signatures=(Signature(has=("conv_proj.weight", "encoder.layers.encoder_layer_#.mlp.linear_1.weight")),),
-    resampling=TORCHVISION.resampling,
     variant_of="torchvision",
-    fixed=PLAIN,
-    container="torch",
 )
 
 
@@ -181,16 +180,13 @@ VIT_JAX = Format(
     container="npz",
 )
 
-BIG_VISION = Format(
+BIG_VISION = replace(
+    VIT_JAX,
     name="big_vision",
     title="big_vision's ViT (google-research/big_vision, models/vit.py)",
     rules=_flax("pos_embedding", "LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0"),
     signatures=(Signature(has=("embedding/kernel", "pos_embedding")),),
-    resampling=Resampling("bilinear"),
-    omissions=VIT_JAX.omissions,
-    fixed=PLAIN,
     num_heads="Transformer/encoderblock_#/MultiHeadDotProductAttention_0/query/kernel",
-    container="npz",
 )
 
 

@@ -114,12 +114,12 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def comparable_fields(config: Config) -> dict[str, Any]:
     """An architecture, as far as `infer_architecture` sees it in tensors, and what cannot be seen there."""
-    unseen = ("num_heads", "act", "pos_embed_prefix")
-    seen = (
+    names = (
         *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
         *("class_token", "dist_token", "reg_tokens", "pool_norm"),
+        *("num_heads", "act", "pos_embed_prefix"),  # not to be seen in tensors
     )
-    return {name: getattr(config, name) for name in (*seen, *unseen)} | {
+    return {name: getattr(config, name) for name in names} | {
         "mlp_ratio": int(config.embed_dim * config.mlp_ratio) / config.embed_dim,
         "layer_scale": config.layer_scale is not None,
     }
