@@ -484,7 +484,7 @@ def test_a_card_without_sources_says_so() -> None:
 
 
 def test_what_ships_with_tomevit_is_used_in_place() -> None:
-    source = Source(format="tomevit", package=assets/digits_p1_p1_plain.safetensors")
+    source = Source(format="tomevit", package="assets/digits_p1_plain.safetensors")
     path = cached(card(source), convert)
     assert path.name == "digits_p1_plain.safetensors"
     with fetch(card(source)) as fetched:
