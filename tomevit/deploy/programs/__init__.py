@@ -26,7 +26,7 @@ from tomevit.deploy.programs.trace import from_pixels, trace
 from tomevit.errors import either
 from tomevit.models import VisionTransformer, unwrap
 from tomevit.output import check_output
-from tomevit.schedule import Schedule, check_schedule
+from tomevit.schedule import Schedule, check_schedule, schedule_to_json
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import card_of_name, published
 
@@ -169,7 +169,7 @@ def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool)
     normalised = {"mean": json.dumps(preprocess.mean), "std": json.dumps(preprocess.std)}
     return {
         "name": card.full_name,
-        "r": json.dumps(card.r),
+        "r": json.dumps(schedule_to_json(card.r)),
         "tokens": json.dumps(model.token_counts()),  # entering each block, and leaving the last
         "dtype": dtype,
         "input": f"images: {'uint8' if raw else io} {shape}, "
