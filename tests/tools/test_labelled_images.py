@@ -53,7 +53,7 @@ def by_name(found: Labelled) -> dict[str, int]:
 
 
 def test_the_order_of_imagenet() -> None:
-    theirs = files(timm).joinpath("assets", "_info", "imagenet_synsets.txt").read_text().split()
+    theirs = files(timm).joinpath("data", "_info", "imagenet_synsets.txt").read_text().split()
     assert list(imagenet_classes()) == theirs
     assert len(set(ilsvrc_wnids())) == 1000
     for wnid, (number, output) in FIRST.items():
