@@ -1,7 +1,7 @@
 # Everything runs in .venv, which is made on first use.
 #   make demo     set up, then run the demo into demo/
 #   make check    set up, then format check, lint, types, tests
-#   make docs     set up, then build the site into build/site
+#   make docs     set up, then build the site into build/site and test it
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
@@ -13,8 +13,9 @@ demo: .venv/demo
 
 check: lint test
 
-docs: .venv/docs
+docs: .venv/test
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	$(BIN)/pytest -m site
 	@echo 'built: build/site/index.html'
 
 lint: .venv/test
@@ -36,9 +37,8 @@ clean:
 	rm -rf .venv demo build
 
 .venv/demo: EXTRAS := plot
-.venv/docs: EXTRAS := docs
 .venv/test: EXTRAS := test
-.venv/demo .venv/docs .venv/test: pyproject.toml constraints.txt
+.venv/demo .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 # pip would compile on one core only. What needs a later Python lies in torch's _internal, and is not needed.

@@ -8,8 +8,8 @@
     efficiency = (throughput at r / best throughput at r = 0) / (FLOPs at 0 / FLOPs at r)
 
 In each setting all candidates take turns in one process, on one set of weights: timm and tomevit at r = 0, eager and
-compiled (every mode in tomevit.measure.bench.MODES), tomevit at every r in the same modes, and the design of ToMe's
-published patch (reference.py), eager. "Best" is the fastest of all that merge nothing. FLOPs are those that tomevit computes.
+compiled (every mode in bench.MODES), tomevit at every r in the same modes, and the design of ToMe's published
+patch (reference.py), eager. "Best" is the fastest of all that merge nothing. FLOPs are those that tomevit computes.
 """
 
 from __future__ import annotations

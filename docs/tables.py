@@ -129,7 +129,7 @@ def commands() -> str:
     """The help of every command."""
     top = click.Context(cli.cli, info_name="tomevit", terminal_width=HELP_WIDTH)
     sections = []
-    for name, command in cli.cli.commands.items():
+    for name, command in ((name, cli.load_command(name)) for name in cli.VERBS):
         text = command.get_help(click.Context(command, info_name=name, parent=top, terminal_width=HELP_WIDTH))
         sections.append(f"### tomevit {name}\n```text\n{text}\n```")
     return "\n\n".join(sections)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image

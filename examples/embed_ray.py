@@ -28,8 +28,8 @@ import torch
 import tomevit
 from tomevit.data import images, shards
 from tomevit.errors import ImageError
-from tomevit.preprocessing import Transform
 from tomevit.tasks import embed
+from tomevit.transform import Transform
 
 Row = dict[str, Any]
 BLOCKS = 1000  # at most so many pieces of work

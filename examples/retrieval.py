@@ -4,9 +4,9 @@
     python -m examples.retrieval --data photographs --model vit_b16       # crops of photographs; downloads weights
     python -m examples.retrieval --data FOLDER --model vit_b16 --merge 8 16     # your own
 
-Every image is embedded by `tomevit.tasks.embed.embed` at each r, and compared with all others by the cosine of their vectors.
-Of a folder the class of an image is the folder that it lies in, of crops the photograph that they are of. It prints how
-many neighbours are right, which is of the image's class, how many are the same as at r = 0, and draws some.
+Every image is embedded by `tomevit.tasks.embed.embed` at each r, and compared with all others by the cosine of their
+vectors. Of a folder the class of an image is the folder that it lies in, of crops the photograph that they are of. It
+prints how many neighbours are right, which is of the image's class, how many are the same as at r = 0, and draws some.
 
 Fresh weights (--fresh) know nothing of what is in a photograph: what they find alike has the same colours and textures.
 They show that the program works, and how far merging moves neighbours, and nothing about what a trained model finds.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import examples.data
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ logits = model(images)                       # (B, 3, 224, 224) normalised -> (B
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# These two have the names of their modules, whose import by anyone would put the module in their place.
+from tomevit.flops import flops as flops
+from tomevit.transform import transform as transform
 from tomevit.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -23,14 +26,12 @@ if TYPE_CHECKING:
     from tomevit.errors import DownloadError as DownloadError
     from tomevit.errors import UploadError as UploadError
     from tomevit.factory import create as create
-    from tomevit.flops import flops as flops
     from tomevit.layers.merge import Merge as Merge
     from tomevit.layers.merge import Tokens as Tokens
     from tomevit.layers.merge import unmerge as unmerge
     from tomevit.models import DistilledLogits as DistilledLogits
     from tomevit.models import MaskedAutoencoder as MaskedAutoencoder
     from tomevit.models import VisionTransformer as VisionTransformer
-    from tomevit.preprocessing import transform as transform
     from tomevit.tasks.classify import classify as classify
     from tomevit.training.parameter_groups import param_groups as param_groups
     from tomevit.training.recipes import Recipe as Recipe
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from tomevit.zoo import card as card
     from tomevit.zoo import list_models as list_models
 
-# Every public name, and the module that is imported on its first use: so the command line starts without torch.
+# The other public names, and the modules that are imported on their first use: torch comes with most.
 _MODULES = {
     "AmbiguousCheckpointError": "errors",
     "Card": "config",
@@ -67,7 +68,6 @@ _MODULES = {
     "create": "factory",
     "export": "weights.export",
     "export_program": "deploy.programs",
-    "flops": "flops",
     "list_models": "zoo",
     "list_recipes": "training.recipes",
     "load": "weights.checkpoint",
@@ -76,12 +76,11 @@ _MODULES = {
     "push": "weights.push",
     "recipe": "training.recipes",
     "save": "weights.checkpoint",
-    "transform": "preprocessing",
     "unmerge": "layers.merge",
     "verify": "weights.verify",
 }
 
-__all__ = sorted(_MODULES)
+__all__ = sorted([*_MODULES, "flops", "transform"])
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -67,6 +68,36 @@ def decode_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
         return Header(card_from_json(described["card"]), sha256)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+class Contents(NamedTuple):
+    """All that a file says of itself, beside its values."""
+
+    path: Path
+    card: Card
+    sha256: str | None  # what the digest of the tensors must be, where it is recorded
+    size: int  # bytes
+    format: str  # in words
+    dtypes: dict[str, int]  # how many tensors are of each
+    left_out: dict[str, str]  # what is no weight of the model, and why
+
+
+def read_contents(path: str | os.PathLike[str]) -> Contents:
+    """What a file of tomevit's own says of itself. No tensor is read.
+
+    Raises:
+        CheckpointError: it is damaged, or another kind of file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="np") as file:
+            header = decode_header(path, file.metadata() or {})
+            dtypes = Counter(file.get_slice(name).get_dtype() for name in sorted(file.keys()))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: it is damaged, or of another format ({error})") from error
+    words = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    named = {words.get(dtype, dtype): count for dtype, count in dtypes.items()}
+    return Contents(path, header.card, header.sha256, path.stat().st_size, "tomevit's own format", named, {})
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import unicodedata
 from collections.abc import Iterable
 
 
@@ -74,30 +73,13 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The known names that a wrong one may have meant, as a question; or else what to say instead."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {either(near)}?" if near else otherwise
-
-
-#: What a terminal would obey rather than show, by its category: control characters, and what ends a line.
-_OBEYED = ("Cc", "Zl", "Zp")
-#: What turns the direction of writing, and so may show a name as another.
-_TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-
-
 def printable(text: str) -> str:
-    """Text from a file, a name say, as a terminal can show it in one line: what it would obey stands as an escape.
-
-    What cannot be encoded, as a byte of a file's name that is no UTF-8, becomes U+FFFD.
-    """
-    return "".join(map(_printable_character, text))
+    """A text from a file as a terminal may have it: line breaks, control characters and the like are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def _printable_character(character: str) -> str:
-    category = unicodedata.category(character)
-    if category == "Cs":
-        return "\ufffd"
-    if category in _OBEYED or character in _TURNING:
-        return character.encode("unicode_escape").decode("ascii")
-    return character
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The known names that a wrong one may have meant, whatever its case, as a question; or what to say instead."""
+    by_lower = {one.lower(): one for one in reversed(list(known))}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
+    return f"did you mean {either(by_lower[one] for one in near)}?" if near else otherwise

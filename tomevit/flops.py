@@ -1,4 +1,4 @@
-"""The cost of a forward pass, counted."""
+"""What a model costs, counted from its config: a forward pass, and parameters."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) ->
             for keys, queries, leaving in blocks
         ),
     )
+
+
+def count_parameters(config: Config) -> int:
+    """The number of a model's parameters, tokens and positions among them."""
+    dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    norm = 2 * dim
+    block = 3 * dim**2 + (3 * dim if config.qkv_bias else 0) + dim**2 + dim + 2 * norm
+    block += 2 * dim * hidden + hidden + dim
+    block += 4 * dim // config.num_heads if config.qk_norm else 0
+    block += 2 * dim if config.layer_scale is not None else 0
+    patches = config.patch_size**2 * config.in_chans * dim + (0 if config.pre_norm else dim)
+    tokens = (config.num_prefix + config.num_positions) * dim
+    heads = (1 + config.dist_token) * (dim + 1) * config.num_classes
+    return patches + tokens + (norm if config.pre_norm else 0) + config.depth * block + norm + heads

@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,11 +27,15 @@ from typing import Any, NamedTuple
 from tomevit.config import Card, Config, Figure, Preprocess, Source
 from tomevit.errors import either, nearest
 
+#: How the names of checkpoints end.
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz", ".msgpack", ".onnx", ".pt2")
+
 
 class _Zoo(NamedTuple):
     architectures: Mapping[str, Card]  # by model name, without weights
     cards: Mapping[str, tuple[Card, ...]]  # by model name; the default weights first
-    aliases: Mapping[str, str]
+    aliases: Mapping[str, str]  # other names, timm's among them
+    repositories: Mapping[str, str]  # of the hub, with the weights that are published there
 
 
 def configs() -> Path:
@@ -47,7 +51,9 @@ def _zoo() -> _Zoo:
     aliases: dict[str, str] = {}
     for file in sorted(configs().glob("*.toml")):
         _read_family(file.stem, tomllib.loads(file.read_text(encoding="utf-8")), architectures, cards, aliases)
-    return _Zoo(architectures, cards, aliases)
+    published = ((card, source) for card in itertools.chain.from_iterable(cards.values()) for source in card.sources)
+    repositories = {source.hub: card.full_name for card, source in published if source.hub}
+    return _Zoo(architectures, cards, aliases, repositories)
 
 
 def _read_family(
@@ -104,16 +110,25 @@ def _preprocess(fields: dict[str, Any]) -> Preprocess:
 
 
 def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
-    """The names of all models that match a pattern.
+    """The names of all models that match a pattern, or whose other names do: timm's, and those of repositories.
 
     Args:
-        pattern: with the shell's wildcards, as in "deit*".
+        pattern: with the shell's wildcards, as in "deit*" or "vit_base*".
         weights: name every set of weights ("vit_b16.augreg_in1k"), instead of every architecture.
     """
-    names = []
-    for name, cards in _zoo().cards.items():
-        names += [card.full_name for card in cards] if weights else [name]
-    return fnmatch.filter(names, pattern)
+    zoo = _zoo()
+    others: dict[str, set[str]] = {}
+    for alias, name in itertools.chain(zoo.aliases.items(), zoo.repositories.items()):
+        others.setdefault(name, set()).add(alias)
+
+    def matches(model: str, those: Sequence[Card]) -> bool:
+        called = [model, *(found.full_name for found in those)]
+        names = itertools.chain(called[1:] if weights else called[:1], *(others.get(name, ()) for name in called))
+        return bool(fnmatch.filter(names, pattern))
+
+    if weights:
+        return [found.full_name for model, those in zoo.cards.items() for found in those if matches(model, [found])]
+    return [model for model, those in zoo.cards.items() if matches(model, those)]
 
 
 def cards(name: str) -> tuple[Card, ...]:
@@ -129,16 +144,22 @@ def card(name: str) -> Card:
     """What there is to know about a model: architecture, preprocessing, weights, licence, published figures.
 
     Args:
-        name: family_size[_resolution][.weights], or timm's name for the same model; without weights, the default ones.
+        name: family_size[_resolution][.weights], or timm's name for the same model, or the repository on the hub that
+            its weights are published in; without weights, the default ones.
 
     Raises:
         ValueError: no such model or weights; the message has the nearest names.
     """
     zoo = _zoo()
-    model, _, tag = zoo.aliases.get(name, name).partition(".")
+    known = zoo.repositories.get(name, name)
+    model, _, tag = zoo.aliases.get(known, known).partition(".")
     model = model if tag == "" else zoo.aliases.get(model, model).partition(".")[0]
     if model not in zoo.cards:
-        hint = nearest(model, [*zoo.cards, *zoo.aliases], "tomevit.list_models() has all names")
+        hint = nearest(
+            model,
+            [*zoo.cards, *zoo.aliases, *zoo.repositories],
+            "tomevit list, or tomevit.list_models(), has all names",
+        )
         raise ValueError(f"there is no model {name!r}; {hint}")
     if tag == "":
         return zoo.cards[model][0]
@@ -147,6 +168,22 @@ def card(name: str) -> Card:
             return found
     tags = [found.weights for found in zoo.cards[model] if found.weights]
     raise ValueError(f"{model} has no weights {tag!r}; it has {either(tags) if tags else 'none'}")
+
+
+def card_of_no_file(name: str) -> Card:
+    """The card of what was found to be no file.
+
+    Raises:
+        FileNotFoundError: there is no such model either, and the name looks like a file's.
+        ValueError: there is no such model.
+    """
+    try:
+        return card(name)
+    except ValueError as error:
+        path = Path(name)
+        if path.suffix in CHECKPOINTS or len(path.parts) > 1:
+            raise FileNotFoundError(f"there is no file {name}") from None
+        raise ValueError(f"there is no file {name}, and {str(error).removeprefix('there is ')}") from error
 
 
 def architecture(name: str) -> Card:

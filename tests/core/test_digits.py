@@ -108,7 +108,7 @@ def _multiset(*several: Digits) -> list[bytes]:
     return sorted(bytes(image.flatten().tolist()) for digits in several for image in digits.images)
 
 
-def test_preprocessing_normalises_the_training_images():
+def test_transform_normalises_the_training_images():
     train, _ = load_split()
     prepared = tomevit.transform(tomevit.create("digits_p1"))(train.images)
     assert prepared.mean().abs() < 0.01

@@ -103,9 +103,15 @@ def test_traced_features_compile() -> None:
     assert torch.equal(answer.slots, expected.slots)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize(
-    ("family", "batch"), [("vit", "fixed"), ("vit", "dynamic"), ("deit", "dynamic"), ("mae", "dynamic")]
+    ("family", "batch", "strict"),
+    [
+        ("vit", "fixed", False),
+        ("vit", "dynamic", False),
+        ("vit", "dynamic", True),
+        ("deit", "dynamic", False),
+        ("mae", "dynamic", False),
+    ],
 )
 def test_exported_models_answer_alike(family: str, batch: str, strict: bool) -> None:
     model = tiny((8, -0.5), depth=2, **FAMILIES[family])
@@ -118,12 +124,11 @@ def test_exported_models_answer_alike(family: str, batch: str, strict: bool) -> 
             torch.testing.assert_close(program.module()(images), model(images), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
-def test_exported_features_trace_alike(strict: bool) -> None:
+def test_exported_features_trace_alike() -> None:
     model = Features(tiny(8, depth=2))
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     with torch.no_grad():
-        program = torch.export.export(model, (images_for(model.model, 2),), dynamic_shapes=shapes, strict=strict)
+        program = torch.export.export(model, (images_for(model.model, 2),), dynamic_shapes=shapes, strict=False)
         images = images_for(model.model, 4)
         answer, expected = program.module()(images), model(images)
     assert isinstance(answer, Tokens)
@@ -138,7 +143,7 @@ def test_every_matching_compiles_and_exports(matching: str) -> None:
     model = tiny(7, depth=2, matching=matching)
     images = images_for(model, 2)
     with torch.no_grad():
-        program = torch.export.export(model, (images,), strict=True).module()
+        program = torch.export.export(model, (images,), strict=False).module()
         answers = []
         for run in (model, torch.compile(model, fullgraph=True, backend="eager"), program):
             torch.manual_seed(0)

@@ -22,7 +22,7 @@ from tests.helpers import images_for, randomise, relative_error, tiny
 from tomevit.config import ARCHITECTURE, Card, Config, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 from tomevit.weights import rules
 from tomevit.weights.foreign_configs import MOST_BYTES, _edges, _mlp_ratio, _share, read_sidecars, write_sidecars
 from tomevit.weights.formats import FORMATS

@@ -15,11 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomevit
 from benchmarks.peers import timm, torchvision
 from tests.helpers import images_for
+from tomevit import zoo
 from tomevit.config import Card, Config, Source
+from tomevit.flops import count_parameters
 from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta
-from tomevit.preprocessing import Transform
 from tomevit.schedule import Schedule
+from tomevit.transform import Transform
 from tomevit.zoo import _zoo, cards
 
 ALIASES = _zoo().aliases
@@ -140,6 +142,21 @@ def test_weights_of_torchvisions_are_prepared_as_torchvision_does(card: Card, so
     assert (ours.interpolation, ours.resize) == (theirs.interpolation.value, "shorter")
 
 
+def test_parameters_are_counted_without_a_model() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"qk_norm": True},
+        {"reg_tokens": 3},
+        {"reg_tokens": 2, "pos_embed_prefix": False},
+        {"pre_norm": True},
+        {"qkv_bias": False, "layer_scale": 1e-5, "num_classes": 0},
+    ]
+    configs = [card.config for card in zoo.architectures()]
+    configs += [replace(tomevit.card("vit_s16").config, **change) for change in changes]
+    for config in configs:
+        assert count_parameters(config) == count(build_meta(config)), config
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameters_as_published(name: str) -> None:
     assert count(build_meta(tomevit.card(name).config)) == PARAMETERS[name]
@@ -199,6 +216,14 @@ def test_list_models_by_pattern() -> None:
     assert set(tomevit.list_models("deit_s16*", weights=True)) == {"deit_s16.fb_in1k", "deit_s16.tome_r13"}
 
 
+def test_list_models_finds_other_names() -> None:
+    """timm's, and the repositories that weights are published in."""
+    assert {"vit_b16", "vit_b16_384", "mae_cls_b16"} <= set(tomevit.list_models("vit_base*"))
+    assert "vit_l16" not in tomevit.list_models("vit_base*")
+    assert tomevit.list_models("google/vit-base-patch16-224", weights=True) == ["vit_b16.orig_in21k_ft_in1k"]
+    assert tomevit.list_models("google/vit-base-patch16-224") == ["vit_b16"]
+
+
 def test_names_resolve() -> None:
     default = tomevit.card("deit_s16")
     assert default.full_name == "deit_s16.fb_in1k"
@@ -208,6 +233,8 @@ def test_names_resolve() -> None:
     assert tomevit.card("deit_s16.tome_r13").r == 13
     assert tomevit.card("vit_base_patch16_224.augreg_in1k").full_name == "vit_b16.augreg_in1k"
     assert [card.full_name for card in cards("deit_s16")] == ["deit_s16.fb_in1k", "deit_s16.tome_r13"]
+    assert tomevit.card("timm/vit_base_patch16_224.augreg_in1k").full_name == "vit_b16.augreg_in1k"
+    assert tomevit.card("google/vit-base-patch16-224").full_name == "vit_b16.orig_in21k_ft_in1k"
     assert cards("deit_small_patch16_224") == cards("deit_s16.tome_r13") == cards("deit_s16")
 
 
@@ -227,6 +254,8 @@ def test_full_names_resolve_to_themselves(name: str) -> None:
         ("vitb16", "vit_b16"),
         ("vit_b16.augreg", "vit_b16.*augreg_in1k"),
         ("deit_s16.tome_r16", "tome_r13"),
+        ("VIT_B16", r"did you mean vit_b16\b"),
+        ("Google/ViT-Base-Patch16-224", "did you mean google/vit-base-patch16-224"),
         ("xyzzy", "list_models"),
         ("", "list_models"),
     ],

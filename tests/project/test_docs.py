@@ -16,18 +16,13 @@ from __future__ import annotations
 import argparse
 import doctest
 import io
-import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from html.parser import HTMLParser
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -37,7 +32,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 
 import tomevit
@@ -313,7 +307,7 @@ def check_options(arguments: list[str]) -> None:
     """The program that a command is for takes its options. It is not run."""
     program, *rest = arguments
     if program == "tomevit":
-        cli.cli.commands[rest[0]].make_context(rest[0], rest[1:])
+        cli.load_command(rest[0]).make_context(rest[0], rest[1:])
     elif program == "make":
         assert rest[0] in re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     else:
@@ -353,7 +347,7 @@ def test_commands_in_the_text_exist() -> None:
     for program, *rest in lines:
         if "tomevit" in (program, *rest[-5:]):
             verb = [program, *rest][[program, *rest].index("tomevit") + 1]
-            assert verb in cli.cli.commands or verb == "--traceback", rest
+            assert verb in cli.VERBS or verb == "--traceback", rest
         elif program == "make":
             assert rest[0] in targets, rest
         else:
@@ -376,180 +370,3 @@ def test_every_file_that_a_page_links_is_there(page: str) -> None:
     text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", text):
         assert (ROOT / page).parent.joinpath(target).exists(), target
-
-
-# ------------------------------------------------------------------------------------------------------------- the site
-
-
-class Page(HTMLParser):
-    """What a page of the site links, loads and names."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.loads: list[str] = []
-        self.ids: list[str] = []
-        self.text: list[str] = []
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: value or "" for name, value in attrs}
-        if "id" in given:
-            self.ids.append(given["id"])
-        if tag == "a" and "href" in given:
-            self.links.append(given["href"])
-        elif tag == "link" and "href" in given:
-            self.loads.append(given["href"])
-        self.loads += [given["src"]] if "src" in given else []
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site, built once for all processes of a test run, without a network."""
-    pytest.importorskip("myst_nb", reason="the site needs pip install 'tomevit[docs]'")
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with FileLock(shared / "site.lock"):
-        if not (shared / "built.json").exists():
-            nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
-            built = subprocess.run(
-                [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", ".", str(shared / "site")],
-                cwd=ROOT,
-                env=os.environ | nowhere | {"PYTHONPATH": str(ROOT)},
-                capture_output=True,
-                text=True,
-            )
-            (shared / "built.json").write_text(json.dumps([built.returncode, built.stdout + built.stderr]))
-    status, said = json.loads((shared / "built.json").read_text())
-    assert (status, said) == (0, ""), said
-    return shared / "site"
-
-
-@pytest.fixture(scope="session")
-def pages(site: Path) -> dict[Path, Page]:
-    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
-
-
-def test_every_page_is_on_the_site(pages: Mapping[Path, Page], site: Path) -> None:
-    written = {str(path.relative_to(site).with_suffix(".md")) for path in pages}
-    assert written >= set(PAGES)
-    assert site / "docs" / "tour.html" in pages
-    assert pages[site / "index.html"].links == ["docs/index.html"]
-
-
-def test_every_link_within_the_site_leads_somewhere(pages: Mapping[Path, Page]) -> None:
-    lost = []
-    for path, page in pages.items():
-        for link in page.links:
-            if re.match(r"[a-z]+:", link):
-                assert link.startswith("https://"), (path, link)
-                continue
-            target, _, anchor = link.partition("#")
-            there = (path.parent / target).resolve() if target else path
-            if not there.is_file() or (anchor and there.suffix == ".html" and anchor not in pages[there].ids):
-                lost.append((path.name, link))
-    assert lost == []
-
-
-def test_readers_browsers_load_nothing_from_elsewhere(pages: Mapping[Path, Page], site: Path) -> None:
-    elsewhere = [(path.name, load) for path, page in pages.items() for load in page.loads if re.match(r"\w+:|//", load)]
-    assert [(name, load) for name, load in elsewhere if not load.startswith("data:")] == []
-    for path in site.rglob("*.css"):
-        assert re.findall(r"(?:url\(|@import)[\s'\"]*(?:https?:|//)[^)]*", path.read_text(encoding="utf-8")) == [], path
-
-
-#: Names of the modules on docs/api_modules.md that their page leaves out: they serve a command and nobody else.
-NOT_IN_THE_REFERENCE = {
-    *(
-        "tomevit.data.labelled_images.Classes",
-        "tomevit.data.labelled_images.is_imagenet",
-        "tomevit.data.images.Strings",
-    ),
-    *("tomevit.tasks.visualize.group_sizes", "tomevit.tasks.visualize.undo_normalisation"),
-}
-
-
-def public_names() -> set[str]:
-    names = {f"tomevit.{name}" for name in tomevit.__all__}
-    names |= {f"tomevit.layers.{name}" for name in tomevit.layers.__all__ if name not in tomevit.__all__}
-    described = re.findall(r"automodule:: (\S+)", (ROOT / "docs" / "api_modules.md").read_text(encoding="utf-8"))
-    for module in map(import_module, described):
-        own = (name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__)
-        names |= {f"{module.__name__}.{name}" for name in own if not name.startswith("_")}
-    return names
-
-
-def test_the_reference_has_every_public_name_once(pages: Mapping[Path, Page]) -> None:
-    anchors = [name for page in pages.values() for name in page.ids if name.startswith("tomevit.")]
-    assert len(anchors) == len(set(anchors))
-    public = public_names()
-    assert public >= NOT_IN_THE_REFERENCE
-    assert public - NOT_IN_THE_REFERENCE - set(anchors) == set(), "add them to docs/api.md"
-    assert NOT_IN_THE_REFERENCE & set(anchors) == set()
-    assert [name for name in anchors if "._" in name] == []
-
-
-def test_the_reference_says_what_fields_are(pages: Mapping[Path, Page], site: Path) -> None:
-    text = "".join(pages[site / "docs" / "api.html"].text)
-    assert "img_size: tuple[int, int] = (224, 224) – height, width in pixels" in text
-    assert "src: Tensor – (B, N - M) int64: the tokens in that join another" in text
-    modules = "".join(pages[site / "docs" / "api_modules.html"].text)
-    assert "tokens: int – leaving the last block" in modules
-    assert 'command      "eval"' in modules  # columns stay columns
-
-
-def test_models_and_commands_are_all_there(pages: Mapping[Path, Page], site: Path) -> None:
-    zoo_text, command_text, weights_text = (
-        "".join(pages[site / "docs" / f"{name}.html"].text) for name in ("zoo", "commands", "weights")
-    )
-    assert [name for name in tomevit.list_models() if f"{name}\n" not in zoo_text] == []
-    for name, command in cli.cli.commands.items():
-        assert f"tomevit-{name}" in pages[site / "docs" / "commands.html"].ids
-        for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
-            assert option in command_text
-    downloaded = [name for name in tomevit.list_models(weights=True) if "." in name and "digits" not in name]
-    assert [name for name in downloaded if name not in weights_text] == []
-
-
-def test_the_notebook_was_run(site: Path) -> None:
-    (path,) = site.rglob("tour.ipynb")
-    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert {output["output_type"] for output in outputs} == {"execute_result", "stream", "display_data"}
-    assert {output.get("name") for output in outputs if output["output_type"] == "stream"} == {"stdout"}
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == len({output["data"]["image/png"] for output in pictures}) == 2
-    assert "".join(cells[-1]["outputs"][0]["data"]["text/plain"]) == "('digits_p1.tome_r16', 12, True)"
-
-
-def test_the_page_that_visualize_writes_is_shown(pages: Mapping[Path, Page], site: Path) -> None:
-    assert pages[site / "docs" / "looking.html"].loads.count("visualized.html") == 1
-    assert "digits_p1.tome_r16" in (site / "docs" / "visualized.html").read_text(encoding="utf-8")
-    assert (site / ".nojekyll").exists()
-
-
-def test_search_finds_words_of_every_page(site: Path) -> None:
-    index = (site / "searchindex.js").read_text(encoding="utf-8")
-    found = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))
-    for word, page in (("unmerg", "docs/merging"), ("inflect", "docs/choosing_r"), ("onnxruntim", "docs/export")):
-        where = found["terms"][word]
-        assert page in [found["docnames"][i] for i in (where if isinstance(where, list) else [where])]
-    assert set(found["docnames"]) >= {page.removesuffix(".md") for page in PAGES}
-
-
-def test_the_pictures_are_what_their_programs_draw(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn", reason="the photographs come from scikit-learn")
-    from docs import pictures
-
-    pictures.main(tmp_path)
-    assert pictures.PICTURES.keys() == {path.name for path in tmp_path.iterdir()}
-    for path in tmp_path.iterdir():
-        ours, theirs = (
-            np.asarray(Image.open(file).convert("RGB"), float) for file in (path, pictures.IMAGES / path.name)
-        )
-        assert ours.shape == theirs.shape, f"{path.name} is stale: python -m docs.pictures"
-        assert abs(ours - theirs).mean() < 2, f"{path.name} is stale: python -m docs.pictures"

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import tomevit
 from benchmarks.peers import torchvision  # noqa: F401  # the way to import it beside a CPU torch
 from examples.data import DataError, augmentation, load_data, load_split, noise_data
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 

@@ -1,13 +1,18 @@
 """The commands, run as a user runs them."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import tomevit
 from tomevit import cli
+from tomevit.cards import read_contents
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -105,7 +110,7 @@ def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
 
 
 def test_traceback_on_request():
-    with pytest.raises(ValueError, match="there is no model"):
+    with pytest.raises(ValueError, match="no model 'vit_b61'"):
         cli.main(["--traceback", "info", "vit_b61"])
 
 
@@ -117,7 +122,78 @@ def test_no_arguments_show_the_verbs(capsys):
 
 def test_the_installed_command_and_an_import_without_side_effects():
     late = ("PIL", "matplotlib", "huggingface_hub", "timm", "torch._dynamo")
-    code = f"import sys, tomevit; print([m for m in {late} if m in sys.modules])"
+    code = f"import sys, tomevit; tomevit.create; print([m for m in {late} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+@pytest.mark.parametrize("library", ["libtorch", "libtorch_python"])
+def test_interrupted_while_torch_is_imported(library: str) -> None:
+    command = [sys.executable, "-m", "tomevit", "verify", "none.safetensors"]
+    # A shell's background jobs ignore Ctrl-C, and what they start does too.
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while process.poll() is None and f"{library}." not in maps.read_text():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "tomevit: interrupted\n")
+
+
+def test_torch_is_imported_without_passes_over_its_heap() -> None:
+    code = """
+import gc
+from tomevit.cli import import_torch
+passes = []
+gc.callbacks.append(lambda phase, info: passes.append(info["generation"]) if phase == "stop" else None)
+import_torch()
+print(passes, gc.isenabled(), gc.get_freeze_count() > 100_000)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "[] True True\n"
+
+
+def test_info_says_all_that_a_file_says_of_itself(capsys, tmp_path):
+    model = tomevit.create("deit_ti16", r=(8, -1.0), num_classes=2)
+    model.card = replace(model.card, class_names=("cat", "d\x1b[31mog"), licence="mit", notes="two\nlines")
+    path = tmp_path / "pets.safetensors"
+    tomevit.save(model, path)
+    status, out, _ = run(capsys, "info", str(path))
+    assert status == 0
+    assert "\x1b" not in out
+    for said in (
+        "r = 8,-1",
+        "cat, d\\x1b[31mog",
+        "licence        mit",
+        "two\\nlines",
+        "5.52 M, 2 classes",
+        "152 float32",
+    ):
+        assert said in out, said
+    _, out, _ = run(capsys, "info", str(path), "--json")
+    found = json.loads(out)
+    assert found["r"] == {"mean": 8, "inflection": -1.0}
+    assert found["file"]["dtypes"] == {"float32": 152}
+    assert found["config"]["num_classes"] == 2
+    assert found["file"]["sha256"] == read_contents(path).sha256
+
+
+def test_a_damaged_file_is_not_taken_for_a_name(capsys, tmp_path):
+    path = tmp_path / "vit_b16"
+    path.write_bytes(b"nothing")
+    status, out, err = run(capsys, "info", str(path))
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert str(path) in err
+
+
+@pytest.mark.parametrize("name", ["nope.safetensors", "folder/nope", "nope.pth"])
+def test_what_looks_like_a_file_is_a_missing_file(capsys, name):
+    assert run(capsys, "info", name) == (2, "", f"tomevit: there is no file {name}\n")

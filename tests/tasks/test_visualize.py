@@ -19,10 +19,10 @@ from tomevit.cli.options import R
 from tomevit.config import Preprocess
 from tomevit.flops import flops_by_step
 from tomevit.models import build_meta
-from tomevit.preprocessing import Transform
 from tomevit.schedule import Schedule, format_schedule
 from tomevit.tasks import plots
 from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, undo_normalisation
+from tomevit.transform import Transform
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -19,7 +19,7 @@ from benchmarks.peers import timm, torchvision
 from tomevit.config import Preprocess
 from tomevit.data.images import Strings, find, read, stream
 from tomevit.errors import ImageError
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 CHINA, FLOWER = (Image.fromarray(pixels) for pixels in load_sample_images().images)  # 640 × 427
 SMALL = CHINA.resize((61, 43))

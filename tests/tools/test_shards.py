@@ -19,8 +19,8 @@ from PIL import Image
 from tomevit.config import Preprocess
 from tomevit.data.shards import Batch, expand_braces, find_shards, samples, stream_samples
 from tomevit.errors import ImageError
-from tomevit.preprocessing import Transform
 from tomevit.tasks.demo import held_out
+from tomevit.transform import Transform
 
 GREY = Transform(Preprocess(mean=(0.3,), std=(0.4,), crop_pct=1.0), (8, 8))
 

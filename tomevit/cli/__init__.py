@@ -53,21 +53,28 @@ class Verbs(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in VERBS:
-            return None
-        verb = VERBS[cmd_name]
-        if verb.torch:
-            import_torch()
-        command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
-        return command
+        return load_command(cmd_name) if cmd_name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
             formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
 
 
+def load_command(name: str) -> click.Command:
+    """A command of VERBS, and torch before it where it needs that."""
+    verb = VERBS[name]
+    if verb.torch:
+        import_torch()
+    command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
+    return command
+
+
 def import_torch() -> None:
-    """Import torch as fast as it can be, and without a traceback where that is interrupted."""
+    """Import torch as fast as it can be, and without a traceback where that is interrupted.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
     if "torch" in sys.modules:
         return
     gc.disable()  # its passes would go through all that torch makes, and free none of it
@@ -75,6 +82,8 @@ def import_torch() -> None:
         with _interrupted_at_once():
             import torch  # noqa: F401
         gc.freeze()
+    except ImportError as error:
+        raise ValueError(f"torch cannot be imported: {str(error).splitlines()[0]}; pip install torch") from error
     finally:
         gc.enable()
 

@@ -236,8 +236,13 @@ class _Format(NamedTuple):
 
 
 def _file(answer: Answer) -> str:
-    """Its name as it can be printed, whatever bytes are in it."""
-    return "standard input" if answer.image == "-" else printable(answer.image)
+    """Its name as a terminal can show it."""
+    return printable(_image_name(answer))
+
+
+def _image_name(answer: Answer) -> str:
+    """Its name, in which bytes that are no UTF-8 are U+FFFD."""
+    return "standard input" if answer.image == "-" else click.format_filename(answer.image)
 
 
 def _short_name(setting: _Setting, index: int) -> str:
@@ -363,7 +368,7 @@ def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
     lines = []
     for rank, guess in enumerate(answer.top, 1):
         cells = [
-            click.format_filename(answer.image) if answer.image != "-" else "standard input",
+            _image_name(answer),
             rank,
             guess.class_index,
             guess.synset,

@@ -103,7 +103,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[
 
 
 def machine(where: Mapping[str, Any]) -> str:
-    """Where and with which versions something was measured, from what `tomevit.measure.bench.subject` says, in words."""
+    """Where and with which versions something was measured, from `measure.bench.subject`, in words."""
     threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
     names = {"cuda": "CUDA", "python": "Python", "torch": "torch", "timm": "timm", "tomevit": "tomevit"}
     versions = ", ".join(f"{names[key]} {where[key]}" for key in names if key in where)

@@ -1,8 +1,9 @@
-"""What there is: `tomevit list`, `tomevit info`."""
+"""What there is: `tomevit list`, `tomevit info`. Neither needs torch to answer, but for a file of a foreign format."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import click
 
 from tomevit import zoo
+from tomevit.cards import Contents, is_ours, read_contents
 from tomevit.cli import options
 from tomevit.cli.options import Many, R, table
-from tomevit.config import Card
-from tomevit.flops import flops
-from tomevit.models import build_meta
+from tomevit.config import Card, Config, Source
+from tomevit.errors import printable
+from tomevit.flops import count_parameters, flops
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, format_schedule, token_counts
-from tomevit.tasks import plots
+from tomevit.schedule import Schedule, format_schedule, schedule_to_json, token_counts
 
 
 @click.command("list")
@@ -25,7 +26,7 @@ from tomevit.tasks import plots
 @click.option("--weights", is_flag=True, help="One line for each set of weights.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_command(pattern: str, weights: bool, as_json: bool) -> None:
-    """What models there are; PATTERN takes wildcards, as in 'deit*'."""
+    """What models there are; PATTERN takes wildcards, as in 'deit*', and timm's names, as in 'vit_base*'."""
     names = zoo.list_models(pattern, weights=weights)
     if not names:
         raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
@@ -56,13 +57,13 @@ def _summary(card: Card) -> dict[str, Any]:
         "name": card.name,
         "title": card.title,
         "img_size": card.config.img_size,
-        "params": sum(p.numel() for p in build_meta(card.config).parameters()),
+        "params": count_parameters(card.config),
         "gflops": flops(card.config) / 1e9,
         "num_classes": card.config.num_classes,
         "default_weights": card.weights,
         "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
         "figures": [asdict(figure) for figure in card.figures],
-        "r": card.r,
+        "r": schedule_to_json(card.r),
         "licence": card.licence,
     }
 
@@ -72,7 +73,7 @@ def _top1(row: dict[str, Any]) -> str:
 
 
 @click.command(cls=Many)
-@click.argument("name")
+@click.argument("name", metavar="NAME|FILE")
 @click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -89,12 +90,13 @@ def info(
     as_json: bool,
     picture: Path | None,
 ) -> None:
-    """One model: architecture, cost and tokens at each r, preprocessing, weights, licence."""
-    if picture is not None:
-        check_outputs(picture)
-        plots.require_matplotlib()
-        plots.check_suffix(picture)
-    card = zoo.card(name)
+    """One model, or all that a file says of itself: architecture, cost and tokens at each r, preprocessing, licence.
+
+    FILE is a file that tomevit wrote, or a checkpoint of any known format.
+    """
+    check_outputs(picture, inputs=[name])
+    contents = _contents(name)
+    card = zoo.card_of_no_file(name) if contents is None else contents.card
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
     schedules: list[dict[str, Any]] = [
         {
@@ -104,58 +106,150 @@ def info(
         }
         for r in r_values or (card.r,)
     ]
-    params, unmerged = sum(p.numel() for p in build_meta(config).parameters()), flops(config) / 1e9
     if picture is not None:
-        lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
-        with new_file(picture) as unfinished:
-            plots.tokens_per_layer(
-                unfinished, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first"
-            )
-        click.echo(f"written to {picture}", err=True)
-    weights = [other for other in zoo.cards(name) if other.weights and ("." not in name or other == card)]
+        _draw(picture, card, config, schedules)
+    weights = []
+    if contents is None:
+        weights = [other for other in zoo.cards(name) if other.weights and ("." not in name or other == card)]
     if as_json:
-        described = asdict(replace(card, config=config)) | {
-            "params": params,
-            **schedules[0],
-            "gflops_unmerged": unmerged,
-        }
-        described["schedules"] = schedules
-        described["all_weights"] = [asdict(other) for other in weights]
-        click.echo(json.dumps(described, indent=2))
+        click.echo(json.dumps(_as_json(card, config, schedules, weights, contents), indent=2))
         return
-    click.echo(f"{card.name}: {card.title}{f' ({card.timm} in timm)' if card.timm else ''}")
-    for paper in card.papers:
-        click.echo(f"  {paper}")
-    height, width = config.img_size
-    click.echo(
-        f"\narchitecture   {config.depth} blocks, width {config.embed_dim}, {config.num_heads} heads, "
-        f"MLP x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}\n"
-        f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the "
-        f"{'class token' if config.pool == 'token' else 'mean patch'}\n"
-        f"parameters     {params / 1e6:.2f} M, {config.num_classes} classes"
+    for line in (*_architecture(card, config), *_costs(config, schedules), *_preparation(card, config)):
+        click.echo(line)
+    for line in _weights(weights) if contents is None else _file(contents):
+        click.echo(line)
+
+
+def _contents(name: str) -> Contents | None:
+    """What a file says of itself; None for the name of a model.
+
+    Raises:
+        CheckpointError: it is damaged, or of no known format.
+    """
+    path = Path(name)
+    if not path.exists():
+        return None
+    if path.is_file() and is_ours(path):
+        return read_contents(path)
+    from tomevit.cli import import_torch
+
+    import_torch()
+    from tomevit.weights.convert import inspect
+
+    return inspect(path)
+
+
+def _draw(picture: Path, card: Card, config: Config, schedules: Sequence[dict[str, Any]]) -> None:
+    from tomevit.cli import import_torch
+
+    import_torch()
+    from tomevit.tasks import plots
+
+    plots.require_matplotlib()
+    plots.check_suffix(picture)
+    lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
+    with new_file(picture) as draft:
+        plots.tokens_per_layer(draft, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first")
+    click.echo(f"written to {picture}", err=True)
+
+
+def _as_json(
+    card: Card, config: Config, schedules: list[dict[str, Any]], weights: Sequence[Card], contents: Contents | None
+) -> dict[str, Any]:
+    schedules = [at | {"r": schedule_to_json(at["r"])} for at in schedules]
+    described = asdict(replace(card, config=config))
+    described |= {"params": count_parameters(config), **schedules[0], "gflops_unmerged": flops(config) / 1e9}
+    described["schedules"] = schedules
+    described["all_weights"] = [asdict(other) | {"r": schedule_to_json(other.r)} for other in weights]
+    if contents is not None:
+        described["file"] = contents._asdict() | {"card": None, "path": str(contents.path)}
+        del described["file"]["card"]
+    return described
+
+
+def _architecture(card: Card, config: Config) -> Iterator[str]:
+    title = f": {printable(card.title)}" if card.title else ""
+    yield f"{printable(card.full_name or 'a model without a name')}{title}" + (
+        f" ({printable(card.timm)} in timm)" if card.timm else ""
     )
+    for paper in card.papers:
+        yield f"  {printable(paper)}"
+    height, width = config.img_size
+    reads = "class token" if config.pool == "token" else "mean patch"
+    yield ""
+    yield (
+        f"architecture   {config.depth} blocks, width {config.embed_dim}, {config.num_heads} heads, "
+        f"MLP x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}"
+    )
+    yield f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the {reads}"
+    yield f"parameters     {count_parameters(config) / 1e6:.2f} M, {config.num_classes} classes"
+
+
+def _costs(config: Config, schedules: Sequence[dict[str, Any]]) -> Iterator[str]:
+    unmerged = flops(config) / 1e9
     for at in schedules:
-        click.echo(
-            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer than "
-            f"the {unmerged:.4g} of r = 0\n"
-            f"               tokens {' '.join(map(str, at['tokens']))}"
+        yield (
+            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
+            f"than the {unmerged:.4g} of r = 0"
         )
-    prepare = card.preprocess
+        yield f"               tokens {' '.join(map(str, at['tokens']))}"
+
+
+def _preparation(card: Card, config: Config) -> Iterator[str]:
+    prepare, (height, width) = card.preprocess, config.img_size
     how = "shorter edge" if prepare.resize == "shorter" else "both edges"
-    click.echo(
+    yield (
         f"preprocessing  {how} to {int(min(height, width) / prepare.crop_pct)} pixels ({prepare.interpolation}), "
         f"centre crop {height}x{width}, mean {prepare.mean}, std {prepare.std}"
     )
-    click.echo(f"\nweights{'' if weights else '        none are published; create() draws fresh ones'}")
+
+
+def _weights(weights: Sequence[Card]) -> Iterator[str]:
+    yield ""
+    yield f"weights{'' if weights else '        none are published; create() draws fresh ones'}"
     for other in weights:
         attention = "proportional" if other.config.prop_attn else "plain"
-        click.echo(
+        yield (
             f"  {other.full_name}  {other.config.num_classes} classes, {other.licence}, "
-            f"trained at r = {other.r}, {attention} attention"
+            f"trained at r = {format_schedule(other.r)}, {attention} attention"
         )
         for figure in other.figures:
-            click.echo(f"      top-1 {figure.top1:.2f} % at r = {figure.r} ({figure.source})")
+            yield f"      top-1 {figure.top1:.2f} % at r = {figure.r} ({figure.source})"
         for source in other.sources:
-            click.echo(f"      {source.url or source.hub or source.package} [{source.format}]")
+            yield f"      {_place(source)} [{source.format}]"
         if other.notes:
-            click.echo(f"      {other.notes}")
+            yield f"      {other.notes}"
+
+
+def _file(contents: Contents) -> Iterator[str]:
+    """What a file says of itself beside its model."""
+    card = contents.card
+    attention = "proportional" if card.config.prop_attn else "plain"
+    yield f"merging        r = {format_schedule(card.r)}, {attention} attention"
+    yield f"licence        {printable(card.licence or 'not stated')}"
+    yield ""
+    yield f"file           {contents.size:,} bytes, {contents.format}"
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in contents.dtypes.items())
+    yield f"tensors        {sum(contents.dtypes.values())}: {dtypes}"
+    if contents.sha256 is not None:
+        yield f"digest         sha256 {contents.sha256} of the tensors; tomevit verify checks it"
+    if card.origin is not None:
+        sha256 = f", sha256 {card.origin.sha256}" if card.origin.sha256 else ""
+        yield f"made from      {printable(_place(card.origin))} [{printable(card.origin.format or 'unknown')}]{sha256}"
+    for source in card.sources:
+        yield f"published      {printable(_place(source))} [{printable(source.format)}]"
+    for figure in card.figures:
+        yield f"top-1          {figure.top1:.2f} % at r = {figure.r} ({printable(figure.source)})"
+    if card.class_names:
+        names = ", ".join(card.class_names[:10])
+        more = f" and {len(card.class_names) - 10} more" if len(card.class_names) > 10 else ""
+        yield f"class names    {printable(names)}{more}"
+    if card.notes:
+        yield f"notes          {printable(card.notes)}"
+    for name, reason in contents.left_out.items():
+        yield f"left out       {printable(name)}: {reason}"
+
+
+def _place(source: Source) -> str:
+    revision = f"@{source.revision}" if source.hub and source.revision else ""
+    return source.url or (source.hub and source.hub + revision) or source.package or source.file or "a file"

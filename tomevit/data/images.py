@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tomevit.errors import ImageError
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tomevit.data.images import SUFFIXES, find, prepare_image
 from tomevit.errors import ImageError
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 #: How the name of a shard ends.
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -16,8 +16,9 @@ from itertools import chain, cycle, takewhile
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tomevit import private
 from tomevit.layers import Block, backends
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
@@ -212,10 +213,10 @@ def compile_whole(model: VisionTransformer, **how: Any) -> None:
 
     Of its methods this is `__call__` alone: `forward_features` and the others run as they did.
     """
-    model.compile(**{"mode": "reduce-overhead", "dynamic": False} | how | _many_programs(isolate=True))
-    program = cast("Callable[..., Tensor]", model._compiled_call_impl)
-    # A CUDA graph answers each time in the same memory. Copies and pickles of a module leave this attribute out.
-    model._compiled_call_impl = lambda *args, **kwargs: program(*args, **kwargs).clone()
+    asked = {"mode": "reduce-overhead", "dynamic": False} | how | _many_programs(isolate=True)
+    model.compile(**asked)
+    if not private.clone_compiled_answers(model):  # a CUDA graph answers each time in the same memory
+        model.compile(**asked | {"mode": "default"})
 
 
 def compile_blocks(model: VisionTransformer) -> None:

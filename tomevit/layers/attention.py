@@ -30,7 +30,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout:
     if size is not None:
         log_size = size.to(torch.promote_types(q.dtype, torch.float32)).log().to(q.dtype)
         bias = rearrange(log_size, "b n 1 -> b 1 1 n")
-    return backends.widened(partial(F.scaled_dot_product_attention, dropout_p=dropout), q, k, v, bias)
+    return backends.without_emulation(partial(F.scaled_dot_product_attention, dropout_p=dropout), q, k, v, bias)
 
 
 class Attention(nn.Module):
@@ -62,9 +62,11 @@ class Attention(nn.Module):
         else:
             dim = x.shape[2]
             weight, bias = self.qkv.weight, self.qkv.bias
-            q = backends.widened(F.linear, x[:, :num_read], weight[:dim], None if bias is None else bias[:dim])
+            q = backends.without_emulation(
+                F.linear, x[:, :num_read], weight[:dim], None if bias is None else bias[:dim]
+            )
             q = rearrange(q, "b n (h d) -> b h n d", d=self.head_dim)
-            kv = backends.widened(F.linear, x, weight[dim:], None if bias is None else bias[dim:])
+            kv = backends.without_emulation(F.linear, x, weight[dim:], None if bias is None else bias[dim:])
             k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, d=self.head_dim)
         q, k = self.q_norm(q), self.k_norm(k)
         x = attend(q, k, v, size, self.attn_dropout if self.training else 0.0)

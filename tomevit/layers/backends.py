@@ -7,20 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: Half-precision types that this processor has no instructions for.
-EMULATED = (
-    frozenset(
-        dtype
-        for dtype, supported in (
-            (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported),
-            (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported),
-        )
-        if not supported()
-    )
-    if torch._C._has_mkldnn  # else torch does not have these operators
-    else frozenset()
-)
+from tomevit import private
 
+#: Half-precision types that this processor has no instructions for.
+EMULATED = private.emulated_dtypes()
 
 #: torch 2.6 does not tell exporting from compiling.
 is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -48,7 +38,7 @@ def may_overwrite(x: Tensor) -> bool:
     return not (torch.is_grad_enabled() or x.requires_grad or torch.compiler.is_compiling())
 
 
-def widened(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
+def without_emulation(function: Callable[..., Tensor], x: Tensor, *others: Tensor | None) -> Tensor:
     """function(x, *others), in float32 where this processor has no instructions for the half-precision type asked for.
 
     Such types are emulated there, several times slower than float32 and with no other result than float32's, rounded:

@@ -29,7 +29,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         proj = self.proj
-        patches = backends.widened(partial(F.conv2d, stride=proj.stride), images, proj.weight, proj.bias)
+        patches = backends.without_emulation(partial(F.conv2d, stride=proj.stride), images, proj.weight, proj.bias)
         return rearrange(patches, "b d h w -> b (h w) d")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.uninitialised import linear
@@ -38,14 +39,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 INPLACE = (GELU, QuickGELU)
 
 
-def hooked(*modules: nn.Module) -> bool:
-    """Whether somebody sees what goes into these modules, or comes out."""
-    everywhere = torch.nn.modules.module
-    return bool(everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks) or any(
-        module._forward_hooks or module._forward_pre_hooks for module in modules
-    )
-
-
 class Mlp(nn.Module):
     """Two linear layers with an activation between: (B, N, D) -> (B, N, D)."""
 
@@ -60,7 +53,11 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.fc1(x)
         # A second tensor of this size would cost more than the activation; a hook may have kept the first.
-        if isinstance(self.act, INPLACE) and backends.may_overwrite(hidden) and not hooked(self.fc1, self.act):
+        if (
+            isinstance(self.act, INPLACE)
+            and backends.may_overwrite(hidden)
+            and not private.has_hooks(self.fc1, self.act)
+        ):
             hidden = self.act(hidden, inplace=True)
         else:
             hidden = self.act(hidden)

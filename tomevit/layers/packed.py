@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tomevit import private
 from tomevit.layers import backends
 from tomevit.layers.uninitialised import Linear
 
@@ -22,7 +23,7 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in {torch.float32, torch.bfloat16} - backends.EMULATED
-        and torch._C._has_mkldnn
+        and private.has_onednn()
         and platform.machine() in {"x86_64", "AMD64"}
     )
 
@@ -48,10 +49,10 @@ class PackedLinear(Linear):
             or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)))
             or torch.is_autocast_enabled("cpu")
             or self._packed_of[0] is not self.weight
-            or self._packed_of[1] != _version(self.weight)
+            or self._packed_of[1] != private.times_written(self.weight)
         ):
             return super().forward(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return private.multiply_packed(x, self._packed, self.bias)
 
     def unpacked(self) -> Linear:
         """The plain layer, on the same weight."""
@@ -63,8 +64,8 @@ class PackedLinear(Linear):
     def _pack(self) -> None:
         weight = self.weight.detach()
         # No buffer: torch cannot copy, move or save such a tensor.
-        self._packed: Tensor | None = torch.ops.mkldnn._reorder_linear_weight(weight) if can_pack(weight) else None
-        self._packed_of = self.weight, _version(self.weight)  # a tuple: no parameter of this module's
+        self._packed: Tensor | None = private.pack_weight(weight) if can_pack(weight) else None
+        self._packed_of = self.weight, private.times_written(self.weight)  # a tuple: no parameter of this module's
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -87,8 +88,3 @@ def _take_over(layer: nn.Module, other: nn.Module) -> None:
     """Have a new module be what another is, its hooks and the attributes that were hung on it among that."""
     nn.Module.__init__(layer)
     vars(layer).update({name: copy(value) if isinstance(value, dict) else value for name, value in vars(other).items()})
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was written to, of which tensors made in inference mode keep no count."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -26,7 +26,7 @@ class Linear(nn.Linear):
     """torch's, on the fastest way to the same result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return backends.widened(F.linear, x, self.weight, self.bias)
+        return backends.without_emulation(F.linear, x, self.weight, self.bias)
 
 
 linear = partial(bare, Linear)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tomevit import private
 from tomevit.config import Config, Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import either
@@ -570,6 +571,4 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
     """Without it torch.compile gives up after eight programs of a block, in silence, and runs it eagerly."""
     if all(each.weights is not None for each in those):
         return nullcontext()  # torch's compiler takes seconds to import
-    from torch._dynamo import config
-
-    return config.patch(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # names that torch 2.6 has too
+    return private.allow_many_programs()

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.packed import PackedLinear, can_pack
@@ -122,8 +121,8 @@ class Limits:
 
         with torch.inference_mode():
             best = self._best(forwards)
-        with torch.no_grad(), _Counting() as counted:
-            model(image)
+        counted = _count_operators(lambda: model(image))
+        assert counted is not None  # who asks has counted others
         return best / times / counted.operators
 
     @cached_property
@@ -176,9 +175,8 @@ def bounds(
         weights: bytes of all weights; None if operators cannot be counted, because the pass is compiled.
     """
     rate, memory, launches, allocation = limits.rate(config, tokens, dtype), None, None, None
-    if weights is not None:
-        with torch.no_grad(), _Counting() as counted:
-            forward()
+    counted = None if weights is None else _count_operators(forward)
+    if weights is not None and counted is not None:
         memory = (weights + counted.moved) / limits.bandwidth / measured
         launches = counted.operators * limits.overhead / measured
     with torch.inference_mode():
@@ -199,26 +197,30 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operators that run, and the bytes read and written by those that are no matrix products."""
+class _Count:
+    """The operators that run, and the bytes read and written by those that are no matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
         self.operators = 0
         self.moved = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def add(self, operator: Any, tensors: Sequence[Tensor]) -> None:
         self.operators += 1
-        name = func.overloadpacket.__name__
-        if not func.is_view and name not in PRODUCTS and "attention" not in name:
-            for tensor in tree_leaves((args, kwargs, out)):
-                if isinstance(tensor, Tensor):
-                    # An expanded tensor has more elements than there are in memory.
-                    self.moved += min(tensor.nbytes, tensor.untyped_storage().nbytes())
-        return out
+        name = operator.overloadpacket.__name__
+        if not operator.is_view and name not in PRODUCTS and "attention" not in name:
+            # An expanded tensor has more elements than there are in memory.
+            self.moved += sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in tensors)
+
+
+def _count_operators(call: Callable[[], object]) -> _Count | None:
+    """What runs in a call; None if this torch does not show it."""
+    count = _Count()
+    watch = private.watch_operators(count.add)
+    if watch is None:
+        return None
+    with torch.no_grad(), watch:
+        call()
+    return count
 
 
 def faster_dtype(limits: Limits, config: Config, dtype: torch.dtype, tokens: int) -> str | None:

@@ -10,6 +10,7 @@ from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
 from tomevit.models.init import initial_heads, initial_weights
 from tomevit.models.mae import MaskedAutoencoder, Reconstruction, patchify, unpatchify
 from tomevit.models.vit import VisionTransformer
+from tomevit.private import WRAPPED
 from tomevit.schedule import Schedule
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model within torch's wrappers: torch.compile, data parallelism, averaged models."""
-    while (inner := getattr(model, "_orig_mod", getattr(model, "module", None))) is not None:
+    while inner := next((module for name in WRAPPED if (module := getattr(model, name, None)) is not None), None):
         model = inner
     return model
 

@@ -19,8 +19,8 @@ from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import seconds
 from tomevit.models import VisionTransformer
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule, check_schedule, format_schedule, token_counts
+from tomevit.transform import transform
 from tomevit.weights.checkpoint import card_of
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from tomevit.measure.bench import bench
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
 from tomevit.output import new_file
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_from_json, schedule_to_json
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
+from tomevit.transform import transform
 from tomevit.version import __version__
 
 PLAIN = "digits_p1.plain"

@@ -39,10 +39,10 @@ from tomevit.layers.pool import mean_patch
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, is_stream, new_file
-from tomevit.preprocessing import Transform, transform
 from tomevit.schedule import Schedule, schedule_to_json
 from tomevit.tasks import embedding_files
 from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
+from tomevit.transform import Transform, transform
 from tomevit.weights import checkpoint
 
 Pool = Literal["cls", "mean"]

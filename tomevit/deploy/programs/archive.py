@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tomevit import private
 from tomevit.deploy.programs.trace import quiet
 
 if TYPE_CHECKING:
@@ -24,12 +25,8 @@ def check(opset: int | None) -> None:
 
 def check_compiler(opset: int | None) -> None:  # noqa: ARG001
     """Raises ValueError if there is no C++ compiler."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except RuntimeError as error:  # InvalidCxxCompiler, and on Windows its plain parent
-        raise ValueError("aoti compiles C++, and no compiler was found: install g++ or clang, or set CXX") from error
+    if private.missing_compiler():
+        raise ValueError("aoti compiles C++, and no compiler was found: install g++ or clang, or set CXX")
 
 
 def write_exported(
@@ -60,13 +57,9 @@ def write_compiled(
     opset: int | None,  # noqa: ARG001
 ) -> None:
     """A package for `torch._inductor.aoti_load_package`, whose `get_metadata()` has the metadata."""
-    from torch._inductor import aoti_compile_and_package
-
     with quiet():
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+        private.compile_package(program, path, metadata)
 
 
 def load_compiled(path: Path) -> tuple[str, Callable[[Tensor], Tensor]]:
-    from torch._inductor import aoti_load_package
-
-    return f"AOTInductor of torch {torch.__version__}", aoti_load_package(str(path))
+    return f"AOTInductor of torch {torch.__version__}", private.load_package(path)

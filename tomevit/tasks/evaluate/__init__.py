@@ -25,7 +25,6 @@ from tomevit.measure import timing
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule, distinct_schedules, schedule_to_json
 from tomevit.tasks.evaluate.state import (
     NOT_FINITE,
@@ -52,6 +51,7 @@ from tomevit.tasks.evaluate.statistics import (
     published_accuracies,
     wilson,
 )
+from tomevit.transform import transform
 
 __all__ = [
     "Evaluation",

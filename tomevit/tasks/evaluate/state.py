@@ -24,8 +24,8 @@ from torch import Tensor
 from tomevit.data.distributed import broadcast_from_rank0, processes, require_same
 from tomevit.models import VisionTransformer
 from tomevit.output import new_file
-from tomevit.preprocessing import transform
 from tomevit.schedule import Schedule, format_schedule
+from tomevit.transform import transform
 from tomevit.version import __version__
 from tomevit.weights import checkpoint
 

@@ -19,8 +19,8 @@ from tomevit.flops import flops_by_step
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens
 from tomevit.models import VisionTransformer
-from tomevit.preprocessing import Transform, transform
 from tomevit.schedule import Schedule
+from tomevit.transform import Transform, transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image

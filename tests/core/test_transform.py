@@ -23,7 +23,7 @@ from tests.tools.test_images import FILES
 from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
 from tomevit.data.images import read
-from tomevit.preprocessing import Transform
+from tomevit.transform import Transform
 
 T = torchvision.transforms
 FILTERS = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}

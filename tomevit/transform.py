@@ -1,18 +1,18 @@
-"""From an image to a model's input, as each set of weights was evaluated."""
+"""From an image to a model's input, as each set of weights was evaluated.
+
+torch is imported where it is used: `import tomevit` loads this module, and is not to wait for it.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from tomevit.config import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from tomevit.models import VisionTransformer
 
@@ -30,7 +30,9 @@ class Transform:
         self.size = size
 
     def __call__(self, image: Image | Tensor) -> Tensor:
-        if isinstance(image, Tensor):
+        import torch
+
+        if isinstance(image, torch.Tensor):
             if image.dtype != torch.uint8 or image.ndim < 3:
                 raise ValueError(
                     f"the image is a {image.dtype} tensor of shape {tuple(image.shape)}; give uint8 (..., C, H, W)"
@@ -63,6 +65,7 @@ class Transform:
         return int(wanted[1] * height / width), wanted[1]
 
     def _resize_pil(self, image: Image) -> Tensor:
+        import torch
         from PIL.Image import Image, Resampling
 
         if not isinstance(image, Image):
@@ -78,6 +81,9 @@ class Transform:
         return pixels.view(height, width, len(mode)).permute(2, 0, 1)
 
     def _resize_tensor(self, image: Tensor) -> Tensor:
+        import torch
+        import torch.nn.functional as F
+
         size = self._target(*image.shape[-2:])
         if size == tuple(image.shape[-2:]):
             return image

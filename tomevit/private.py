@@ -1,0 +1,144 @@
+"""Names that torch keeps to itself and may change in any release: each here alone, with what is done without it.
+
+Where a name is gone, something is slower or is not counted; nothing answers otherwise, and tomevit still imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+#: Where torch's wrappers keep what they wrap: torch.compile, and data parallelism and averaged models.
+WRAPPED = ("_orig_mod", "module")
+
+
+def has_onednn() -> bool:
+    """Whether torch was built with oneDNN; without the name, none of its operators is used."""
+    return bool(getattr(torch._C, "_has_mkldnn", False))
+
+
+def emulated_dtypes() -> frozenset[torch.dtype]:
+    """Half-precision types that this processor has no instructions for; without the names, none is known to be so."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    found = {dtype: _onednn(name) for dtype, name in names.items()}
+    return frozenset(dtype for dtype, supported in found.items() if supported is not None and not supported())
+
+
+def pack_weight(weight: Tensor) -> Tensor | None:
+    """A linear layer's weight in the order in which oneDNN multiplies by it; None without the operators for it."""
+    pack = _onednn("_reorder_linear_weight")
+    return None if pack is None or _onednn("_linear_pointwise") is None else pack(weight)
+
+
+def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer by a weight of `pack_weight`."""
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
+
+
+def _onednn(name: str) -> Callable[..., Any] | None:
+    return getattr(torch.ops.mkldnn, name, None) if has_onednn() else None
+
+
+def times_written(tensor: Tensor) -> object:
+    """What is equal as long as nobody writes to a tensor; without the name, equal to nothing.
+
+    Tensors made in inference mode keep no count: to them it is always the same.
+    """
+    return 0 if tensor.is_inference() else getattr(tensor, "_version", object())
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether somebody sees what goes into these modules, or comes out; without the names it is taken for granted."""
+    everywhere = vars(nn.modules.module)
+    for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks"):
+        if everywhere.get(f"_global_{kind}", True) or any(vars(m).get(f"_{kind}", True) for m in modules):
+            return True
+    return False
+
+
+def clone_compiled_answers(model: nn.Module) -> bool:
+    """Have a module that `Module.compile` compiled answer in memory of its own, where a CUDA graph would reuse it.
+
+    Returns:
+        False without the name: then the model must not be captured.
+    """
+    program: Callable[..., Tensor] | None = getattr(model, "_compiled_call_impl", None)
+    if program is None:
+        return False
+    # Copies and pickles of a module leave this attribute out.
+    vars(model)["_compiled_call_impl"] = lambda *args, **kwargs: program(*args, **kwargs).clone()
+    return True
+
+
+def allow_many_programs() -> AbstractContextManager[Any]:
+    """Let torch.compile make more than eight programs of one function, past which it runs it eagerly, in silence."""
+    try:
+        from torch._dynamo import config
+
+        return config.patch(cache_size_limit=1024, accumulated_cache_size_limit=1024)  # names that torch 2.6 has too
+    except (ImportError, AttributeError):
+        return nullcontext()
+
+
+def watch_operators(see: Callable[[Any, list[Tensor]], None]) -> AbstractContextManager[Any] | None:
+    """Within it, `see` is given every operator that has run, with all tensors that it took and made.
+
+    Returns:
+        None without the names for it.
+    """
+    try:
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
+    except ImportError:
+        return None
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(
+            self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            out = func(*args, **(kwargs or {}))
+            see(func, [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)])
+            return out
+
+    return Watch()  # type: ignore[no-untyped-call]
+
+
+def missing_compiler() -> bool:
+    """Whether torch finds no C++ compiler; without the name, it will say so itself."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:
+        return False
+    try:
+        get_cpp_compiler()
+    except RuntimeError:  # InvalidCxxCompiler, and on Windows its plain parent
+        return True
+    return False
+
+
+def compile_package(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """Compile an exported program ahead of time.
+
+    Raises:
+        ValueError: this torch cannot.
+    """
+    try:
+        from torch._inductor import aoti_compile_and_package
+    except ImportError as error:
+        raise ValueError(f"torch {torch.__version__} has no aoti_compile_and_package: write another format") from error
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+
+
+def load_package(path: Path) -> Callable[[Tensor], Tensor]:
+    """What runs a package that `compile_package` wrote."""
+    from torch._inductor import aoti_load_package
+
+    return cast("Callable[[Tensor], Tensor]", aoti_load_package(str(path)))
