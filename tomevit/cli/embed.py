@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from tomevit.cli.running import own_device, readers, trained
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.errors import printable
 from tomevit.models import VisionTransformer
-from tomevit.output import check_outputs
+from tomevit.output import check_output
 from tomevit.schedule import Schedule
 from tomevit.tasks.embed import Data, Report, check_suffix, locate
 from tomevit.tasks.embed import embed as run_embed
@@ -89,7 +90,7 @@ def embed(
         # Whatever the user may have got wrong comes before a download.
         check_suffix(out)
         place, data = own_device(device), locate(sources)
-        check_outputs(out, inputs=[*data.names, model])
+        check_output(out, inputs=chain(data.names, [model]), writable=True)
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
     with join_process_group():

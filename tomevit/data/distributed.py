@@ -35,7 +35,7 @@ def join_process_group() -> Iterator[None]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    # The last may end long after the first.
+    # The first process waits for the last, which may need hours longer.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield

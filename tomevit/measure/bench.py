@@ -61,7 +61,7 @@ class Candidate(NamedTuple):
 class Mode(NamedTuple):
     """A way to run a model."""
 
-    prepare: Callable[[nn.Module], nn.Module]  # a model to the same result; the given one stays as it is
+    make: Callable[[nn.Module], nn.Module]  # of a model one that runs in this way; the given one stays as it is
     for_timm: bool  # or for tomevit's models alone
     eager: bool  # operators run one by one
 
@@ -119,8 +119,8 @@ def candidates(
         mode = MODES[name]
         weights = size if mode.eager else None
         if timm is not None and mode.for_timm:
-            found.append(Candidate("timm", name, 0, mode.prepare(timm), flops(config), weights))
-        ready = mode.prepare(model)
+            found.append(Candidate("timm", name, 0, mode.make(timm), flops(config), weights))
+        ready = mode.make(model)
         for r in distinct_schedules([0, *r_values]):
             cost = flops(config, r, computed=True)
             found.append(Candidate("tomevit", name, r, partial(ready, r=r), cost, weights))

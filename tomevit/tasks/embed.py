@@ -323,7 +323,9 @@ def _begin(
         info = embedding_files.read_info(out)
         if other := _difference({name: info.get(name) for name in settings}, settings):
             raise ValueError(f"{out} was made with {_sentence(other)}")
-        if (begun := _begun(parts)) is not None and begun["settings"] == settings:  # killed while they were removed
+        if (begun := _begun(parts)) is not None and begun[
+            "settings"
+        ] == settings:  # that run was killed while it removed them
             lock.enter_context(_hold_parts(parts))
             _remove(parts)
         return None

@@ -67,7 +67,7 @@ def outline(groups: Tensor, scale: int, width: int) -> Tensor:
         (rows * scale, columns * scale) bool
     """
     fine = _enlarge(groups, groups.shape[0] * scale, groups.shape[1] * scale)
-    # Nothing is the last group's successor, so the image's own edge is an edge too.
+    # Around the image stands -1, which is no group, so that the image's own edge is an edge too.
     around = F.pad(fine[None, None].to(torch.float32), [width] * 4, value=-1.0)
     highest, lowest = _highest(around, 2 * width + 1), -_highest(-around, 2 * width + 1)
     return (highest != fine) | (lowest != fine)

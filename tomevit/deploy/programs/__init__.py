@@ -27,6 +27,7 @@ from tomevit.errors import either
 from tomevit.models import VisionTransformer, unwrap
 from tomevit.output import check_output
 from tomevit.schedule import Schedule, check_schedule, schedule_to_json
+from tomevit.version import __version__
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import card_of_name, published
 
@@ -159,8 +160,6 @@ def export_program(
 
 def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool) -> dict[str, str]:
     """What a program says of itself: flat, each value a text or JSON."""
-    from tomevit import __version__
-
     card, config, preprocess = model.card, model.config, model.card.preprocess
     count = "batch" if batch is None else str(batch)
     io = "float32" if dtype == "int8" else dtype
