@@ -517,4 +517,6 @@ def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("r", "stored"), [(8, 8), ((8, -1.0), {"mean": 8, "inflection": -1.0}), ([3, 0], [3, 0])])
 def test_a_program_says_its_r_as_every_file_does(r: Any, stored: Any) -> None:
-    assert json.loads(describe(tiny(r), "float32", None, raw=False)["r"]) == stored
+    model = tiny(r)
+    model.card = replace(model.card, r=r)
+    assert json.loads(describe(model, "float32", None, raw=False)["r"]) == stored
