@@ -128,7 +128,7 @@ def write(path: Path, form: str, model: str) -> None:
         return
     config = tomevit.card(model).config
     ours = {name: torch.randn(t.shape) * 0.02 for name, t in build_meta(config).state_dict().items()}
-    tensors = rules.write(FORMATS[form], ours, config)
+    tensors = rules.from_native(FORMATS[form], ours, config)
     if path.suffix == ".npz":
         np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
     elif path.suffix == ".safetensors":

@@ -16,7 +16,7 @@ from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
 from tomevit.weights import checkpoint, convert
-from tomevit.weights.adapt import for_channels
+from tomevit.weights.adapt import preprocess_for_channels
 
 
 def create(
@@ -74,7 +74,7 @@ def create(
 
     if pretrained is False:
         model = build(config, chosen.r)
-        preprocess = for_channels(chosen.preprocess, config.in_chans)
+        preprocess = preprocess_for_channels(chosen.preprocess, config.in_chans)
         model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
         if pretrained is True:

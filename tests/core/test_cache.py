@@ -225,7 +225,7 @@ def test_what_does_not_pass_is_given_up(
     server: Server, naps: list[float], fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault.hang:  # the variable takes whole seconds only
-        monkeypatch.setattr("huggingface_cache.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     given = card(at(server.put("/w.pth", DATA)))
     server.forever["/w.pth"] = fault
     with pytest.raises(DownloadError, match=f"{reason}.*gave up after 5 attempts"):
@@ -484,7 +484,7 @@ def test_a_card_without_sources_says_so() -> None:
 
 
 def test_what_ships_with_tomevit_is_used_in_place() -> None:
-    source = Source(format="tomevit", package="data/digits_p1_plain.safetensors")
+    source = Source(format="tomevit", package=assets/digits_p1_p1_plain.safetensors")
     path = cached(card(source), convert)
     assert path.name == "digits_p1_plain.safetensors"
     with fetch(card(source)) as fetched:

@@ -25,7 +25,7 @@ from tomevit.config import Card
 from tomevit.models import build
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.recognise import differences, find_format, observe, with_observed
+from tomevit.weights.recognise import adopt_inferred, differences, find_format, infer_architecture
 
 FUZZ = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
@@ -107,17 +107,17 @@ def test_every_config_that_a_format_can_hold_comes_back(name: str) -> None:
         randomise(model)
         tensors = model.state_dict()
         try:
-            theirs = rules.write(FORMATS[name], tensors, config)
+            theirs = rules.from_native(FORMATS[name], tensors, config)
         except ValueError:
             return
         held += 1
-        read = rules.read(FORMATS[name], dict(theirs))
+        read = rules.to_native(FORMATS[name], dict(theirs))
         assert not read.left_out
         assert read.tensors.keys() == tensors.keys()
         assert all(torch.equal(read.tensors[key], tensor) for key, tensor in tensors.items())
-        observed = observe(read.tensors)
+        observed = infer_architecture(read.tensors)
         assert differences(observed, config) == []
-        assert with_observed(config, observed, config.img_size) == config
+        assert adopt_inferred(config, observed, config.img_size) == config
         if not FORMATS[name].variant_of:
             key = FORMATS[name].container.partition(":")[2]
             # MAE and DeiT share names and container; without a head, it is MAE's.
@@ -217,7 +217,7 @@ def test_changed_checkpoints(keys: Callable[[foreign.Sizes], dict[str, Any]], tm
 
 def test_changed_checkpoints_for_a_model_of_the_zoo(tmp_path: Path) -> None:
     card = tomevit.card("digits_p1")
-    sound = rules.write(FORMATS["timm"], tomevit.create("digits_p1").state_dict(), card.config)
+    sound = rules.from_native(FORMATS["timm"], tomevit.create("digits_p1").state_dict(), card.config)
     path, out = tmp_path / "model.pth", tmp_path / "untouched"
     out.write_bytes(b"")
 

@@ -85,7 +85,7 @@ def test_shipped_images_are_the_held_out_split():
 
 def test_shipped_images_are_written_by_the_script(tmp_path):
     train_digits.main(["--heldout", str(tmp_path / "images.safetensors")])
-    shipped = Path(str(resources.files("tomevit"))) / "data" / "digits_heldout.safetensors"
+    shipped = Path(str(resources.files("tomevit"))) / "assets" / "digits_heldout.safetensors"
     assert (tmp_path / "images.safetensors").read_bytes() == shipped.read_bytes()
     with safe_open(shipped, framework="pt") as file:
         about = json.loads(file.metadata()["about"])

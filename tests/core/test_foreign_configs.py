@@ -221,7 +221,7 @@ def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
     kind, card = HF[name]
     model = tiny(**architecture(card.config))
     files = put(tmp_path, write_sidecars(card, kind))
-    tensors = rules.write(FORMATS[kind], model.state_dict(), card.config)
+    tensors = rules.from_native(FORMATS[kind], model.state_dict(), card.config)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
 
     headed = card.config.num_classes > 0

@@ -13,7 +13,7 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.models import build_meta
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.recognise import differences, find_format, observe, with_observed
+from tomevit.weights.recognise import adopt_inferred, differences, find_format, infer_architecture
 
 CASES = foreign.cases()
 IDS = [f"{name}-{keys.__name__}-{config.depth}" for name, keys, config, *_ in CASES]
@@ -26,14 +26,14 @@ def test_every_format_is_tested() -> None:
 @pytest.mark.parametrize(("name", "keys", "config", "sizes", "omitted"), CASES, ids=IDS)
 def test_round_trip(name: str, keys: Any, config: Config, sizes: foreign.Sizes, omitted: tuple[str, ...]) -> None:
     source = foreign.fill(keys(sizes))
-    read = rules.read(FORMATS[name], dict(source))
+    read = rules.to_native(FORMATS[name], dict(source))
     tensors = read.tensors
     if "pre_logits" in "".join(omitted):  # the head goes with the layer that it stands on
         tensors = {native: tensor for native, tensor in tensors.items() if not native.startswith("head.")}
     expected = {native: tuple(tensor.shape) for native, tensor in build_meta(config).state_dict().items()}
     assert {native: tuple(tensor.shape) for native, tensor in tensors.items()} == expected
 
-    back = rules.write(FORMATS[name], tensors, config)
+    back = rules.from_native(FORMATS[name], tensors, config)
     kept = {key: tensor for key, tensor in source.items() if not key.startswith(omitted or ("-",))}
     assert back.keys() == kept.keys()
     for key, tensor in kept.items():
@@ -62,8 +62,8 @@ def test_recognised(name: str, keys: Any, config: Config, sizes: foreign.Sizes, 
 
 @pytest.mark.parametrize(("name", "keys", "config", "sizes", "omitted"), CASES, ids=IDS)
 def test_observed(name: str, keys: Any, config: Config, sizes: foreign.Sizes, omitted: tuple[str, ...]) -> None:
-    tensors = rules.read(FORMATS[name], foreign.fill(keys(sizes))).tensors
-    observed = observe(tensors)
+    tensors = rules.to_native(FORMATS[name], foreign.fill(keys(sizes))).tensors
+    observed = infer_architecture(tensors)
     assert differences(observed, config) == []
     other = Config(**{**foreign.SMALL, "embed_dim": 48, "depth": 7, "num_heads": 3})
     assert differences(observed, other)[:2] == [
@@ -71,7 +71,7 @@ def test_observed(name: str, keys: Any, config: Config, sizes: foreign.Sizes, om
         f"depth {config.depth} where the model has 7",
     ]
     if not omitted:
-        assert with_observed(Config(**{**vars(config), "img_size": (64, 64), "num_classes": 9}), observed) == config
+        assert adopt_inferred(Config(**{**vars(config), "img_size": (64, 64), "num_classes": 9}), observed) == config
 
 
 def test_what_a_table_does_not_know_is_named() -> None:
@@ -81,7 +81,7 @@ def test_what_a_table_does_not_know_is_named() -> None:
     with pytest.raises(
         CheckpointError, match=r"timm, which has no place for blocks\.0\.attn\.relative_position_bias_t"
     ):
-        rules.read(FORMATS["timm"], source)
+        rules.to_native(FORMATS["timm"], source)
 
 
 def test_a_part_without_the_others_is_named() -> None:
@@ -89,7 +89,7 @@ def test_a_part_without_the_others_is_named() -> None:
     source = foreign.fill(foreign.hf_vit(foreign.sizes(config)))
     del source["vit.encoder.layer.1.attention.attention.key.weight"]
     with pytest.raises(CheckpointError, match=r"blocks\.1\.attn\.qkv\.weight is made of 3 tensors, of which there are"):
-        rules.read(FORMATS["hf_vit"], source)
+        rules.to_native(FORMATS["hf_vit"], source)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_parts_that_do_not_match_are_named(changes: dict[str, torch.Tensor], mes
     source = foreign.fill(foreign.hf_vit(foreign.sizes(config)))
     source |= {f"vit.encoder.layer.1.attention.attention.{name}.weight": part for name, part in changes.items()}
     with pytest.raises(CheckpointError, match=f"do not match: .*{message}"):
-        rules.read(FORMATS["hf_vit"], source)
+        rules.to_native(FORMATS["hf_vit"], source)
 
 
 def test_another_layout_is_named() -> None:
@@ -114,7 +114,7 @@ def test_another_layout_is_named() -> None:
     source = foreign.fill(foreign.vit_jax(foreign.sizes(config)))
     source["embedding/kernel"] = torch.zeros(8, 8, 24)
     with pytest.raises(CheckpointError, match=r"embedding/kernel is \(8, 8, 24\), and vit_jax lays it out as h w i o"):
-        rules.read(FORMATS["vit_jax"], source)
+        rules.to_native(FORMATS["vit_jax"], source)
 
 
 def test_nothing_known() -> None:
@@ -146,4 +146,4 @@ def test_another_format_than_told() -> None:
 def test_what_a_format_cannot_hold(form: str, fields: dict[str, Any], message: str) -> None:
     config = Config(depth=1, **foreign.SMALL | fields)
     with pytest.raises(ValueError, match=f"{form} cannot hold this model: .*{message}"):
-        rules.write(FORMATS[form], build_meta(config).state_dict(), config)
+        rules.from_native(FORMATS[form], build_meta(config).state_dict(), config)

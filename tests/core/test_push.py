@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -244,6 +245,43 @@ def test_hostile_words_stay_in_their_place(server: Server) -> None:
     rows = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert all(line.replace("\\|", "").count("|") in (3, 4) for line in rows)
     assert "a\\|b, c d, ---" in card.text
+
+
+LINES = "a\n\n## Claim\n---\nlicense: mit\n---\n| 1 | 2 |\n{notes} ?card.notes {0}"
+
+
+def test_no_text_of_a_card_starts_a_line_of_its_own() -> None:
+    def written(text: str) -> ModelCard:
+        card = Card(
+            name=text,
+            title=text,
+            licence=text,
+            papers=(text,),
+            class_names=(text,),
+            figures=(Figure(top1=1, source=text),),
+            origin=Source(format="timm", url=text, hub="a/b", sha256=text),
+        )
+        return ModelCard(model_card(card, REPO, find_base(card), dataset=text))
+
+    card, plain = written(LINES), written("a")
+    assert objections(card.content) == []
+    assert (card.data.license, card.data.base_model) == ("other", "a/b")
+    assert [line[:2] for line in card.text.splitlines()] == [line[:2] for line in plain.text.splitlines()]
+    assert r"a ## Claim --- license: mit --- \| 1 \| 2 \| {notes} ?card.notes {0}" in card.text
+
+
+def test_sections_without_content_are_left_out() -> None:
+    text = model_card(Card(name=""), REPO)
+    headings = ["# repo", "## Use", "## Model", "## Merging", "## Licence and origin", "## Papers"]
+    assert [line for line in text.splitlines() if line.startswith("#")] == headings
+    assert "A vision transformer\nwith" in text
+    assert "Licence: not stated.\n\n## Papers" in text
+    assert not re.search(r"^\?|[{}]|\n\n\n", text, re.MULTILINE)
+    full = model_card(Card(name="", notes="{a}\n\n## b", figures=(MINE,)), REPO)
+    assert [line for line in full.splitlines() if line.startswith("#")] == [
+        *headings[:4], "## Figures", headings[4], "## Notes", "## b", headings[5]
+    ]  # fmt: skip
+    assert "\n\n{a}\n\n## b\n\n## Papers" in full
 
 
 # What is claimed of a model made from others.

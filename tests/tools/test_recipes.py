@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import fields, replace
-from importlib import resources
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import tomevit
 from tomevit import zoo
 from tomevit.models import build_meta
 from tomevit.training.recipes import Recipe, list_recipes, recipe
+from tomevit.zoo import configs
 
 # FINETUNE.md and main_finetune.py of facebookresearch/mae@efb2a80; main.py, samplers.py and README_deit.md of
 # facebookresearch/deit@7e160fe; README.md of facebookresearch/ToMe@af95e4b.
@@ -107,7 +107,7 @@ def test_an_unknown_name_is_answered_with_near_ones(name, said):
 
 
 def test_no_file_says_a_value_twice():
-    for file in (resources.files("tomevit.configs") / "recipes").iterdir():
+    for file in (configs() / "recipes").iterdir():
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         entries = data.pop("recipes")
         shared = [field for group in data.values() if isinstance(group, dict) for field in group if field != "source"]

@@ -30,8 +30,9 @@ __all__ = [
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model within torch's wrappers: torch.compile, data parallelism, averaged models."""
-    while inner := next((module for name in WRAPPED if (module := getattr(model, name, None)) is not None), None):
-        model = inner
+    for name in WRAPPED:
+        if (inner := getattr(model, name, None)) is not None:
+            return unwrap(inner)
     return model
 
 

@@ -38,11 +38,11 @@ def adapt(
         tensors["pos_embed"] = resample_positions(
             tensors["pos_embed"], found.grid, wanted.grid, found.num_positions_prefix, resampling
         )
-        changes.append(f"positions resampled from {_by(found.grid)} to {_by(wanted.grid)} patches, {resampling}")
+        changes.append(f"positions resampled from {_size(found.grid)} to {_size(wanted.grid)} patches, {resampling}")
     if wanted.in_chans != found.in_chans:
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
-        card = replace(card, preprocess=for_channels(card.preprocess, wanted.in_chans))
+        card = replace(card, preprocess=preprocess_for_channels(card.preprocess, wanted.in_chans))
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
     if wanted.pool_norm != found.pool_norm:
         # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).
@@ -94,7 +94,7 @@ def convert_channels(weight: Tensor, channels: int) -> Tensor:
     return weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
 
 
-def for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
+def preprocess_for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
     """Other channels than those the statistics were taken of map to [-1, 1]."""
     if channels == len(preprocess.mean):
         return preprocess
@@ -116,5 +116,5 @@ def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) ->
     return f"{both}head{plural} replaced: fresh weights for {wanted.num_classes} classes instead of {found.num_classes}"
 
 
-def _by(grid: tuple[int, int]) -> str:
+def _size(grid: tuple[int, int]) -> str:
     return f"{grid[0]}x{grid[1]}"

@@ -26,13 +26,13 @@ from tomevit.weights.adapt import adapt
 from tomevit.weights.foreign_configs import SIDECARS, read_sidecars
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.recognise import (
+    adopt_inferred,
     check_format,
-    describe,
+    comparable_fields,
     differences,
+    explain_recognition,
     find_format,
-    observe,
-    what_was_seen,
-    with_observed,
+    infer_architecture,
 )
 from tomevit.weights.rules import Format, Resampling, enumerate_names
 
@@ -342,19 +342,19 @@ def read(
         known = model is not None or located.card is not None
         form = find_format(names, checkpoint.key, format or located.format, model_known=known)
         heads = form.count_heads(checkpoint.tensors)
-        tensors, sources, left_out = rules.read(form, checkpoint.tensors)
+        tensors, sources, left_out = rules.to_native(form, checkpoint.tensors)
         left_out |= dict.fromkeys(checkpoint.beside, "not weights of the model")
         if any(reason == rules.PRE_LOGITS for reason in left_out.values()):
             left_out |= _drop_heads(tensors, sources, rules.PRE_LOGITS)
 
-        observed = observe(tensors)
+        observed = infer_architecture(tensors)
         card = _choose(located, model, form, observed)
         if card.weights and not card.config.num_classes and observed["num_classes"]:
             left_out |= _drop_heads(tensors, sources, f"{card.full_name} is published without a classifier")
-            observed = observe(tensors)
+            observed = infer_architecture(tensors)
         if heads not in (None, card.config.num_heads):
             raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
-        config = with_observed(card.config, observed, img_size)
+        config = adopt_inferred(card.config, observed, img_size)
         native.check_structure(config, tensors, "it")
         changes = _check_values(tensors)
 
@@ -367,7 +367,7 @@ def read(
     report = Report(
         source=located.name,
         sha256=origin.sha256 or "",
-        recognised=what_was_seen(form, names, checkpoint.key),
+        recognised=explain_recognition(form, names, checkpoint.key),
         model=card.full_name,
         names=sources,
         left_out=left_out,
@@ -422,7 +422,7 @@ def of_model(source: nn.Module, model: str) -> Weights:
 
 def _described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:
     named, headless = _card(model), not card.config.num_classes
-    if named is not None and (wrong := differences(describe(card.config), named.config, headless=headless)):
+    if named is not None and (wrong := differences(comparable_fields(card.config), named.config, headless=headless)):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
         )
@@ -462,7 +462,7 @@ def _same_model(known: Card, asked: Card) -> bool:
     """Of the same name, or an encoder without a head for one that pools otherwise."""
     if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
         return known.name == asked.name
-    return not differences(describe(known.config), asked.config, headless=True)
+    return not differences(comparable_fields(known.config), asked.config, headless=True)
 
 
 def _named(model: str | Card, known: Card | None) -> Card:
@@ -477,7 +477,7 @@ def _named(model: str | Card, known: Card | None) -> Card:
         if not _same_model(known, card) or card.weights not in (None, known.weights):
             raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {model}")
         return known
-    if wrong := differences(describe(known.config), card.config):
+    if wrong := differences(comparable_fields(known.config), card.config):
         raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
     return replace(
         card,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,15 +13,14 @@ import torch
 from torch import Tensor
 
 from tomevit.config import Card
-from tomevit.deploy.programs import PROGRAMS
 from tomevit.models import VisionTransformer
-from tomevit.output import check_output, new_file
+from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.weights import checkpoint as native
 from tomevit.weights import rules
 from tomevit.weights.convert import card_of_name, published
 from tomevit.weights.foreign_configs import write_sidecars
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.recognise import check_format
+from tomevit.weights.recognise import MAIN_FORMATS
 
 #: Which container a file name asks for.
 CONTAINERS = {".safetensors": "safetensors", ".npz": "npz"} | dict.fromkeys((".pth", ".pt", ".bin", ".torch"), "torch")
@@ -56,69 +54,69 @@ def export(
         ValueError: the format cannot hold this model, or there is no such format or suffix.
         FileNotFoundError, OSError: nothing to read, or no place to write. A file is written whole or not at all.
     """
-    if format in PROGRAMS:
-        raise ValueError(f"{format} is a format of programs, not of weights: use tomevit.export_program")
-    table, out = FORMATS[check_format(format)], Path(out)
-    to_directory = out.is_dir() or not out.suffix
-    if not to_directory:
-        if out.suffix not in CONTAINERS:
-            raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
-        check_output(out)
+    if format not in FORMATS:
+        raise ValueError(
+            f"there is no format {format!r} of weights; there are {', '.join(MAIN_FORMATS)}; "
+            f"for programs use tomevit.export_program, or tomevit export"
+        )
+    table, out = FORMATS[format], Path(out)
+    inputs = [] if isinstance(model, VisionTransformer) or not Path(model).exists() else [model]
+    as_directory = out.is_dir() or not (out.suffix or out.exists())
+    if as_directory:
+        file, container = out / "model.safetensors", "safetensors"
+    elif out.suffix in CONTAINERS:
+        file, container = check_output(out, endings=tuple(CONTAINERS), inputs=inputs), CONTAINERS[out.suffix]
+    else:
+        raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
     if isinstance(model, VisionTransformer):
         card, named = native.card_of(model), {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    elif Path(model).exists():
+    elif inputs:
         card, named, _ = native.read(model)
-        if out.exists() and out.samefile(model):
-            raise ValueError(f"{out} is the source itself: name another file to write")
     else:
         card, named, _ = published(card_of_name(os.fspath(model)))
-    tensors = rules.write(table, named, card.config)
+    tensors = rules.from_native(table, named, card.config)
+    sidecars = write_sidecars(card, format) if as_directory else {}
+    if as_directory and not sidecars:
+        raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
 
-    sidecars = {}
-    if to_directory:
-        sidecars = write_sidecars(card, format)
-        if not sidecars:
-            raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
-        out.mkdir(parents=True, exist_ok=True)
-        out = out / "model.safetensors"
+    made = [folder for folder in (out, *out.parents) if as_directory and not folder.exists()]
     try:
-        with new_file(out) as unfinished:
-            _WRITERS[CONTAINERS[out.suffix]](unfinished, tensors, table.container.partition(":")[2])
+        if made:
+            with explain_os_errors(out):
+                out.mkdir(parents=True)
+        with contextlib.ExitStack() as files:  # none is put in place before all are written
+            for name, content in sidecars.items():
+                draft = files.enter_context(new_file(out / name, inputs=inputs))
+                draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            draft = files.enter_context(new_file(file, inputs=inputs))
+            _WRITERS[container](draft, tensors, table.container.partition(":")[2])
     except BaseException:
-        if to_directory:
+        for folder in made:
             with contextlib.suppress(OSError):
-                out.parent.rmdir()  # if nothing was in it before
+                folder.rmdir()
         raise
-    beside = [out.with_name(name) for name in sidecars]
-    for path in beside:
-        with new_file(path) as unfinished:
-            unfinished.write_text(json.dumps(sidecars[path.name], indent=2) + "\n", encoding="utf-8")
-    return Exported([out, *beside], _unsaid(card, format))
+    return Exported([file, *(out / name for name in sidecars)], _list_unsaid(card, format))
 
 
-def _safetensors(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
     native.write_safetensors(path, tensors, lambda _: {"format": "pt"})  # as transformers insists
 
 
-def _npz(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
+def _write_npz(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors.values()):
         raise ValueError("an .npz file cannot hold bfloat16: convert the model to float32 or float16 first")
     with path.open("wb") as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
 
-def _torch(path: Path, tensors: dict[str, Tensor], key: str) -> None:
+def _write_torch(path: Path, tensors: dict[str, Tensor], key: str) -> None:
     torch.save({key: tensors} if key else tensors, path)
 
 
-_WRITERS: dict[str, Callable[[Path, dict[str, Tensor], str], None]] = {
-    "safetensors": _safetensors,
-    "npz": _npz,
-    "torch": _torch,
-}
+_WRITERS = {"safetensors": _write_safetensors, "npz": _write_npz, "torch": _write_torch}
 
 
-def _unsaid(card: Card, format: str) -> list[str]:  # noqa: A002
+def _list_unsaid(card: Card, format: str) -> list[str]:  # noqa: A002
     sentences = []
     if card.r:
         sentences.append(f"{format} does not know merging: r = {card.r} is left out")

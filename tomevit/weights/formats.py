@@ -7,6 +7,7 @@ another way, an einops pattern says how.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from tomevit.weights.rules import PRE_LOGITS, Format, Omission, Resampling, Rule, Signature
@@ -18,45 +19,25 @@ PLAIN = {"act": "gelu", "norm_eps": 1e-6, "pool": "token", "pool_norm": "before"
 
 DECODER = "the decoder reconstructs pixels in pre-training, and an encoder does without it"
 
-_TIMM_BLOCKS = (
-    "blocks.#.norm1.*",
-    "blocks.#.attn.qkv.*",
-    "blocks.#.attn.q_norm.*",
-    "blocks.#.attn.k_norm.*",
-    "blocks.#.attn.proj.*",
-    "blocks.#.norm2.*",
-    "blocks.#.mlp.fc1.*",
-    "blocks.#.mlp.fc2.*",
-)
-_TIMM_REST = (
-    "cls_token",
-    "dist_token",
-    "reg_token",
-    "pos_embed",
-    "patch_embed.proj.*",
-    "norm_pre.*",
-    "norm.*",
-    "fc_norm.*",
-    "head.*",
-    "head_dist.*",
-)
-_SAME_NAMES = tuple(Rule(name, name) for name in (*_TIMM_REST, *_TIMM_BLOCKS))
+_TIMM_NAMES = """
+cls_token dist_token reg_token pos_embed patch_embed.proj.* norm_pre.* norm.* fc_norm.* head.* head_dist.*
+blocks.#.norm1.* blocks.#.attn.qkv.* blocks.#.attn.q_norm.* blocks.#.attn.k_norm.* blocks.#.attn.proj.*
+blocks.#.norm2.* blocks.#.mlp.fc1.* blocks.#.mlp.fc2.*
+"""
+_SAME_NAMES = tuple(Rule(name, name) for name in _TIMM_NAMES.split())
+_TIMM_HAS = ("patch_embed.proj.weight", "blocks.#.attn.qkv.weight")
 
 TIMM = Format(
     name="timm",
     title="timm's VisionTransformer (huggingface/pytorch-image-models, timm/models/vision_transformer.py)",
-    rules=(
-        *_SAME_NAMES,
-        Rule("blocks.#.ls1.gamma", "blocks.#.ls1.gamma"),
-        Rule("blocks.#.ls2.gamma", "blocks.#.ls2.gamma"),
-    ),
+    rules=(*_SAME_NAMES, *(Rule(name, name) for name in ("blocks.#.ls1.gamma", "blocks.#.ls2.gamma"))),
     signatures=(
         Signature(
-            has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight"),
+            has=_TIMM_HAS,
             lacks=("blocks.#.gamma_1", "decoder_embed.weight"),
             not_keys=("model", "model_ema"),  # as DeiT and MAE have it
         ),
-        Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "blocks.#.ls1.gamma")),
+        Signature(has=(*_TIMM_HAS, "blocks.#.ls1.gamma")),
     ),
     resampling=Resampling("bicubic", antialias=True),  # timm/layers/pos_embed.py, resample_abs_pos_embed
     omissions=(Omission("pre_logits.fc.*", PRE_LOGITS),),
@@ -68,7 +49,7 @@ DEIT = Format(
     rules=_SAME_NAMES,
     signatures=(
         Signature(
-            has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "norm.weight", "head.weight"),
+            has=(*_TIMM_HAS, "norm.weight", "head.weight"),
             lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "decoder_embed.weight", "fc_norm.weight"),
             keys=("model", "model_ema"),
         ),
@@ -81,12 +62,8 @@ DEIT = Format(
 DEIT3 = Format(
     name="deit3",
     title="DeiT III (facebookresearch/deit, models_v2.py)",
-    rules=(
-        *_SAME_NAMES,
-        Rule("blocks.#.ls1.gamma", "blocks.#.gamma_1"),
-        Rule("blocks.#.ls2.gamma", "blocks.#.gamma_2"),
-    ),
-    signatures=(Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "blocks.#.gamma_1")),),
+    rules=(*_SAME_NAMES, *(Rule(f"blocks.#.ls{i}.gamma", f"blocks.#.gamma_{i}") for i in (1, 2))),
+    signatures=(Signature(has=(*_TIMM_HAS, "blocks.#.gamma_1")),),
     resampling=BICUBIC,
     variant_of="timm",  # timm reads it too
     fixed=PLAIN | {"pos_embed_prefix": False},
@@ -98,12 +75,10 @@ MAE = Format(
     title="MAE, pre-trained or fine-tuned (facebookresearch/mae, models_mae.py and models_vit.py)",
     rules=_SAME_NAMES,
     signatures=(
-        Signature(has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "decoder_embed.weight")),
+        Signature(has=(*_TIMM_HAS, "decoder_embed.weight")),
+        Signature(has=(*_TIMM_HAS, "fc_norm.weight"), lacks=("blocks.#.ls1.gamma",)),
         Signature(
-            has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "fc_norm.weight"), lacks=("blocks.#.ls1.gamma",)
-        ),
-        Signature(
-            has=("patch_embed.proj.weight", "blocks.#.attn.qkv.weight", "norm.weight"),
+            has=(*_TIMM_HAS, "norm.weight"),
             lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "head.weight"),
             keys=("model", "model_ema"),
         ),
@@ -153,22 +128,20 @@ TORCHVISION = Format(
     container="torch",
 )
 
-TORCHVISION_LINEAR = Format(
+TORCHVISION_LINEAR = replace(
+    TORCHVISION,
     name="torchvision_linear",
     title="torchvision's VisionTransformer before its MLP layers were renamed (pytorch/vision, pull request 6053)",
     rules=_encoder_layers("encoder_layer", "linear_1", "linear_2", "heads.head", None),
     signatures=(Signature(has=("conv_proj.weight", "encoder.layers.encoder_layer_#.mlp.linear_1.weight")),),
-    resampling=TORCHVISION.resampling,
     variant_of="torchvision",
-    fixed=PLAIN,
-    container="torch",
 )
 
 
 def _flax(positions: str, norm2: str, attention: str, mlp: str) -> tuple[Rule, ...]:
     """The names that vit_jax and big_vision share."""
     block = "Transformer/encoderblock_#"
-    attn, queries = f"{block}/{attention}", ("query", "key", "value")
+    attn, parts = f"{block}/{attention}", ("query", "key", "value")
     return (
         Rule("cls_token", "cls"),
         Rule("pos_embed", positions),
@@ -176,10 +149,8 @@ def _flax(positions: str, norm2: str, attention: str, mlp: str) -> tuple[Rule, .
         Rule("patch_embed.proj.bias", "embedding/bias"),
         Rule("blocks.#.norm1.weight", f"{block}/LayerNorm_0/scale"),
         Rule("blocks.#.norm1.bias", f"{block}/LayerNorm_0/bias"),
-        Rule(
-            "blocks.#.attn.qkv.weight", tuple(f"{attn}/{name}/kernel" for name in queries), "i heads k -> (heads k) i"
-        ),
-        Rule("blocks.#.attn.qkv.bias", tuple(f"{attn}/{name}/bias" for name in queries), "heads k -> (heads k)"),
+        Rule("blocks.#.attn.qkv.weight", tuple(f"{attn}/{part}/kernel" for part in parts), "i heads k -> (heads k) i"),
+        Rule("blocks.#.attn.qkv.bias", tuple(f"{attn}/{part}/bias" for part in parts), "heads k -> (heads k)"),
         Rule("blocks.#.attn.proj.weight", f"{attn}/out/kernel", "heads k o -> o (heads k)"),
         Rule("blocks.#.attn.proj.bias", f"{attn}/out/bias"),
         Rule("blocks.#.norm2.weight", f"{block}/{norm2}/scale"),
@@ -209,16 +180,13 @@ VIT_JAX = Format(
     container="npz",
 )
 
-BIG_VISION = Format(
+BIG_VISION = replace(
+    VIT_JAX,
     name="big_vision",
     title="big_vision's ViT (google-research/big_vision, models/vit.py)",
     rules=_flax("pos_embedding", "LayerNorm_1", "MultiHeadDotProductAttention_0", "MlpBlock_0"),
     signatures=(Signature(has=("embedding/kernel", "pos_embedding")),),
-    resampling=Resampling("bilinear"),
-    omissions=VIT_JAX.omissions,
-    fixed=PLAIN,
     num_heads="Transformer/encoderblock_#/MultiHeadDotProductAttention_0/query/kernel",
-    container="npz",
 )
 
 
@@ -276,10 +244,8 @@ def _transformers(
             has, lacks = (has + lacks, ()) if dist_token else (has, lacks)
             signatures = [Signature(has, lacks)]
             if not bare:
-                on_top = (
-                    (_DECODER,) if decoder else tuple(f"{part.sources[0].removesuffix('*')}weight" for part in heads)
-                )
-                signatures = [Signature(has + on_top, lacks if decoder else (*lacks, _DECODER))]
+                on_top = [_DECODER] if decoder else [rule.sources[0].replace("*", "weight") for rule in heads]
+                signatures = [Signature((*has, *on_top), lacks if decoder else (*lacks, _DECODER))]
                 if bare_too:  # with the prefix, yet with nothing on top
                     signatures.append(Signature(has, (*lacks, _DECODER, *_CLASSIFIERS)))
             yield Format(
@@ -291,10 +257,7 @@ def _transformers(
                     Rule("pos_embed", f"{start}embeddings.position_embeddings"),
                     Rule("patch_embed.proj.*", f"{start}embeddings.patch_embeddings.projection.*"),
                     Rule("blocks.#.norm1.*", f"{block}.layernorm_before.*"),
-                    *(
-                        Rule(f"blocks.#.attn.qkv.{kind}", tuple(f"{block}.{x}.{kind}" for x in layers.qkv))
-                        for kind in ("weight", "bias")
-                    ),
+                    Rule("blocks.#.attn.qkv.*", tuple(f"{block}.{part}.*" for part in layers.qkv)),
                     Rule("blocks.#.attn.proj.*", f"{block}.{layers.proj}.*"),
                     Rule("blocks.#.norm2.*", f"{block}.layernorm_after.*"),
                     Rule("blocks.#.mlp.fc1.*", f"{block}.{layers.fc1}.*"),
@@ -317,15 +280,7 @@ def _transformers(
 FORMATS = {
     table.name: table
     for table in (
-        TIMM,
-        DEIT,
-        DEIT3,
-        MAE,
-        SWAG,
-        TORCHVISION,
-        TORCHVISION_LINEAR,
-        VIT_JAX,
-        BIG_VISION,
+        *(TIMM, DEIT, DEIT3, MAE, SWAG, TORCHVISION, TORCHVISION_LINEAR, VIT_JAX, BIG_VISION),
         *_transformers(
             "hf_vit",
             "transformers' ViT (huggingface/transformers, models/vit/modeling_vit.py)",

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from string import Formatter
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,22 +26,8 @@ from tomevit.weights.adapt import ADAPTABLE
 from tomevit.weights.convert import finite
 from tomevit.weights.rules import enumerate_names
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
-
-#: What the hub calls licences (https://huggingface.co/docs/hub/repositories-licenses).
-_LICENCES = """
-afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
-bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5
-cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0
-cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0
-eupl-1.1 eupl-1.2 gemma gfdl gpl gpl-2.0 gpl-3.0 intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c
-mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 pddl postgresql unlicense wtfpl zlib
-"""
-LICENCES = frozenset(_LICENCES.split())
-
-IMAGENET = ("imagenet-1k", "ImageNet-1k", 1000)  # on the hub, in words, classes
+#: Where the model card's template lies, and the licences that the hub has names for.
+_ASSETS = resources.files("tomevit") / "assets"
 
 
 class Base(NamedTuple):
@@ -94,16 +82,16 @@ def push(
     if isinstance(model, VisionTransformer):
         card, tensors = native.card_of(model), dict(model.state_dict())
     else:
-        card, tensors = _read(Path(model))
+        card, tensors = _read_undamaged(Path(model))
     if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
         raise CheckpointError(f"the weights have NaN or infinity, in {enumerate_names(bad)}")
     base = find_base(card, repo)
     card = replace(
         card,
         weights=None,
-        licence=_licence(card, licence),
+        licence=_choose_licence(card, licence),
         sources=(Source(format="tomevit", hub=repo),),
-        figures=_figures(card, figures, dataset),
+        figures=_check_figures(figures, dataset, card.config.num_classes),
         class_names=tuple(class_names) or card.class_names,
         notes=notes,
     )
@@ -128,22 +116,18 @@ def find_base(card: Card, repo: str = "") -> Base | None:
     return Base(origin.hub or origin.url or origin.file or "a file", origin.hub)
 
 
-# Checks, before anything is sent.
-
-
 def _check_name(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, if not listed
 
     try:
         validate_repo_id(repo)
-    except HFValidationError as error:
+    except ValueError as error:
         raise ValueError(f"{repo!r} is no name for a repository, which has the form owner/repo: {error}") from error
     if "/" not in repo:
         raise ValueError(f"{repo!r} does not say whose repository it is: it must be owner/repo")
 
 
-def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
+def _read_undamaged(path: Path) -> tuple[Card, dict[str, Tensor]]:
     card, tensors, recorded = native.read(path)
     digest = native.digest((name, tensor.contiguous()) for name, tensor in native.in_order(tensors))
     if recorded not in (None, digest):  # a new file would record the digest of the damage
@@ -151,116 +135,92 @@ def _read(path: Path) -> tuple[Card, dict[str, Tensor]]:
     return card, tensors
 
 
-def _licence(card: Card, wanted: str | None) -> str | None:
+def _choose_licence(card: Card, wanted: str | None) -> str | None:
     # Fresh weights have the card of the published ones by that name, but owe them nothing.
-    fresh = card.weights and card.sources and card.origin is None
-    given = None if fresh else card.licence
-    if given and wanted and _non_commercial(given) and not _non_commercial(wanted):
+    given = None if card.weights and card.sources and card.origin is None else card.licence
+    if given and wanted and _is_non_commercial(given) and not _is_non_commercial(wanted):
         raise ValueError(
             f"the licence cannot be {wanted}: the weights were made from such under {given}, which excludes commercial "
             f"use, for what is made from them too; leave licence out to keep it"
         )
     licence = wanted or given
-    return licence.lower() if licence and licence.lower() in LICENCES else licence
+    return licence.lower() if licence and _is_known_to_the_hub(licence.lower()) else licence
 
 
-def _non_commercial(licence: str) -> bool:
+def _is_non_commercial(licence: str) -> bool:
     return re.search(r"\bnc\b|non-?commercial", licence.lower()) is not None
 
 
-def _figures(card: Card, figures: Sequence[Figure], dataset: str | None) -> tuple[Figure, ...]:
+def _is_known_to_the_hub(licence: str) -> bool:
+    return licence in (_ASSETS / "hub_licences.txt").read_text(encoding="ascii").split()
+
+
+def _check_figures(figures: Sequence[Figure], dataset: str | None, num_classes: int) -> tuple[Figure, ...]:
     if wrong := [figure.top1 for figure in figures if not 0 <= figure.top1 <= 100]:
         raise ValueError(f"a figure's top1 is {wrong[0]}, and must be in per cent, from 0 to 100")
-    if figures and dataset is None and card.config.num_classes != IMAGENET[2]:
+    if dataset is not None:
+        return tuple(replace(figure, source=f"{dataset}: {figure.source}") for figure in figures)
+    if figures and num_classes != 1000:
         raise ValueError(
-            f"figures are of {IMAGENET[1]}, and the model has {card.config.num_classes} classes: "
-            f"name the dataset that they are of"
+            f"figures are of ImageNet-1k, and the model has {num_classes} classes: name the dataset that they are of"
         )
-    if dataset is None:
-        return tuple(figures)
-    return tuple(replace(figure, source=f"{dataset}: {figure.source}") for figure in figures)
-
-
-# The model card.
+    return tuple(figures)
 
 
 def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | None = None) -> str:
-    """README.md for a repository of the hub: its metadata in YAML, then what a user should know."""
-    sections = [
-        f"---\n{_metadata(card, repo, base, dataset).to_yaml()}\n---\n\n# {repo.partition('/')[2]}",
-        _what(card, base),
-        f"## Use\n\n```python\n{_usage(card, repo)}```",
-        f"## Model\n\n{_facts(card)}",
-        f"## Merging\n\n{_merging(card)}",
-    ]
-    if card.figures:
-        rows = "\n".join(f"| {figure.r} | {figure.top1:.2f} | {_cell(figure.source)} |" for figure in card.figures)
-        sections.append(f"## Figures\n\n| r | top-1, % | source |\n|---|---|---|\n{rows}")
-    sections.append(f"## Licence and origin\n\n{_origin(card, base)}")
-    if card.notes:
-        sections.append(f"## Notes\n\n{card.notes}")
-    papers = [*card.papers, "Token Merging: Your ViT But Faster (ICLR 2023), arXiv:2210.09461"]
-    sections.append("## Papers\n\n" + "\n".join(f"- {_link_papers(paper)}" for paper in papers))
-    return "\n\n".join(sections) + "\n"
+    """README.md for a repository of the hub: assets/model_card.md, filled in.
+
+    A line of that template which begins with `?field` is there if the field is not empty, one with `?!field` if it is.
+    """
+    config = card.config
+    tokens = token_counts(card.r, config.depth, config.num_tokens, config.num_prefix)
+    fields = {
+        "metadata": _metadata(card, repo, base, dataset),
+        "card": card,
+        "config": config,
+        "origin": (origin := card.origin or Source(format="")),
+        "address": origin.url or origin.hub or origin.file,
+        "repo": repo,
+        "title": repo.partition("/")[2],
+        "base": base and (f"[{base.name}](https://huggingface.co/{base.hub})" if base.hub else base.name),
+        "buildable": _is_buildable(card),
+        "mode": {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.in_chans, ""),
+        "classes": (len(card.class_names) <= 20 and card.class_names) or config.num_classes or "none: features",
+        "edge": "shorter edge" if card.preprocess.resize == "shorter" else "both edges",
+        "tokens": (tokens[0], tokens[-1]),
+        "merges": tokens[-1] < tokens[0],
+        "gflops": [flops(config) / 1e9, flops(config, card.r) / 1e9],
+        "figures": [f"| {figure.r} | {figure.top1:.2f} | {_flatten(figure.source)} |" for figure in card.figures],
+        "papers": [f"- {_link_arxiv(_flatten(paper))}" for paper in card.papers],
+    }
+    lines, formatter = [], _CardFormatter()
+    for line in (_ASSETS / "model_card.md").read_text(encoding="utf-8").splitlines():
+        marker = re.match(r"\?(!?)([\w.]+) ?", line)
+        if marker is None or bool(marker[1]) != bool(formatter.get_field(marker[2], (), fields)[0]):
+            lines.append(line[marker.end() :] if marker else line)
+    return formatter.vformat("\n".join(lines) + "\n", (), fields)
 
 
-def _metadata(card: Card, repo: str, base: Base | None, dataset: str | None) -> ModelCardData:
-    from huggingface_hub import EvalResult, ModelCardData
+class _CardFormatter(Formatter):
+    """Text of a card stays on its line and in its cell, but for `{field:as_it_is}` and the lines of `{field:list}`."""
 
-    known = card.licence is None or card.licence in LICENCES
-    task = "image-classification" if card.config.num_classes else "image-feature-extraction"
-    results = [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset or IMAGENET[0],
-            dataset_name=dataset or IMAGENET[1],
-            metric_type="accuracy",
-            metric_name=f"top-1 accuracy in %, r = {figure.r}",
-            metric_value=figure.top1,
-        )
-        for figure in card.figures
-    ]
-    return ModelCardData(
-        library_name="tomevit",
-        pipeline_tag=task,
-        tags=["vision-transformer", "token-merging"],
-        license=card.licence if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", (card.licence or "").lower()).strip("-"),
-        base_model=base.hub if base else None,
-        model_name=repo.partition("/")[2] if results else None,
-        eval_results=results or None,
-    )
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if format_spec == "as_it_is":
+            return str(value)
+        if format_spec == "list":
+            return "\n".join(value)
+        return _flatten(", ".join(map(str, value)) if isinstance(value, tuple) else format(value, format_spec))
 
 
-def _what(card: Card, base: Base | None) -> str:
-    size = f" ({card.title})" if card.title else ""
-    name = f"`{card.name}`{size}" if card.name else f"A vision transformer{size}"
-    does = f"tells {card.config.num_classes} classes of images apart" if card.config.num_classes else "embeds images"
-    made = f" and was made from {_link(base)}" if base else ""
-    return (
-        f"{name} with [token merging](https://arxiv.org/abs/2210.09461) in every block. It {does}{made}. "
-        f"It runs with the Python library tomevit."
-    )
+def _flatten(text: str) -> str:
+    return " ".join(text.replace("|", r"\|").split())
 
 
-def _usage(card: Card, repo: str) -> str:
-    if _buildable(card):
-        load = f'model = tomevit.create("{card.name}", pretrained="hf-hub:{repo}")\n'
-    else:  # of a shape that the zoo has no name for
-        load = f'tomevit.convert("hf-hub:{repo}", "model.safetensors")\nmodel = tomevit.load("model.safetensors")\n'
-    mode = {1: '.convert("L")', 3: '.convert("RGB")'}.get(card.config.in_chans, "")
-    lines = [
-        "import tomevit\nfrom PIL import Image\n",
-        f"{load}preprocess = tomevit.transform(model)",
-        f'image = Image.open("image.png"){mode}',
-        f"{'logits' if card.config.num_classes else 'features'} = model(preprocess(image)[None])",
-    ]
-    if card.class_names:
-        lines.append("print(model.card.class_names[logits.argmax()])")
-    return "\n".join(lines) + "\n"
+def _link_arxiv(paper: str) -> str:
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
 
 
-def _buildable(card: Card) -> bool:
+def _is_buildable(card: Card) -> bool:
     """Whether the zoo's architecture of the card's name is the card's."""
     try:
         named = zoo.architecture(card.name).config
@@ -269,113 +229,60 @@ def _buildable(card: Card) -> bool:
     return replace(named, **{name: getattr(card.config, name) for name in (*ADAPTABLE, *RUNTIME)}) == card.config
 
 
-def _facts(card: Card) -> str:
-    config, prepare = card.config, card.preprocess
-    height, width = config.img_size
-    resize = "shorter edge" if prepare.resize == "shorter" else "both edges"
-    facts = {
-        "Blocks": f"{config.depth}, of width {config.embed_dim} with {config.num_heads} heads",
-        "Patches": f"{config.patch_size}x{config.patch_size} pixels, {config.num_patches} of them",
-        "Classes": str(config.num_classes) if len(card.class_names) > 20 else ", ".join(card.class_names),
-        "Image": f"{height}x{width} pixels, {config.in_chans} channels",
-        "Preprocessing": f"{prepare.interpolation} resize of the {resize}, centre crop of {prepare.crop_pct:g}",
-        "Mean": ", ".join(f"{value:g}" for value in prepare.mean),
-        "Standard deviation": ", ".join(f"{value:g}" for value in prepare.std),
-    }
-    facts["Classes"] = facts["Classes"] or str(config.num_classes or "none: features")
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(fact)} |" for name, fact in facts.items())
+def _metadata(card: Card, repo: str, base: Base | None, dataset: str | None) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
 
-
-def _merging(card: Card) -> str:
-    config = card.config
-    tokens = token_counts(card.r, config.depth, config.num_tokens, config.num_prefix)
-    less = (
-        f"At r = {card.r}, {tokens[-1]} of {tokens[0]} tokens leave the last block, and a forward pass takes "
-        f"{flops(config, card.r) / 1e9:.3g} GFLOPs instead of {flops(config) / 1e9:.3g}."
+    task = "image-classification" if card.config.num_classes else "image-feature-extraction"
+    on = dataset or "imagenet-1k", dataset or "ImageNet-1k"
+    results = [
+        EvalResult(task, *on, "accuracy", figure.top1, metric_name=f"top-1 accuracy in %, r = {figure.r}")
+        for figure in card.figures
+    ]
+    licence = card.licence or ""
+    known = not licence or _is_known_to_the_hub(licence)
+    data = ModelCardData(
+        library_name="tomevit",
+        pipeline_tag=task,
+        tags=["vision-transformer", "token-merging"],
+        license=(licence or None) if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-"),
+        base_model=base.hub if base else None,
+        model_name=repo.partition("/")[2] if results else None,
+        eval_results=results or None,
     )
-    return (
-        f"r tokens merge into the most similar others in every block: a larger r is faster, a smaller one more "
-        f"accurate, and `model.r` changes it at any time. This model comes with r = {card.r}, and "
-        f"{'proportional attention' if config.prop_attn else 'attention that is not proportional'} (a merged token "
-        f"counts {'as often as the patches it stands for' if config.prop_attn else 'once'})."
-        f"{f' {less}' if tokens[-1] < tokens[0] else ''}"
-    )
-
-
-def _origin(card: Card, base: Base | None) -> str:
-    licence = f"Licence: {card.licence or 'not stated'}."
-    if base is None:
-        return licence
-    file = f", the file with sha256 `{card.origin.sha256}`" if card.origin and card.origin.sha256 else ""
-    address = (card.origin.url or card.origin.hub or card.origin.file) if card.origin else None
-    first = f" Its first weights were read from {address}{file}." if address else ""
-    return f"{licence} Made from {_link(base)}, whose figures are not this model's.{first}"
-
-
-def _link(base: Base) -> str:
-    return f"[{base.name}](https://huggingface.co/{base.hub})" if base.hub else base.name
-
-
-def _link_papers(paper: str) -> str:
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-
-
-def _cell(text: str) -> str:
-    """Text for a table, which neither a line break nor a | may end."""
-    return " ".join(text.replace("|", "\\|").split())
-
-
-# The upload.
+    return str(data.to_yaml())
 
 
 def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi, constants
+    from huggingface_hub import HfApi, constants
 
     if constants.HF_HUB_OFFLINE:
         raise UploadError(f"{repo} cannot be uploaded while HF_HUB_OFFLINE is set")
     api = HfApi()
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repo).private:
-            raise UploadError(
-                f"{repo} exists and is public, nothing was uploaded: choose another name, or make it private at "
-                f"{constants.ENDPOINT}/{repo}/settings"
-            )
-        files = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
-        return str(api.create_commit(repo, files, commit_message=message).commit_url)
-    except UploadError:
-        raise
+        if not private or api.repo_info(repo).private:
+            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
     except Exception as error:  # of httpx, httpx2 or hf_xet, which have no base class in common
-        raise UploadError(f"{repo} could not be uploaded to {constants.ENDPOINT}: {_reason(error)}") from error
+        raise UploadError(f"{repo} could not be uploaded to {constants.ENDPOINT}: {_explain(error)}") from error
+    raise UploadError(
+        f"{repo} exists and is public, nothing was uploaded: choose another name, or make it private at "
+        f"{constants.ENDPOINT}/{repo}/settings"
+    )
 
 
-def _reason(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
+    """What the hub answered, or else what the first cause says."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    for cause in _causes(error):
-        if isinstance(cause, HfHubHTTPError):
-            status, said = cause.response.status_code, " ".join((cause.server_message or "").split())
-            said = f"it answered {status}{f' ({said})' if said else ''}"
-            if hint := _hint(status):
-                said += f": {hint}"
-            return said
-        if isinstance(cause, json.JSONDecodeError):
-            return "its answer is not JSON: try again later"
-    *_, first = _causes(error)
-    return " ".join(str(first).split()) or type(first).__name__
-
-
-def _hint(status: int) -> str:
-    if status == 401:
-        return "log in with `hf auth login`, or set HF_TOKEN"
-    if status in (403, 404):
-        return "the token needs the right to write there, and the owner room for it"
-    if status == 429 or status >= 500:
-        return "try again later"
-    return ""
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    while not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
+        if (cause := error.__cause__ or error.__context__) is None:
+            return " ".join(str(error).split()) or type(error).__name__
+        error = cause
+    if isinstance(error, json.JSONDecodeError):
+        return "its answer is not JSON: try again later"
+    status, said = error.response.status_code, " ".join((error.server_message or "").split())
+    hints = {401: "log in with `hf auth login`, or set HF_TOKEN"}
+    hints |= dict.fromkeys((403, 404), "the token needs the right to write there, and the owner room for it")
+    hint = hints.get(status, "try again later" if status == 429 or status >= 500 else "")
+    return f"it answered {status}{said and f' ({said})'}{hint and f': {hint}'}"

@@ -68,14 +68,14 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
     return fits[0]
 
 
-def what_was_seen(form: Format, names: Collection[str], key: str) -> str:
+def explain_recognition(form: Format, names: Collection[str], key: str) -> str:
     """The tensors by which a format was recognised."""
     signature = next(s for s in form.signatures if not s.misses(names))
     place = f" under {key!r}" if key else ""
     return f"{form.name}{place}: it has {', '.join(signature.has)}"
 
 
-def observe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of Config that native names and shapes tell.
 
     The number of heads cannot be seen; nor can, of `layer_scale`, more than whether it is there.
@@ -112,26 +112,26 @@ def observe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def describe(config: Config) -> dict[str, Any]:
-    """An architecture, as far as `observe` sees it in tensors, and what cannot be seen there."""
-    unseen = ("num_heads", "act", "pos_embed_prefix")
-    seen = (
+def comparable_fields(config: Config) -> dict[str, Any]:
+    """An architecture, as far as `infer_architecture` sees it in tensors, and what cannot be seen there."""
+    names = (
         *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
         *("class_token", "dist_token", "reg_tokens", "pool_norm"),
+        *("num_heads", "act", "pos_embed_prefix"),  # not to be seen in tensors
     )
-    return {name: getattr(config, name) for name in (*seen, *unseen)} | {
+    return {name: getattr(config, name) for name in names} | {
         "mlp_ratio": int(config.embed_dim * config.mlp_ratio) / config.embed_dim,
         "layer_scale": config.layer_scale is not None,
     }
 
 
 def differences(described: Mapping[str, Any], config: Config, *, headless: bool = False) -> list[str]:
-    """Where an architecture, as `observe` or `describe` has it, is not the config's.
+    """Where an architecture, as `infer_architecture` or `comparable_fields` has it, is not the config's.
 
     Args:
         headless: the weights have no head: a fresh one may bring a norm of its own, behind the pooling.
     """
-    ours = describe(config)
+    ours = comparable_fields(config)
     if headless and described["pool_norm"] == "before":
         del ours["pool_norm"]
     return [
@@ -141,12 +141,12 @@ def differences(described: Mapping[str, Any], config: Config, *, headless: bool 
     ]
 
 
-def with_observed(config: Config, observed: Mapping[str, Any], img_size: tuple[int, int] | None = None) -> Config:
+def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[int, int] | None = None) -> Config:
     """The config with the image size, class count and channels that the tensors have.
 
     Args:
         config: of the same architecture, see `differences`.
-        observed: by `observe`.
+        observed: by `infer_architecture`.
         img_size: taken as the weights' own, if it has as many patches as they have positions.
 
     Raises:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -41,10 +41,10 @@ class Rule:
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
 
-    def read(self, x: Tensor) -> Tensor:
+    def to_native(self, x: Tensor) -> Tensor:
         return x if self.layout is None else rearrange(x, self.layout)
 
-    def write(self, x: Tensor, config: Config) -> Tensor:
+    def from_native(self, x: Tensor, config: Config) -> Tensor:
         if self.layout is None:
             return x
         theirs, ours = self.layout.split(" -> ")
@@ -71,7 +71,7 @@ class Signature:
 
     def misses(self, names: Collection[str]) -> list[str]:
         """Why tensors of these names are not of the format; empty if they are."""
-        return [f"no {p}" for p in self.has if not _any(p, names)] + [f"a {p}" for p in self.lacks if _any(p, names)]
+        return [f"no {p}" for p in self.has if not _has(names, p)] + [f"a {p}" for p in self.lacks if _has(names, p)]
 
     def fits(self, names: Collection[str], key: str) -> bool:
         return (self.keys is None or key in self.keys) and key not in self.not_keys and not self.misses(names)
@@ -122,43 +122,33 @@ class Format:
     def __str__(self) -> str:
         return self.name
 
-    @cached_property
-    def _by_source(self) -> list[tuple[re.Pattern[str], Rule, int]]:
-        return [(_regex(source), rule, i) for rule in self.rules for i, source in enumerate(rule.sources)]
-
-    @cached_property
-    def _by_native(self) -> list[tuple[re.Pattern[str], Rule]]:
-        return [(_regex(rule.native), rule) for rule in self.rules]
-
     def count_heads(self, tensors: Mapping[str, Tensor]) -> int | None:
         """Attention heads, where the source's tensors tell."""
         shapes = [tensors[name].shape for name in tensors if self.num_heads and _regex(self.num_heads).fullmatch(name)]
         return shapes[0][1] if shapes and len(shapes[0]) == 3 else None
 
-    def _find(self, name: str) -> tuple[Rule, int, tuple[str, ...]] | None:
-        """The rule for a tensor of the source, its place in it, and what its `#` and `*` stand for."""
-        for regex, rule, i in self._by_source:
-            if found := regex.fullmatch(name):
-                return rule, i, found.groups()
+    def _find_rule(self, name: str) -> tuple[Rule, int, str] | None:
+        """The rule for a tensor of the source, its place in it, and the native name that it makes."""
+        for rule in self.rules:
+            for i, source in enumerate(rule.sources):
+                if found := _regex(source).fullmatch(name):
+                    return rule, i, _fill_in(rule.native, found.groups())
         return None
-
-    def _reason(self, name: str) -> str | None:
-        return next((o.reason for o in self.omissions if _regex(o.source).fullmatch(name)), None)
 
 
 #: Why a representation layer is left out, and the head that stands on it.
 PRE_LOGITS = "the representation layer of pre-training, and the head behind it, are for its classes alone"
 
 
-class Read(NamedTuple):
-    """What `read` made of a source's tensors."""
+class Renamed(NamedTuple):
+    """What `to_native` made of a source's tensors."""
 
     tensors: dict[str, Tensor]  # by native name
     names: dict[str, tuple[str, ...]]  # the source's names of each
     left_out: dict[str, str]  # the reason for each of the source's tensors that is not among them
 
 
-def read(format: Format, tensors: dict[str, Tensor]) -> Read:  # noqa: A002
+def to_native(format: Format, tensors: dict[str, Tensor]) -> Renamed:  # noqa: A002
     """Tensors under their native names, contiguous.
 
     Args:
@@ -171,12 +161,11 @@ def read(format: Format, tensors: dict[str, Tensor]) -> Read:  # noqa: A002
     parts: dict[str, tuple[Rule, list[str | None]]] = {}
     left_out, unknown = {}, []
     for name in tensors:
-        if found := format._find(name):
-            rule, i, bindings = found
-            native = _fill(rule.native, bindings)
+        if found := format._find_rule(name):
+            rule, i, native = found
             parts.setdefault(native, (rule, [None] * len(rule.sources)))[1][i] = name
-        elif reason := format._reason(name):
-            left_out[name] = reason
+        elif reasons := [o.reason for o in format.omissions if _regex(o.source).fullmatch(name)]:
+            left_out[name] = reasons[0]
         else:
             unknown.append(name)
     if unknown:
@@ -189,25 +178,25 @@ def read(format: Format, tensors: dict[str, Tensor]) -> Read:  # noqa: A002
             raise CheckpointError(
                 f"{native} is made of {len(sources)} tensors, of which there are only {enumerate_names(present)}"
             )
-        read_parts = []
+        arranged = []
         for source in present:
             tensor = tensors.pop(source)
             try:
-                read_parts.append(rule.read(tensor))
+                arranged.append(rule.to_native(tensor))
             except EinopsError as error:
                 shape, layout = tuple(tensor.shape), (rule.layout or "").partition(" ->")[0]
                 raise CheckpointError(f"{source} is {shape}, and {format.name} lays it out as {layout}") from error
-        if len({(part.shape, part.dtype) for part in read_parts}) > 1 or (len(present) > 1 and not read_parts[0].ndim):
-            kinds = ", ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(present, read_parts, strict=True))
+        if len({(part.shape, part.dtype) for part in arranged}) > 1 or (len(present) > 1 and not arranged[0].ndim):
+            kinds = ", ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(present, arranged, strict=True))
             raise CheckpointError(f"{native} cannot be made of tensors that do not match: {kinds}")
-        native_tensors[native] = torch.cat(read_parts) if len(read_parts) > 1 else read_parts[0].contiguous()
+        native_tensors[native] = torch.cat(arranged) if len(arranged) > 1 else arranged[0].contiguous()
         names[native] = present
     tensors.clear()
-    return Read(native_tensors, names, left_out)
+    return Renamed(native_tensors, names, left_out)
 
 
-def write(format: Format, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:  # noqa: A002
-    """The inverse of `read`: tensors under the source's names.
+def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:  # noqa: A002
+    """The inverse of `to_native`: tensors under the source's names.
 
     Raises:
         ValueError: the format has no place for a parameter, or fixes what the model has otherwise.
@@ -220,10 +209,10 @@ def write(format: Format, tensors: Mapping[str, Tensor], config: Config) -> dict
             )
     out, unknown = {}, []
     for native, tensor in tensors.items():
-        for regex, rule in format._by_native:
-            if found := regex.fullmatch(native):
+        for rule in format.rules:
+            if found := _regex(rule.native).fullmatch(native):
                 for source, part in zip(rule.sources, tensor.chunk(len(rule.sources)), strict=True):
-                    out[_fill(source, found.groups())] = rule.write(part, config).contiguous()
+                    out[_fill_in(source, found.groups())] = rule.from_native(part, config).contiguous()
                 break
         else:
             unknown.append(native)
@@ -242,7 +231,7 @@ def enumerate_names(names: Iterable[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _any(pattern: str, names: Iterable[str]) -> bool:
+def _has(names: Iterable[str], pattern: str) -> bool:
     return any(_regex(pattern).fullmatch(name) for name in names)
 
 
@@ -252,6 +241,6 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(escaped.replace(r"\*", "(weight|bias)"))
 
 
-def _fill(pattern: str, bindings: tuple[str, ...]) -> str:
+def _fill_in(pattern: str, bindings: tuple[str, ...]) -> str:
     values: Iterator[str] = iter(bindings)
     return re.sub(r"[#*]", lambda _: next(values), pattern)

@@ -49,10 +49,10 @@ def verify(
         FileNotFoundError: no such file.
         CheckpointError, DownloadError: the source to compare with cannot be read.
     """
-    return tuple(_checks(Path(path), against, key))
+    return tuple(_run_checks(Path(path), against, key))
 
 
-def _checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
+def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
     try:
         card, tensors, recorded = native.read(path, fitting=False)
     except CheckpointError as error:
@@ -91,20 +91,22 @@ def _checks(path: Path, against: str | os.PathLike[str] | None, key: str | None)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, card.config.in_chans, *card.config.img_size, generator=generator)
     for r in [0] if card.r == 0 else [0, card.r]:
-        yield _forward(model, images, r)
+        yield _check_forward(model, images, r)
 
     if against is not None:
-        yield _agreement(card, tensors, against, key)
+        yield _compare_with_source(card, tensors, against, key)
 
 
-def _forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
+def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
     with torch.inference_mode():
         answer = model(images, r)
     found = f"{tuple(answer.shape)}, from {answer.min():.4g} to {answer.max():.4g}"
     return Check(f"forward at r = {r}", convert.finite(answer), found)
 
 
-def _agreement(card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None) -> Check:
+def _compare_with_source(
+    card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None
+) -> Check:
     with convert.locate(against) as located:
         read = partial(convert.read, located, model=card, key=key, img_size=card.config.img_size)
         try:
