@@ -13,7 +13,7 @@ import tomevit
 from docs import weights_table
 from tomevit import cli, zoo
 from tomevit.config import Card, Figure
-from tomevit.measure.bench import default_r
+from tomevit.measure.defaults import default_r
 from tomevit.models import build_meta
 from tomevit.schedule import Schedule
 from tomevit.tasks.demo import held_out

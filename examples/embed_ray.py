@@ -54,11 +54,11 @@ def prepared(source: Row, transform: Transform) -> Iterator[Row]:
     """The rows of an image, in memory if it has "bytes", or of all images in a shard."""
     path, image = source["path"], source.get("bytes")
     if image is not None or not path.lower().endswith(shards.ENDINGS):
-        yield row(path, images.prepare(path if image is None else image, transform), transform)
+        yield row(path, images.prepare_image(path if image is None else image, transform), transform)
         return
     try:
         for sample in shards.samples(path):
-            image = shards.prepare(sample, transform)
+            image = shards.prepare_sample(sample, transform)
             yield row(f"{path}/{sample.name}" if isinstance(image, str) else sample.key, image, transform)
     except ImageError as error:
         yield row(error.path, error.reason, transform)

@@ -67,7 +67,7 @@ def check_output(
         OutputError: nothing can be written there.
     """
     path = Path(path)
-    if _is_stream(path):
+    if is_stream(path):
         return path
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name the file to write")
@@ -98,7 +98,7 @@ def check_outputs(*paths: Path | None, inputs: Iterable[str | os.PathLike[str]] 
     """
     inputs, places = list(inputs), set()
     for path in filter(None, paths):
-        place = path if _is_stream(check_output(path, inputs=inputs, writable=True)) else _target(path)
+        place = path if is_stream(check_output(path, inputs=inputs, writable=True)) else _target(path)
         if place in places:
             raise ValueError(f"{path} is named for two results: name two files")
         places.add(place)
@@ -119,7 +119,7 @@ def new_file(
     Args, Raises: as `check_output`; OutputError also where the disk is full.
     """
     path = check_output(path, endings=endings, inputs=inputs)
-    if _is_stream(path):
+    if is_stream(path):
         with tempfile.TemporaryDirectory(prefix="tomevit-") as folder:
             draft = Path(folder) / "output"
             yield draft
@@ -177,7 +177,7 @@ def _descriptor(path: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether a path is a pipe, a device or the like, which must be written to and not replaced."""
     if _descriptor(path) is not None:
         return True

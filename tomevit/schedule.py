@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -90,6 +90,11 @@ def schedule_from_json(value: Any, depth: int = 10**6) -> Schedule:
     if isinstance(value, dict):
         value = (value.get("mean"), value.get("inflection"))
     return check_schedule(value, depth)
+
+
+def distinct_schedules(r_values: Iterable[Schedule]) -> list[Schedule]:
+    """Each r once, in the order in which they first come."""
+    return list({str(r): r for r in r_values}.values())
 
 
 def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ from tests.tools.test_images import FILES, turned
 from tomevit import Card, Config, card, class_names, classify, list_models
 from tomevit.data.class_names import IMAGENET, imagenet
 from tomevit.data.images import read
-from tomevit.tasks.classify import Answer, Guess, answers, check, summary
+from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
 from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
 
 DIGITS = "digits_p1"
@@ -149,7 +149,7 @@ def test_a_comparison_has_both_answers_and_both_probabilities(digits: tomevit.Vi
         assert [guess.class_index for guess in answer.top_unmerged] == [guess.class_index for guess in at_0.top]
         assert answer.changed == (at_16.top[0].class_index != at_0.top[0].class_index)
         assert at_16.changed is None
-    kept = summary(both).kept
+    kept = summarise(both).kept
     assert kept is not None
     assert 0 < kept < len(images), "of these images merging changes some"
     assert kept == [answer.changed for answer in both].count(False)
@@ -176,7 +176,7 @@ def test_the_speed_up_is_of_the_same_batches_in_turn(
     assert sorted(warm_up) == [(1, 0), (1, 16)]
     assert measured == [(3, 16), (3, 0), (3, 0), (3, 16), (2, 16), (2, 0)]
     assert {(answer.seconds, answer.seconds_unmerged) for answer in found} == {(1.5, 3.0)}
-    assert summary(found).speed_up == 2.0
+    assert summarise(found).speed_up == 2.0
 
 
 def test_summaries() -> None:
@@ -185,11 +185,11 @@ def test_summaries() -> None:
         return Answer("", tops[0], 9, seconds, tops[1], 2 * seconds)
 
     broken = Answer("", (), 9, error="damaged")
-    found = summary([answer(1.0, 3, 3), broken, answer(2.0, 3, 4), answer(6.0, 1, 1)])
+    found = summarise([answer(1.0, 3, 3), broken, answer(2.0, 3, 4), answer(6.0, 1, 1)])
     assert found == (3, 1, 3.0, 6.0, 2)
     assert found.speed_up == 2.0
-    assert summary([broken]) == (0, 1, None, None, None)
-    assert summary([]).speed_up is None
+    assert summarise([broken]) == (0, 1, None, None, None)
+    assert summarise([]).speed_up is None
 
 
 def test_distilled_models_answer_with_the_mean_of_both_heads() -> None:
@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_passed_over(digits: tomevit.VisionTransformer, t
     for i in (0, 2, 3):
         assert [guess.class_index for guess in found[i].top] == [guess.class_index for guess in whole[i].top]
     assert [found[i].top for i in (1, 4)] == [(), ()]
-    assert summary(found)[:2] == (3, 2)
+    assert summarise(found)[:2] == (3, 2)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_what_cannot_be_read_is_passed_over(digits: tomevit.VisionTransformer, t
 )
 def test_models_without_a_head_are_refused(name: str, says: str) -> None:
     with pytest.raises(ValueError, match=f"{name} {says}" if says.startswith("has") else says):
-        check(card(name))
+        check_classifiable(card(name))
 
 
 def test_wrong_models_and_values_are_refused(
@@ -381,7 +381,7 @@ def test_json(capsys, tmp_path, digits):
     assert err == f"tomevit: {tmp_path / 'x.png'}: not an image of a known format\n"
     result = json.loads(out)
     assert {"schema", "device", "threads", "torch", "tomevit", "dtype", "batch"} <= result.keys()
-    assert (result["r"], result["tokens"]) == ([8, -1.0], list(digits.token_counts((8, -1.0))))
+    assert (result["r"], result["tokens"]) == ({"mean": 8, "inflection": -1.0}, list(digits.token_counts((8, -1.0))))
     assert (result["upright"], result["interrupted"], result["classes"]) == (True, False, "own")
     assert result["unreadable"] == [{"image": str(tmp_path / "x.png"), "reason": "not an image of a known format"}]
     expected = classify(digits, [tmp_path / f"{i:03}.png" for i in range(5)], r=(8, -1.0), compare=True, top=2)
@@ -394,7 +394,7 @@ def test_json(capsys, tmp_path, digits):
         assert image["changed"] == answer.changed
         assert image["seconds"] > 0 < image["r0"]["seconds"]
     assert result["summary"]["images"] == 5
-    assert result["summary"]["kept"] == summary(expected).kept
+    assert result["summary"]["kept"] == summarise(expected).kept
     assert result["summary"]["speed_up"] == pytest.approx(
         sum(image["r0"]["seconds"] for image in result["images"]) / sum(image["seconds"] for image in result["images"])
     )

@@ -42,7 +42,7 @@ def test_results_are_measured(small):
     assert results["images"] == 360
     assert {"device", "threads", "torch", "tomevit"} <= results["environment"].keys()
     plain, trained = (tomevit.create(name, pretrained=True) for name in (demo.PLAIN, demo.TRAINED))
-    assert [row["r"] for row in results["rows"]] == [0, 16, [4, -1.0]]
+    assert [row["r"] for row in results["rows"]] == [0, 16, {"mean": 4, "inflection": -1.0}]
     for row, r in zip(results["rows"], (0, 16, (4, -1.0)), strict=True):
         assert row["tokens"] == plain.token_counts(r)[-1]
         assert row["gflops"] == pytest.approx(tomevit.flops(plain.config, r) / 1e9)

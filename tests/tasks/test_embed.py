@@ -153,7 +153,7 @@ def test_every_image_has_its_vector_and_every_other_file_its_reason(
     assert names(name for name, _ in report.unreadable) == BROKEN
     assert [reason for _, reason in report.unreadable][:2] == ["not an image of a known format", "the file is empty"]
     assert [tuple(name) for name in found.info["unreadable"]] == report.unreadable
-    assert {"model": DIGITS, "r": "16", "pool": "cls", "rows": 60, "dim": 64}.items() <= found.info.items()
+    assert {"model": DIGITS, "r": 16, "pool": "cls", "rows": 60, "dim": 64}.items() <= found.info.items()
     assert found.shard is None
     assert os.listdir(tmp_path) == [out.name]  # noqa: PTH208
     for stage, total in (("embedding", 64), ("writing", 60)):
@@ -196,7 +196,7 @@ def test_other_tools_read_the_files(model: VisionTransformer, folder: Path, expe
     assert keys == [row["key"] for row in rows] == [str(folder / name) for name in READABLE]
     schema = pq.read_schema(tmp_path / "a.parquet")
     assert str(schema.field("embedding").type) == "fixed_size_list<element: float>[64]"
-    assert json.loads(schema.metadata[b"tomevit_embeddings"])["r"] == "16"
+    assert json.loads(schema.metadata[b"tomevit_embeddings"])["r"] == 16
 
 
 @pytest.mark.parametrize("suffix", embeddings.SUFFIXES)
@@ -415,7 +415,7 @@ def test_what_was_begun_otherwise_is_refused(
     with pytest.raises(ValueError, match=r"out.safetensors was made with r 16, not 8"):
         embed(model, files, out, r=8)
     assert embed(model, files, out, r=8, overwrite=True).rows == 20
-    assert read(out).info["r"] == "8"
+    assert read(out).info["r"] == 8
     assert not parts.exists()
 
 
@@ -457,10 +457,10 @@ def test_an_overwriting_run_goes_on_as_well(model: VisionTransformer, folder: Pa
     told: list[int] = []
     with pytest.raises(KeyboardInterrupt):
         embed(model, [folder], out, batch=4, overwrite=True, progress=Interrupt(40))
-    assert read(out).info["r"] == "8"
+    assert read(out).info["r"] == 8
     embed(model, [folder], out, batch=4, overwrite=True, progress=lambda stage, done, _: told.append(done))
     assert told[0] == 40
-    assert read(out).info["r"] == "16"
+    assert read(out).info["r"] == 16
 
 
 def test_what_is_not_ours_is_left_alone(model: VisionTransformer, folder: Path, tmp_path: Path) -> None:
@@ -710,7 +710,7 @@ def test_every_option_arrives(
     status, printed, err = run(capsys, *arguments)
     assert (status, printed, err) == (0, f"{out}: 10 vectors of 64 float16 numbers\n", "")
     info = read(out).info
-    wanted = {"r": "4", "pool": "mean", "upright": True, "normalize": True, "dtype": "float16", "computed": "bfloat16"}
+    wanted = {"r": 4, "pool": "mean", "upright": True, "normalize": True, "dtype": "float16", "computed": "bfloat16"}
     assert wanted.items() <= info.items()
     model = tomevit.create(DIGITS, pretrained=True).bfloat16()
     with torch.inference_mode():
@@ -718,4 +718,4 @@ def test_every_option_arrives(
     assert relative_error(read(out).vectors.float(), F.normalize(vectors, dim=1)) < 2**-6
     assert run(capsys, *arguments, "--device", "cpu", "--img-size", "8")[0] == 0
     assert run(capsys, *arguments, "--overwrite", "--r", "0")[0] == 0
-    assert read(out).info["r"] == "0"
+    assert read(out).info["r"] == 0

@@ -21,7 +21,7 @@ from tomevit.flops import flops_by_step
 from tomevit.models import build_meta
 from tomevit.schedule import Schedule, format_schedule
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, seen
+from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, undo_normalisation
 from tomevit.transform import Transform
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -168,9 +168,9 @@ def test_the_pixels_shown_are_those_that_the_model_saw(preprocess: Preprocess, c
     every_value = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(channels, -1, -1)
     prepare = Transform(preprocess, (16, 16))
     whole = Transform(Preprocess(**{**vars(preprocess), "crop_pct": 1.0}), (16, 16))
-    assert torch.equal(seen(whole(every_value), whole), every_value)
+    assert torch.equal(undo_normalisation(whole(every_value), whole), every_value)
     image = photograph() if channels == 3 else photograph().convert("L")
-    shown = seen(prepare(image), prepare)
+    shown = undo_normalisation(prepare(image), prepare)
     assert torch.equal(prepare.__class__(preprocess, (16, 16))(image), prepare(image))
     # The crop of the resized image, by Pillow alone.
     edge = int(16 / preprocess.crop_pct)
@@ -253,8 +253,8 @@ def test_pictures_have_a_row_for_each_r(tmp_path: Path, observation: Observation
 
 
 def test_a_strip_shows_the_blocks_asked_for(tmp_path: Path, observation: Observation) -> None:
-    assert pictures.check(tiny(depth=12).config, "strip") == [2, 4, 6, 8, 10, 12]
-    assert pictures.check(tiny(depth=2).config, "strip") == [1, 2]
+    assert pictures.blocks_to_show(tiny(depth=12).config, "strip") == [2, 4, 6, 8, 10, 12]
+    assert pictures.blocks_to_show(tiny(depth=2).config, "strip") == [1, 2]
     pictures.draw(tmp_path / "a.svg", ".svg", observation, "title", blocks=[3])
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert "<!-- block 3 -->" in text

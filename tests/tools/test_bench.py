@@ -24,8 +24,9 @@ from tests.helpers import images_for, randomise, tiny
 from tests.tasks.test_cli import run
 from tomevit import flops
 from tomevit.config import Config, Figure
-from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compare, default_r, suggest, sweep, timm_twin
+from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compare, suggest, sweep, timm_twin
 from tomevit.measure.bounds import Limits, bounds
+from tomevit.measure.defaults import default_r
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
 
 
@@ -338,7 +339,7 @@ def test_json_has_every_comparison_and_its_setting(capsys: pytest.CaptureFixture
     assert [(each["dtype"], each["batch"]) for each in result["comparisons"]] == [("float32", 1), ("float32", 2)]
     for comparison in result["comparisons"]:
         rows = comparison["rows"]
-        assert [row["r"] for row in rows] == [0, 1, [1, -1.0]]
+        assert [row["r"] for row in rows] == [0, 1, {"mean": 1, "inflection": -1.0}]
         assert rows[0]["speed_up"] == 1.0
         for row in rows:
             assert row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]

@@ -10,7 +10,7 @@ import torch
 from tomevit.cli import main
 from tomevit.cli.running import own_device
 from tomevit.data import distributed as processes
-from tomevit.data.distributed import OtherProcessError, agreed, of_first, require_same
+from tomevit.data.distributed import OtherProcessError, broadcast_from_rank0, fail_together, require_same
 
 
 def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, others: str | None = None, first: Any = None) -> None:
@@ -51,7 +51,7 @@ def test_of_several_processes_the_first_says_what_is_wrong(
 
     as_process(monkeypatch, rank, others)
     with pytest.raises(raises) as caught:
-        agreed(call)
+        fail_together(call)
     assert type(caught.value) is raises
     assert str(caught.value) == says.format(of)
 
@@ -59,9 +59,9 @@ def test_of_several_processes_the_first_says_what_is_wrong(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_each_has_and_what_the_first_has(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     as_process(monkeypatch, rank, first="of the first")
-    assert agreed(lambda: "mine") == "mine"
+    assert fail_together(lambda: "mine") == "mine"
     calls: list[int] = []
-    assert of_first(lambda: calls.append(rank) or "of the first") == "of the first"
+    assert broadcast_from_rank0(lambda: calls.append(rank) or "of the first") == "of the first"
     assert calls == [0] * (rank == 0)
 
 

@@ -28,7 +28,7 @@ import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import cli
 from tomevit.config import Preprocess
-from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, export_program
+from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, describe, export_program
 from tomevit.deploy.programs import onnx as onnx_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
@@ -514,3 +514,10 @@ def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "model.pt2")
     with pytest.raises(ValueError, match="the source itself"):
         export_program(tmp_path / "model.pt2", tmp_path / "model.pt2", "pt2")
+
+
+@pytest.mark.parametrize(("r", "stored"), [(8, 8), ((8, -1.0), {"mean": 8, "inflection": -1.0}), ([3, 0], [3, 0])])
+def test_a_program_says_its_r_as_every_file_does(r: Any, stored: Any) -> None:
+    model = tiny(r)
+    model.card = replace(model.card, r=r)
+    assert json.loads(describe(model, "float32", None, raw=False)["r"]) == stored

@@ -386,14 +386,14 @@ def test_packed_weights_are_refused_where_they_cannot_be() -> None:
 def test_weights_are_packed_for_as_many_rows_as_are_faster(
     gains: tuple[float, ...], most: float | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interleave(candidates: dict[tuple[int, int], Any], **_: Any) -> dict[tuple[int, int], float]:
+    def median_seconds(candidates: dict[tuple[int, int], Any]) -> dict[tuple[int, int], float]:
         for call in candidates.values():
             for _ in range(3):  # one more than there are blocks
                 call()
         gain = dict(zip(dict.fromkeys(rows for rows, _ in candidates), gains, strict=True))
         return {(rows, packed): 1.0 if packed else gain[rows] for rows, packed in candidates}
 
-    monkeypatch.setattr(importlib.import_module("tomevit.deploy.optimize"), "interleave", interleave)
+    monkeypatch.setattr(importlib.import_module("tomevit.deploy.optimize"), "_median_seconds", median_seconds)
     model = tiny(4, depth=2)
     fast = tomevit.optimize(model, keep_memory=False)
     if not can_pack():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tomevit.config import Preprocess
-from tomevit.data.shards import Batch, expand, find_shards, samples, stream
+from tomevit.data.shards import Batch, expand_braces, find_shards, samples, stream_samples
 from tomevit.errors import ImageError
 from tomevit.tasks.demo import held_out
 from tomevit.transform import Transform
@@ -142,7 +142,7 @@ def test_damaged_shards_give_what_stands_in_front_and_say_so(
     assert [sample.image for sample in found] == [digit(i) for i in range(before)]
     assert caught.value.path == str(path)
     assert "\n" not in caught.value.reason
-    batches = list(stream([str(path)], GREY, batch=2))
+    batches = list(stream_samples([str(path)], GREY, batch=2))
     assert [key for batch in batches for key in batch.keys] == [str(i) for i in range(before)]
     assert [name for batch in batches for name in batch.unreadable] == [(str(path), caught.value.reason)]
     assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
@@ -203,13 +203,13 @@ def test_whatever_is_damaged_it_is_samples_or_an_error(
     ],
 )
 def test_braces_are_expanded_as_webdataset_does(pattern: str) -> None:
-    assert expand(pattern) == list(braceexpand.braceexpand(pattern))
+    assert expand_braces(pattern) == list(braceexpand.braceexpand(pattern))
 
 
 def test_braces_of_a_name_that_exists_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "{1..3}.tar"
     path.touch()
-    assert expand(str(path)) == [str(path)]
+    assert expand_braces(str(path)) == [str(path)]
 
 
 def test_what_is_a_shard(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def by_shard(batches: list[Batch], count: int) -> list[list[Batch]]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("size", [1, 3, 7, 32])
 def test_a_stream_has_every_sample_in_order_or_says_why_not(workers: int, size: int, shards: list[str]) -> None:
-    found = by_shard(list(stream(shards, GREY, batch=size, workers=workers)), 3)
+    found = by_shard(list(stream_samples(shards, GREY, batch=size, workers=workers)), 3)
     for batches in found:
         assert [batch.first for batch in batches] == [i * size for i in range(len(batches))]
         assert [batch.last for batch in batches] == [False] * (len(batches) - 1) + [True]
@@ -268,8 +268,8 @@ def test_a_stream_has_every_sample_in_order_or_says_why_not(workers: int, size: 
 
 
 def test_a_stream_goes_on_anywhere(shards: list[str]) -> None:
-    whole = by_shard(list(stream(shards, GREY, batch=2)), 3)
-    again = by_shard(list(stream(shards, GREY, batch=2, begin=[(1, 4), (0, 2)])), 3)
+    whole = by_shard(list(stream_samples(shards, GREY, batch=2)), 3)
+    again = by_shard(list(stream_samples(shards, GREY, batch=2, begin=[(1, 4), (0, 2)])), 3)
     for ours, theirs in zip(again, (whole[0][1:], whole[1][2:], []), strict=True):
         assert [(batch[:3], batch[4:]) for batch in ours] == [(batch[:3], batch[4:]) for batch in theirs]
         assert all(torch.equal(a.images, b.images) for a, b in zip(ours, theirs, strict=True))

@@ -11,17 +11,18 @@ import click
 import torch
 from tqdm import tqdm
 
-from tomevit.cli import options
+from tomevit.cli import options, reports
 from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
-from tomevit.cli.plot import draw
+from tomevit.cli.plot import draw, picture_kind
+from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of
 from tomevit.factory import create
-from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, default_r, setting, sweep, timm_twin
+from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
+from tomevit.measure.defaults import default_r
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule
-from tomevit.tasks import plots
+from tomevit.schedule import Schedule, format_schedule
 from tomevit.weights import checkpoint
 
 MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
@@ -32,6 +33,7 @@ LEGEND = (
     "estimates, from what the device reaches: the share of the time that matrix products, reading and writing memory, "
     "starting operators, and memory fetched from the system would take alone."
 )
+BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 
 
 @click.command(cls=Many)
@@ -63,10 +65,9 @@ LEGEND = (
 @click.option("--timm/--no-timm", default=None, help="Against timm's model too; default: where it is installed.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each.")
 @click.option("--target", type=click.FloatRange(1, min_open=True), help="Suggest the least r with this speed-up.")
-@click.option("--json", "as_what", flag_value="json", help="As JSON.")
-@click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
+@reports.form_flags(json="As JSON.", markdown="As Markdown, to paste into an issue.")
 @options.picture
-@options.out
+@reports.out
 def bench(
     model: str,
     r_values: tuple[Schedule, ...],
@@ -80,7 +81,7 @@ def bench(
     timm: bool | None,
     rounds: int,
     target: float | None,
-    as_what: str | None,
+    flag: str | None,
     picture: Path | None,
     out: Path | None,
 ) -> None:
@@ -89,58 +90,55 @@ def bench(
     All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
     the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
     """
-    check_outputs(picture, out)
-    if picture is not None:
-        plots.require_matplotlib()
-        plots.check_suffix(picture)
+    check_outputs(picture, out, inputs=[model])
+    form = report_form(out, flag, FORMS)
+    kind = "" if picture is None else picture_kind(picture)
     if threads is not None:
         torch.set_num_threads(threads)
     place = device_of(device)
     subject = _subject(model, img_size)
-    r_values = r_values or tuple(default_r(subject.card))
     modes = tuple(dict.fromkeys((*modes, *(("compiled",) if compiled else ())))) or ("eager",)
     batches = tuple(dict.fromkeys(batches)) or ((1, 8) if place.type == "cpu" else (1, 64))
     with_timm, notes = _with_timm(subject, timm)
 
     found: list[Comparison] = []
     where = setting(subject, device=place, rounds=rounds, timm=with_timm, name=model)
-    interrupted = False
-    shape = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
-    with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=shape) as bar:
-        try:
-            for comparison in sweep(
-                subject,
-                r_values,
-                batches=batches,
-                dtypes=tuple(dict.fromkeys(dtypes)),
-                device=place,
-                modes=modes,
-                timm=with_timm,
-                rounds=rounds,
-                target=target,
-                progress=bar.update,
-            ):
-                found.append(comparison)  # noqa: PERF402  # what was found counts, if this loop is interrupted
-        except KeyboardInterrupt:
-            interrupted = True
+    with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=BAR) as bar:
+        comparisons = sweep(
+            subject,
+            r_values or default_r(subject.card),
+            batches=batches,
+            dtypes=tuple(dict.fromkeys(dtypes)),
+            device=place,
+            modes=modes,
+            timm=with_timm,
+            rounds=rounds,
+            target=target,
+            progress=bar.update,
+        )
+        interrupted = _interrupted(comparisons, found)
 
-    if as_what == "json":
-        text = json.dumps(as_json(where, found), indent=2)
-    else:
-        text = "\n".join((_markdown if as_what == "markdown" else _text)(where, found, notes))
+    text = FORMS[form](where, found, notes)
     if out is None:
         click.echo(text)
     else:
-        with new_file(out) as unfinished:
-            unfinished.write_text(text + "\n", encoding="utf-8")
+        write_report(out, text)
     if picture is not None and any(comparison.rows for comparison in found):
-        with new_file(picture) as unfinished:
-            draw(unfinished, picture.suffix, {model: as_json(where, found)})
-    for path in filter(None, (picture, out)):
-        if path.is_file():
-            click.echo(f"written to {path}", err=True)
+        with new_file(picture) as draft:
+            draw(draft, kind, {model: as_json(where, found)})
+        click.echo(f"written to {picture}", err=True)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _interrupted(comparisons: Iterable[Comparison], found: list[Comparison]) -> bool:
+    """Collect comparisons as they come; whether the keyboard interrupted that. What was found until then counts."""
+    try:
+        for comparison in comparisons:
+            found.append(comparison)  # noqa: PERF402  # extend would drop what came before an interrupt
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _subject(model: str, img_size: tuple[int, int] | None) -> VisionTransformer:
@@ -168,24 +166,24 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
+def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> str:
     lines = [described(where)]
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
             lines += aligned(COLUMNS, _cells(comparison))
         lines += _sentences(comparison)
-    return [*lines, "", *notes, LEGEND, _paper(found)]
+    return "\n".join([*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)])
 
 
-def _markdown(where: dict[str, Any], found: Iterable[Comparison], notes: Sequence[str]) -> list[str]:
+def _as_markdown(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> str:
     lines = [f"### tomevit bench: {where['model']}", "", described(where)]
     for comparison in found:
         lines += ["", f"**{comparison.dtype}, batch {comparison.batch}**", ""]
         if comparison.rows:
             lines += [*markdown(COLUMNS, _cells(comparison)), ""]
         lines += [f"- {sentence}" for sentence in _sentences(comparison)]
-    return [*lines, "", *notes, LEGEND, _paper(found)]
+    return "\n".join([*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)])
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -199,7 +197,7 @@ def _row_cells(row: Row, best: bool) -> list[str]:
     shares = {} if row.bounds is None else row.bounds.shares
     return [
         row.name + " *" * best,
-        str(row.r),
+        format_schedule(row.r),
         str(row.tokens),
         f"{row.images_per_second:.1f}",
         f"{median:.{digits}f}",
@@ -215,13 +213,25 @@ def _sentences(comparison: Comparison) -> list[str]:
     """What is to be said below a table, each on a line of its own."""
     found = [*([comparison.note] if comparison.note else []), *comparison.hints]
     if comparison.suggestion is not None:
-        found.append(f"suggested: r = {comparison.suggestion.r}; {comparison.suggestion.why}")
+        found.append(f"suggested: r = {format_schedule(comparison.suggestion.r)}; {comparison.suggestion.why}")
     return [f"{sentence}." for sentence in found]
 
 
-def _paper(found: Iterable[Comparison]) -> str:
+def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
     """The FLOP ratios as the paper has them, which are larger where the last block computes one token alone."""
-    ratios = {str(row.r): f"r = {row.r}: {row.flop_ratio:.2f}" for c in found for row in c.rows if row.merges}
+    ratios = {
+        str(row.r): f"r = {format_schedule(row.r)}: {row.flop_ratio:.2f}"
+        for comparison in found
+        for row in comparison.rows
+        if row.merges
+    }
     return (
         f"FLOP ratios by the paper's count, with every token in the last block: {', '.join(ratios.values()) or 'none'}."
     )
+
+
+FORMS = {
+    "text": _as_text,
+    "json": lambda where, found, notes: json.dumps(as_json(where, found), indent=2),  # noqa: ARG005
+    "markdown": _as_markdown,
+}

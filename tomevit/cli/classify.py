@@ -9,25 +9,27 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from tqdm import tqdm
 
-import tomevit
 from tomevit import zoo
-from tomevit.cli import options
+from tomevit.cli import options, reports
 from tomevit.cli.options import R
+from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, device_of, readers, trained
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, read
-from tomevit.errors import ImageError
+from tomevit.errors import ImageError, printable
 from tomevit.measure.timing import environment
-from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule
-from tomevit.tasks.classify import Answer, Guess, answers, check, summary
+from tomevit.models import VisionTransformer
+from tomevit.output import check_outputs
+from tomevit.schedule import Schedule, format_schedule, schedule_to_json
+from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
+from tomevit.version import __version__
 from tomevit.weights import checkpoint
 
 SCHEMA = 1
@@ -57,9 +59,8 @@ NAME = 34  # the widest column of classes, where each image has one line
 @options.device
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Default: that of the weights.")
 @options.img_size
-@click.option("--json", "as_what", flag_value="json", help="As JSON.")
-@click.option("--csv", "as_what", flag_value="csv", help="As CSV, a row for each image and rank.")
-@options.out
+@reports.form_flags(json="As JSON.", csv="As CSV, a row for each image and rank.")
+@reports.out
 @click.pass_context
 def classify(
     ctx: click.Context,
@@ -74,7 +75,7 @@ def classify(
     device: str,
     dtype: str | None,
     img_size: tuple[int, int] | None,
-    as_what: str | None,
+    flag: str | None,
     out: Path | None,
 ) -> None:
     """The likeliest classes of images: files, folders, patterns, and - for standard input.
@@ -83,69 +84,67 @@ def classify(
     first, on one line each; --csv and --json have them all. Files that cannot be read are named on standard error: the
     status is then 1 at the end, and 2 if none can be read.
     """
-    if out is not None:
-        check_outputs(out)
     place = device_of(device)
     # A name may cost a download: what can be wrong is found before.
     loaded = trained(model, r, img_size) if Path(model).is_file() else None
-    check(zoo.card(model) if loaded is None else checkpoint.card_of(loaded), r, compare=compare)
+    check_classifiable(zoo.card(model) if loaded is None else checkpoint.card_of(loaded), r, compare=compare)
     sources = _sources(images)
+    check_outputs(out, inputs=[model, *(source for source in sources if isinstance(source, str))])
+    form = FORMS[report_form(out, flag, FORMS)]
     loaded = (trained(model, r, img_size) if loaded is None else loaded).to(place, DTYPES[dtype] if dtype else None)
 
     on_cpu = place.type == "cpu"
     batch = batch or (8 if on_cpu else 64)
     if workers is None:
         workers = 0 if on_cpu else min(readers(place), len(sources) // batch)
-    classes = class_names(loaded.card)
-    setting = _Setting(
-        model=model if Path(model).is_file() else loaded.card.full_name,
-        r=loaded.r,
-        tokens=loaded.token_counts(),
-        classes=classes,
-        compare=compare,
-        images=len(sources),
-        one_line_each=len(sources) > BLOCKS or min(top, loaded.config.num_classes) == 1,
-        width=_width(classes, compare),
-        upright=upright,
-        batch=batch,
-        dtype=str(loaded.pos_embed.dtype).removeprefix("torch."),
-        machine=environment(place),
-    )
-    shape = FORMATS[as_what or "text"]
-    written: list[str] = []
-
-    def tell(lines: Iterable[str]) -> None:
-        for line in lines:
-            click.echo(line) if out is None else written.append(line)
-
-    said: list[Answer] = []
-    interrupted = False
-    tell(shape.head(setting))
-    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar:
-        try:
-            run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
-            for answer, source in zip(run, sources, strict=True):
-                answer = answer._replace(image=source if isinstance(source, str) else "-")
-                said.append(answer)
-                with tqdm.external_write_mode():
-                    if answer.error:
-                        click.echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
-                    else:
-                        tell(shape.each(setting, answer))
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    tell(shape.foot(setting, said, interrupted))
+    name = model if Path(model).is_file() else loaded.card.full_name
+    setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright)
+    lines: list[str] = []
+    report = click.echo if out is None else lines.append
+    found: list[Answer] = []
+    run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
+    interrupted = _report_answers(run, sources, form, setting, report, found)
     if out is not None:
-        with new_file(out) as unfinished:
-            unfinished.write_text("".join(f"{line}\n" for line in written), encoding="utf-8")
-        click.echo(f"written to {out}", err=True)
+        write_report(out, "\n".join(lines))
     if interrupted:
         raise KeyboardInterrupt
-    unreadable = summary(said).unreadable
+    unreadable = summarise(found).unreadable
     if unreadable == len(sources) > 1:
         click.echo(f"tomevit: none of {unreadable} images can be read", err=True)
     ctx.exit(0 if not unreadable else 2 if unreadable == len(sources) else 1)
+
+
+def _report_answers(
+    run: Iterator[Answer],
+    sources: Sequence[str | bytes],
+    form: _Format,
+    setting: _Setting,
+    report: Callable[[str], object],
+    found: list[Answer],
+) -> bool:
+    """Report answers line by line as they come, and collect them; whether the keyboard interrupted that."""
+
+    def report_all(lines: Iterable[str]) -> None:
+        for line in lines:
+            report(line)
+
+    interrupted = False
+    report_all(form.head(setting))
+    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar:
+        try:
+            for answer, source in zip(run, sources, strict=True):
+                answer = answer._replace(image=source if isinstance(source, str) else "-")
+                found.append(answer)
+                with tqdm.external_write_mode():
+                    if answer.error:
+                        click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
+                    else:
+                        report_all(form.each(setting, answer))
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+    report_all(form.foot(setting, found, interrupted))
+    return interrupted
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
@@ -161,11 +160,11 @@ def _sources(arguments: Sequence[str]) -> list[str | bytes]:
         raise ValueError("standard input, -, can be read only once")
     found: list[str | bytes] = []
     for argument in arguments:
-        found += _given(sys.stdin.buffer.read()) if argument == "-" else find([argument])
+        found += _parse_standard_input(sys.stdin.buffer.read()) if argument == "-" else find([argument])
     return found
 
 
-def _given(data: bytes) -> list[str | bytes]:
+def _parse_standard_input(data: bytes) -> list[str | bytes]:
     """An image, or the files that are listed, one per line."""
     names = [os.fsdecode(line.removesuffix(b"\r")) for line in data.split(b"\n") if line.strip()]
     if not names:
@@ -208,6 +207,26 @@ class _Setting(NamedTuple):
     machine: dict[str, str]
 
 
+def _setting(
+    model: VisionTransformer, name: str, images: int, top: int, batch: int, *, compare: bool, upright: bool
+) -> _Setting:
+    classes = class_names(model.card)
+    return _Setting(
+        model=name,
+        r=model.r,
+        tokens=model.token_counts(),
+        classes=classes,
+        compare=compare,
+        images=images,
+        one_line_each=images > BLOCKS or min(top, model.config.num_classes) == 1,
+        width=_width(classes, compare),
+        upright=upright,
+        batch=batch,
+        dtype=str(model.pos_embed.dtype).removeprefix("torch."),
+        machine=environment(model.pos_embed.device),
+    )
+
+
 class _Format(NamedTuple):
     """Lines before all answers, of each answer, and after all."""
 
@@ -217,20 +236,30 @@ class _Format(NamedTuple):
 
 
 def _file(answer: Answer) -> str:
-    """Its name as it can be printed, whatever bytes are in it."""
+    """Its name as a terminal can show it."""
+    return printable(_image_name(answer))
+
+
+def _image_name(answer: Answer) -> str:
+    """Its name, in which bytes that are no UTF-8 are U+FFFD."""
     return "standard input" if answer.image == "-" else click.format_filename(answer.image)
 
 
+def _short_name(setting: _Setting, index: int) -> str:
+    """Of a class, as it can be printed."""
+    return printable(setting.classes.short(index))
+
+
 def _text_head(setting: _Setting) -> list[str]:
-    source = setting.classes.source
+    source, before, left = setting.classes.source, setting.tokens[0], setting.tokens[-1]
     kinds = {"": "classes without names", "own": "the model's own classes"}
     lines = [
-        f"{setting.model}, r = {setting.r}: {setting.tokens[-1]} of {setting.tokens[0]} tokens leave the last block",
+        f"{printable(setting.model)}, r = {format_schedule(setting.r)}: {left} of {before} tokens leave the last block",
         kinds.get(source, f"classes of {source}, by the size of the head"),
         "",
     ]
     if setting.one_line_each:
-        columns = [f"{'r = 0':>8}"] * setting.compare + [f"{_at(setting):>8}"]
+        columns = [f"{'r = 0':>8}"] * setting.compare + [f"{_heading_of_r(setting):>8}"]
         lines.append("  ".join([*columns, "class".ljust(setting.width), "image"]))
     return lines
 
@@ -241,14 +270,14 @@ def _text_each(setting: _Setting, answer: Answer) -> list[str]:
 
 def _one_line(setting: _Setting, answer: Answer) -> str:
     best = answer.top[0]
-    cells, name = [_percent(best.probability)], setting.classes.short(best.class_index)
+    cells, name = [_percent(best.probability)], _short_name(setting, best.class_index)
     if answer.top_unmerged:
         plain = answer.top_unmerged[0]
         cells = [_percent(plain.unmerged), *cells]
         if answer.changed:
             half = (setting.width - 3) // 2
-            name = f"{_cut(setting.classes.short(plain.class_index), half)} → {_cut(name, half)}"
-    return "  ".join([*cells, _cut(name, setting.width).ljust(setting.width), _file(answer)])
+            name = f"{_shorten(_short_name(setting, plain.class_index), half)} → {_shorten(name, half)}"
+    return "  ".join([*cells, _shorten(name, setting.width).ljust(setting.width), _file(answer)])
 
 
 def _block(setting: _Setting, answer: Answer) -> list[str]:
@@ -257,18 +286,22 @@ def _block(setting: _Setting, answer: Answer) -> list[str]:
         lines = [f"{_file(answer)}, {time}"]
     else:
         verdict = "another answer" if answer.changed else "the same answer"
-        lines = [_file(answer), f"{'r = 0':>8}  {_at(setting):>8}  {verdict}", f"{time_unmerged:>8}  {time:>8}"]
+        lines = [
+            _file(answer),
+            f"{'r = 0':>8}  {_heading_of_r(setting):>8}  {verdict}",
+            f"{time_unmerged:>8}  {time:>8}",
+        ]
     known = {guess.class_index for guess in answer.top}
     for guess in (*answer.top, *(guess for guess in answer.top_unmerged if guess.class_index not in known)):
         before = [] if answer.changed is None else [_percent(guess.unmerged)]
         cells = [*before, _percent(guess.probability)]
-        name = guess.name or setting.classes.short(guess.class_index)
-        lines.append("  ".join([*cells, _cut(name, WIDTH - 10 * len(cells))]))
+        name = printable(guess.name) or _short_name(setting, guess.class_index)
+        lines.append("  ".join([*cells, _shorten(name, WIDTH - 10 * len(cells))]))
     return lines
 
 
 def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
-    found = summary(said)
+    found = summarise(said)
     sentences = []
     if found.images:
         device, threads = setting.machine["device"], setting.machine.get("threads")
@@ -281,8 +314,8 @@ def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
         )
     if found.kept is not None and found.speed_up:
         sentences.append(
-            f"At r = {setting.r} the answer is that of r = 0 for {found.kept} of {_count(found.images)} "
-            f"({100 * found.kept / found.images:.1f} %), {found.speed_up:.2f} times as fast."
+            f"At r = {format_schedule(setting.r)} the answer is that of r = 0 for {found.kept} of "
+            f"{_count(found.images)} ({100 * found.kept / found.images:.1f} %), {found.speed_up:.2f} times as fast."
         )
         if found.images <= setting.batch:
             sentences.append("One batch is a rough measure of speed: tomevit bench takes a good one.")
@@ -296,12 +329,12 @@ def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
 
 def _width(classes: ClassNames, compare: bool) -> int:
     """Of the column of classes, where each image has one line."""
-    longest = max(len(classes.short(index)) for index in range(len(classes.names)))
+    longest = max(len(printable(classes.short(index))) for index in range(len(classes.names)))
     return min(NAME, 2 * longest + 3 if compare else max(longest, 5))
 
 
-def _at(setting: _Setting) -> str:
-    name = f"r = {setting.r}"
+def _heading_of_r(setting: _Setting) -> str:
+    name = f"r = {format_schedule(setting.r)}"
     return name if len(name) <= 8 else "merged"
 
 
@@ -318,7 +351,7 @@ def _count(images: int) -> str:
     return f"{images} image{'s' * (images != 1)}"
 
 
-def _cut(text: str, width: int) -> str:
+def _shorten(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1].rstrip(' ,')}…"
 
 
@@ -334,7 +367,14 @@ def _csv_head(setting: _Setting) -> list[str]:
 def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
     lines = []
     for rank, guess in enumerate(answer.top, 1):
-        cells = [_file(answer), rank, guess.class_index, guess.synset, guess.name, guess.probability]
+        cells = [
+            _image_name(answer),
+            rank,
+            guess.class_index,
+            guess.synset,
+            guess.name,
+            guess.probability,
+        ]
         cells += [answer.tokens, answer.seconds]
         if setting.compare:
             other = answer.top_unmerged[rank - 1]
@@ -351,19 +391,19 @@ def _row(cells: Iterable[Any]) -> str:
 
 
 def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
-    found = summary(said)
+    found = summarise(said)
     result = {
         "schema": SCHEMA,
         "model": setting.model,
-        "r": setting.r,
+        "r": schedule_to_json(setting.r),
         "tokens": setting.tokens,
         "classes": setting.classes.source,
         "upright": setting.upright,
         "batch": setting.batch,
         "dtype": setting.dtype,
         **setting.machine,
-        "tomevit": tomevit.__version__,
-        "images": [_described(answer) for answer in said if not answer.error],
+        "tomevit": __version__,
+        "images": [_answer_as_json(answer) for answer in said if not answer.error],
         "unreadable": [{"image": answer.image, "reason": answer.error} for answer in said if answer.error],
         "summary": found._asdict() | {"speed_up": found.speed_up},
         "interrupted": interrupted,
@@ -371,22 +411,25 @@ def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
     return [json.dumps(result, indent=2)]
 
 
-def _described(answer: Answer) -> dict[str, Any]:
+def _answer_as_json(answer: Answer) -> dict[str, Any]:
     found: dict[str, Any] = {"image": answer.image, "seconds": answer.seconds}
-    found["top"] = [_guess(guess) for guess in answer.top]
+    found["top"] = [_guess_as_json(guess) for guess in answer.top]
     if answer.top_unmerged:
         found["changed"] = answer.changed
-        found["r0"] = {"seconds": answer.seconds_unmerged, "top": [_guess(guess) for guess in answer.top_unmerged]}
+        found["r0"] = {
+            "seconds": answer.seconds_unmerged,
+            "top": [_guess_as_json(guess) for guess in answer.top_unmerged],
+        }
     return found
 
 
-def _guess(guess: Guess) -> dict[str, Any]:
+def _guess_as_json(guess: Guess) -> dict[str, Any]:
     found = guess._asdict()
     unmerged = found.pop("unmerged")
     return found if unmerged is None else found | {"probability_r0": unmerged}
 
 
-FORMATS = {
+FORMS = {
     "text": _Format(_text_head, _text_each, _text_foot),
     "csv": _Format(_csv_head, _csv_each, lambda *_: []),
     "json": _Format(lambda _: [], lambda *_: [], _json_foot),

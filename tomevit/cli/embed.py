@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,9 +14,10 @@ from tqdm import tqdm
 from tomevit.cli import options, running
 from tomevit.cli.options import R
 from tomevit.cli.running import own_device, readers, trained
-from tomevit.data.distributed import agreed, joined, processes
+from tomevit.data.distributed import fail_together, join_process_group, processes
+from tomevit.errors import printable
 from tomevit.models import VisionTransformer
-from tomevit.output import check_outputs
+from tomevit.output import check_output
 from tomevit.schedule import Schedule
 from tomevit.tasks.embed import Data, Report, check_suffix, locate
 from tomevit.tasks.embed import embed as run_embed
@@ -84,15 +86,16 @@ def embed(
     torchrun --nproc-per-node 8 -m tomevit embed DIR -o out.parquet --device cuda --merge 16
     """
 
-    def prepare() -> tuple[VisionTransformer, Data]:
-        check_outputs(out)
+    def load() -> tuple[VisionTransformer, Data]:
+        # Whatever the user may have got wrong comes before a download.
         check_suffix(out)
-        place, data = own_device(device), locate(sources)  # before a download
+        place, data = own_device(device), locate(sources)
+        check_output(out, inputs=chain(data.names, [model]), writable=True)
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
-    with joined():
+    with join_process_group():
         rank, _ = processes()
-        subject, data = agreed(prepare)
+        subject, data = fail_together(load)
         with _progress(out, shown=rank == 0) as tell:
             report = run_embed(
                 subject,
@@ -115,7 +118,7 @@ def embed(
 def _print(report: Report, out: Path, dtype: str) -> None:
     click.echo(f"{out}: {report.rows:,} vectors of {report.dim} {dtype} numbers")
     for name, reason in report.unreadable[:NAMED]:
-        click.echo(f"tomevit: left out: {name}: {reason}", err=True)
+        click.echo(f"tomevit: left out: {printable(name)}: {printable(reason)}", err=True)
     if report.num_unreadable > NAMED:
         click.echo(f"tomevit: left out: {report.num_unreadable - NAMED:,} more, named in {out}", err=True)
 

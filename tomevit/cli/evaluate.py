@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,18 +13,19 @@ import torch
 from tqdm import tqdm
 
 from tomevit import zoo
-from tomevit.cli import options
+from tomevit.cli import options, reports
 from tomevit.cli.options import Many, R, aligned, described, markdown
-from tomevit.cli.plot import draw
+from tomevit.cli.plot import draw, picture_kind
+from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, own_device, readers, trained
 from tomevit.config import Card
-from tomevit.data.distributed import agreed, joined, processes
+from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
-from tomevit.measure.bench import subject, with_zero
+from tomevit.errors import printable
+from tomevit.measure.bench import subject
 from tomevit.models import VisionTransformer
-from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, check_schedule
-from tomevit.tasks import plots
+from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.schedule import Schedule, check_schedule, distinct_schedules, format_schedule
 from tomevit.tasks.evaluate import (
     Evaluation,
     Expected,
@@ -36,7 +37,7 @@ from tomevit.tasks.evaluate import (
     evaluate,
     forget,
     judge,
-    published,
+    published_accuracies,
 )
 from tomevit.weights import checkpoint
 
@@ -50,14 +51,38 @@ NAMED = 20  # unreadable files that are named; all are in the JSON
 PUBLISHED = "published"
 
 
+class _Request(NamedTuple):
+    """What was asked for, as the options of the command have it."""
+
+    data: Path
+    model: str
+    r_values: tuple[Schedule, ...]
+    truth: Path | None
+    classes: Path | None
+    limit: int | None
+    img_size: tuple[int, int] | None
+    dtype: str
+    device: str
+    expected: list[tuple[Schedule | None, float] | None]
+    flag: str | None
+    picture: Path | None
+    out: Path | None
+    restart: bool
+
+
 class _Task(NamedTuple):
+    """What there is to do."""
+
     model: VisionTransformer  # on its device, in its dtype
     images: Labelled
     r_values: list[Schedule]
     expected: list[Expected]
+    state: Path | None  # the file that keeps what is known, so that an interrupted run can go on; None: there is none
+    form: str  # of the report that is written
+    picture_kind: str  # "" without a picture
 
 
-def _expected(
+def _parse_expected(
     ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> list[tuple[Schedule | None, float] | None]:
     """(r or None, per cent) for each; None for what is published."""
@@ -116,12 +141,11 @@ def _expected(
     is_flag=False,
     flag_value=PUBLISHED,
     metavar="[[R=]PERCENT]",
-    callback=_expected,
+    callback=_parse_expected,
     help="Compare top-1 with what is published for the weights, or with a figure, as in 84.57 or 16=84.57; "
     "status 1 if it is not within the interval.",
 )
-@click.option("--json", "as_what", flag_value="json", help="As JSON.")
-@click.option("--markdown", "as_what", flag_value="markdown", help="As Markdown, to paste into an issue.")
+@reports.form_flags(json="As JSON.", markdown="As Markdown, to paste into an issue.")
 @options.picture
 @click.option(
     "-o",
@@ -147,7 +171,7 @@ def eval_command(
     workers: int | None,
     skip_broken: bool,
     expected: list[tuple[Schedule | None, float] | None],
-    as_what: str | None,
+    flag: str | None,
     picture: Path | None,
     out: Path | None,
     restart: bool,
@@ -161,96 +185,129 @@ def eval_command(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-
-    def prepare() -> _Task:
-        check_outputs(picture, out)
-        if picture is not None:
-            plots.require_matplotlib()
-            plots.check_suffix(picture)
-        if restart and out is None:
-            raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
-        place = own_device(device)
-        # Whatever the user may have got wrong comes before a download, and before the model is read.
-        card = checkpoint.read(model).card if Path(model).is_file() else zoo.card(model)
-        values = list(r_values) or with_zero([card.r])
-        for r in values:
-            check_schedule(r, card.config.depth)
-        figures = _figures(expected, card, values, img_size)
-        names = read_class_names(classes, card.config.num_classes) if classes else card.class_names
-        images = _some(labelled(data, card.config.num_classes, names, truth=truth), limit)
-        return _Task(trained(model, img_size=img_size).to(place, DTYPES[dtype]), images, values, figures)
-
-    with joined():
+    request = _Request(
+        data=data,
+        model=model,
+        r_values=r_values,
+        truth=truth,
+        classes=classes,
+        limit=limit,
+        img_size=img_size,
+        dtype=dtype,
+        device=device,
+        expected=expected,
+        flag=flag,
+        picture=picture,
+        out=out,
+        restart=restart,
+    )
+    with join_process_group():
         rank, world = processes()
-        task = agreed(prepare)
-        place = task.model.pos_embed.device
-        workers = readers(place) if workers is None else workers
-        state = None if out is None else out.with_name(f"{out.name}.progress")
-        if state is not None and restart and rank == 0:
-            forget(state)
-        with tqdm(unit=" images", delay=2, leave=False, disable=True if rank else None) as bar:
-            found = evaluate(
-                task.model,
-                task.images.files,
-                task.images.labels,
-                task.r_values,
-                batch=batch,
-                workers=workers,
-                state=state,
-                progress=partial(_show, bar, rank),
-            )
+        task = fail_together(partial(_prepare, request))
+        workers = readers(task.model.pos_embed.device) if workers is None else workers
+        found = _evaluate(task, batch, workers, restart=restart)
     if rank:
         ctx.exit(130 if found.interrupted else 0)
-    if not found.rows and not found.interrupted:
-        file, reason = found.unreadable[0]
-        raise ValueError(f"none of the {found.images} images can be read, as {file}: {reason}")
-
     verdicts = judge(found.rows, task.expected)
-    result = as_json(
-        subject(task.model, place, model)
-        | {
-            "weights": task.model.card.full_name,
-            "data": str(data),
-            "labels": task.images.how,
-            "notes": list(task.images.notes),
-            "limit": limit,
-            "dtype": dtype,
-            "workers": workers,
-            "processes": world,
-        },
-        found,
-        verdicts,
-    )
-    forms: dict[str, Callable[[], str]] = {
-        "text": lambda: "\n".join(_text(result, found, verdicts)),
-        "json": lambda: json.dumps(result, indent=2),
-        "markdown": lambda: "\n".join(_markdown(result, found, verdicts)),
-    }
-    click.echo(forms[as_what or "text"]())
-    if found.interrupted:
-        if found.rows:
-            kept = "the same command goes on from there" if state else "with -o the next run would go on from there"
-            click.echo(kept, err=True)
-        raise KeyboardInterrupt
-    if out is not None:
-        by_name = {".json": "json", ".md": "markdown"}.get(out.suffix.lower(), "text")
-        with new_file(out) as unfinished:
-            unfinished.write_text(forms[as_what or by_name]() + "\n", encoding="utf-8")
-    if picture is not None:
-        with new_file(picture) as unfinished:
-            draw(unfinished, picture.suffix, {model: result})
-    if state is not None:
-        forget(state)
-    for path in filter(None, (picture, out)):
-        click.echo(f"written to {path}", err=True)
+    _report(request, task, _setting(request, task, workers, world), found, verdicts)
     broken = bool(found.unreadable) and not skip_broken
     ctx.exit(1 if broken or not all(verdict.within for verdict in verdicts) else 0)
+
+
+def _evaluate(task: _Task, batch: int, workers: int, *, restart: bool) -> Evaluation:
+    rank, _ = processes()
+    if task.state is not None and restart and rank == 0:
+        forget(task.state)
+    with tqdm(unit=" images", delay=2, leave=False, disable=True if rank else None) as bar:
+        return evaluate(
+            task.model,
+            task.images.files,
+            task.images.labels,
+            task.r_values,
+            batch=batch,
+            workers=workers,
+            state=task.state,
+            progress=partial(_update_bar, bar, rank),
+        )
+
+
+def _report(
+    request: _Request, task: _Task, setting: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]
+) -> None:
+    """Print what was found, and write it where that was asked for.
+
+    Raises:
+        ValueError: no image could be read.
+        KeyboardInterrupt: the evaluation was interrupted; then what is known is printed alone.
+    """
+    if not found.rows and not found.interrupted:
+        file, reason = found.unreadable[0]
+        raise ValueError(f"none of the {found.images} images can be read, as {printable(file)}: {printable(reason)}")
+    result = as_json(setting, found, verdicts)
+    click.echo(FORMS[request.flag or "text"](result, found, verdicts))
+    if found.interrupted:
+        if found.rows:
+            goes_on = "the same command goes on from there"
+            click.echo(goes_on if task.state else "with -o the next run would go on from there", err=True)
+        raise KeyboardInterrupt
+    if request.out is not None:
+        write_report(request.out, FORMS[task.form](result, found, verdicts))
+    if request.picture is not None:
+        with new_file(request.picture) as draft:
+            draw(draft, task.picture_kind, {request.model: result})
+        click.echo(f"written to {request.picture}", err=True)
+    if task.state is not None:
+        forget(task.state)
 
 
 # ---------------------------------------------------------------------------------------------------------- preparation
 
 
-def _figures(
+def _prepare(request: _Request) -> _Task:
+    """Load the model and find the images. Whatever the user may have got wrong comes before a download.
+
+    Raises:
+        ValueError, OSError: something does not fit, or is not there.
+    """
+    check_outputs(request.picture, request.out)
+    kind = "" if request.picture is None else picture_kind(request.picture)
+    form = report_form(request.out, request.flag, FORMS)
+    state = None
+    if request.out is not None and not is_stream(request.out):
+        state = request.out.with_name(f"{request.out.name}.progress")
+    if request.restart and state is None:
+        raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
+    place = own_device(request.device)
+    model, img_size = request.model, request.img_size
+    card = checkpoint.read(model).card if Path(model).is_file() else zoo.card(model)
+    r_values = list(request.r_values) or distinct_schedules([0, card.r])
+    for r in r_values:
+        check_schedule(r, card.config.depth)
+    expected = _expected(request.expected, card, r_values, img_size)
+    num_classes = card.config.num_classes
+    names = read_class_names(request.classes, num_classes) if request.classes else card.class_names
+    images = labelled(request.data, num_classes, names, truth=request.truth)
+    inputs = [model, *images.files, *map(str, filter(None, (request.truth, request.classes)))]
+    check_outputs(request.picture, request.out, inputs=inputs)
+    loaded = trained(model, img_size=img_size).to(place, DTYPES[request.dtype])
+    return _Task(loaded, _random_subset(images, request.limit), r_values, expected, state, form, kind)
+
+
+def _setting(request: _Request, task: _Task, workers: int, world: int) -> dict[str, Any]:
+    """What the figures must be read with."""
+    return subject(task.model, task.model.pos_embed.device, request.model) | {
+        "weights": task.model.card.full_name,
+        "data": str(request.data),
+        "labels": task.images.how,
+        "notes": list(task.images.notes),
+        "limit": request.limit,
+        "dtype": request.dtype,
+        "workers": workers,
+        "processes": world,
+    }
+
+
+def _expected(
     wanted: Sequence[tuple[Schedule | None, float] | None],
     card: Card,
     r_values: Sequence[Schedule],
@@ -261,29 +318,31 @@ def _figures(
     found: list[Expected] = []
     for item in wanted:
         if item is None:
-            name, known = card.full_name or "these weights", published(card)
+            name, known = card.full_name or "these weights", published_accuracies(card)
             if not known:
                 raise ValueError(f"no accuracy is published for {name}; --expect takes one, as in --expect 16=84.57")
             if img_size is not None:
                 raise ValueError("what is published holds for the weights' own image size: leave out --img-size")
             fitting = [each for each in known if str(each.r) in evaluated]
             if not fitting:
-                there = ", ".join(str(each.r) for each in known)
+                there = ", ".join(format_schedule(each.r) for each in known)
                 raise ValueError(f"the accuracy of {name} is published at r = {there}, which --r does not have")
             found += fitting
             continue
         r, percent = item
         if r is None and len(evaluated) > 1:
-            raise ValueError(f"--expect {percent:g} must say at which r, as in --expect {r_values[-1]}={percent:g}")
+            raise ValueError(
+                f"--expect {percent:g} must say at which r, as in --expect {format_schedule(r_values[-1])}={percent:g}"
+            )
         r = r_values[0] if r is None else r
         if str(r) not in evaluated:
-            raise ValueError(f"--expect has r = {r}, which --r does not have")
+            raise ValueError(f"--expect has r = {format_schedule(r)}, which --r does not have")
         found.append(Expected(r, percent, "--expect"))
     return found
 
 
-def _some(images: Labelled, limit: int | None) -> Labelled:
-    """Some of them, drawn by chance: the first would be of the first classes alone."""
+def _random_subset(images: Labelled, limit: int | None) -> Labelled:
+    """So many of them, drawn by chance: the first would be of the first classes alone."""
     if limit is None or limit >= len(images.files):
         return images
     chosen = (
@@ -296,7 +355,7 @@ def _some(images: Labelled, limit: int | None) -> Labelled:
     )
 
 
-def _show(bar: tqdm[Any], rank: int, step: Step) -> None:
+def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
     """How far it is, on the bar of the first process."""
     if step.done == 0 and rank == 0 and step.resumed:
         click.echo(f"going on from {step.resumed} images of an earlier run", err=True)
@@ -309,23 +368,23 @@ def _show(bar: tqdm[Any], rank: int, step: Step) -> None:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
+def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> str:
     table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
-    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
+    return "\n".join([*_heading(result), *table, *_sentences(result, found, verdicts)])
 
 
-def _markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
+def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> str:
     table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
-    return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
+    return "\n".join([f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences])
 
 
 def _heading(result: dict[str, Any]) -> list[str]:
     processes = f" in each of {result['processes']} processes" * (result["processes"] > 1)
     return [
         f"{described(result)}",
-        f"{result['evaluated']} images from {result['data']} ({result['labels']}), {result['dtype']}, in batches of "
-        f"{result['batch']}{processes}",
+        f"{result['evaluated']} images from {printable(result['data'])} ({printable(result['labels'])}), "
+        f"{result['dtype']}, in batches of {result['batch']}{processes}",
     ]
 
 
@@ -340,7 +399,7 @@ def _cells(row: Row) -> list[str]:
     if row.difference is not None:
         difference = [f"{row.difference.value:+.2f}", f"{row.difference.lower:+.2f} to {row.difference.upper:+.2f}"]
     return [
-        str(row.r),
+        format_schedule(row.r),
         str(row.tokens),
         f"{row.top1.value:.2f}",
         between(row.top1),
@@ -356,23 +415,32 @@ def _cells(row: Row) -> list[str]:
 
 def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
     """What is to be said below the table, each on a line of its own."""
-    said = list(result["notes"])
+    said = [printable(note) for note in result["notes"]]
     if found.interrupted:
         said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
     said += [
-        f"At r = {row.r} the logits of {row.not_finite} images are not finite." for row in found.rows if row.not_finite
+        f"At r = {format_schedule(row.r)} the logits of {row.not_finite} images are not finite."
+        for row in found.rows
+        if row.not_finite
     ]
     for verdict in verdicts:
         off = verdict.measured.value - verdict.expected
         said.append(
-            f"At r = {verdict.r} top-1 is {off:+.2f} points from the {verdict.expected:.2f} % of {verdict.source}, "
-            f"which {'is within' if verdict.within else 'is not within'} the interval."
+            f"At r = {format_schedule(verdict.r)} top-1 is {off:+.2f} points from the {verdict.expected:.2f} % of "
+            f"{printable(verdict.source)}, which {'is within' if verdict.within else 'is not within'} the interval."
         )
     if found.rate is not None:
         said.append(f"{found.rate:.4g} images/s in all, every r and reading included (--workers {result['workers']}).")
     if found.unreadable:
         said.append(f"{len(found.unreadable)} of {found.images} files cannot be read, and are not counted:")
-        said += [f"  {file}: {reason}" for file, reason in found.unreadable[:NAMED]]
+        said += [f"  {printable(file)}: {printable(reason)}" for file, reason in found.unreadable[:NAMED]]
         if len(found.unreadable) > NAMED:
             said.append(f"  … and {len(found.unreadable) - NAMED} more; --json has all")
     return said
+
+
+FORMS = {
+    "text": _as_text,
+    "json": lambda result, found, verdicts: json.dumps(result, indent=2),  # noqa: ARG005
+    "markdown": _as_markdown,
+}

@@ -58,9 +58,6 @@ workers = click.option(
 picture = click.option(
     "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf."
 )
-out = click.option(
-    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Write to a file what is printed."
-)
 
 
 class Many(click.Command):

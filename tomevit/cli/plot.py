@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from tomevit.cli.options import described, machine
-from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule
+from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.schedule import Schedule, format_schedule, schedule_from_json
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
 
@@ -34,19 +34,31 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     Evaluations: accuracy against throughput, a line for each. Benchmarks: speed-up over r. Both: the accuracy of the
     evaluations against the throughput of the benchmarks of the same models.
     """
-    check_outputs(out)
-    plots.require_matplotlib()
-    plots.check_suffix(out)
+    check_outputs(out, inputs=files)
+    kind = picture_kind(out)
     names = (
         [str(file) for file in files] if len({file.stem for file in files}) < len(files) else [f.stem for f in files]
     )
-    results = {name: _read(file) for name, file in zip(names, files, strict=True)}
-    with new_file(out) as unfinished:
-        draw(unfinished, out.suffix, results)
+    results = {name: _read_result(file) for name, file in zip(names, files, strict=True)}
+    with new_file(out) as draft:
+        draw(draft, kind, results)
     click.echo(f"written to {out}", err=True)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def picture_kind(path: Path) -> str:
+    """The kind of picture that a path is to hold, as in ".png": by its name; in a pipe without such a name PNG.
+
+    Raises:
+        ValueError: there is no such kind, or matplotlib is not installed.
+    """
+    plots.require_matplotlib()
+    if is_stream(path) and not path.suffix:
+        return ".png"
+    plots.check_suffix(path)
+    return path.suffix
+
+
+def _read_result(file: Path) -> dict[str, Any]:
     """What a command wrote as JSON.
 
     Raises:
@@ -114,7 +126,7 @@ def _points(evaluation: Mapping[str, Any], throughput: Mapping[str, float] | Non
     """The rows of an evaluation, with its own throughput or another's."""
     points = []
     for row in evaluation["rows"]:
-        r = str(schedule(row["r"]))
+        r = format_schedule(schedule_from_json(row["r"]))
         rate = row["images_per_second"] if throughput is None else throughput.get(r)
         if rate is not None:
             top1 = row["top1"]
@@ -138,7 +150,7 @@ def _accuracy_over_benches(
                 fastest: dict[str, float] = {}
                 for row in comparison["rows"]:
                     if row["implementation"] == "tomevit":
-                        r = str(schedule(row["r"]))
+                        r = format_schedule(schedule_from_json(row["r"]))
                         fastest[r] = max(fastest.get(r, 0.0), row["images_per_second"])
                 setting = f"{comparison['dtype']}, batch {comparison['batch']}"
                 lines[f"{label}, {setting}"] = _points(evaluations[name], fastest)
@@ -160,7 +172,7 @@ def _draw_speed_up(path: Path, suffix: str, benches: Mapping[str, Mapping[str, A
                 if row["merges"] or row is best:
                     fastest.setdefault(str(row["r"]), row)
             line = sorted(fastest.values(), key=lambda row: -row["gflops"])
-            points = [(schedule(row["r"]), row["speed_up"], row["flop_ratio_computed"]) for row in line]
+            points = [(schedule_from_json(row["r"]), row["speed_up"], row["flop_ratio_computed"]) for row in line]
             label = f"batch {comparison['batch']}, {best['images_per_second']:.3g} images/s at r = 0"
             label = label if len(benches) == 1 else f"{labels[name]}, {label}"
             panels.setdefault(comparison["dtype"], {})[label] = points
@@ -169,8 +181,3 @@ def _draw_speed_up(path: Path, suffix: str, benches: Mapping[str, Mapping[str, A
     models = ", ".join(dict.fromkeys(map(_model, benches.values())))
     settings = dict.fromkeys(described(found) for found in benches.values())
     plots.speed_up(path, suffix, panels, f"{models} merging, against the fastest that does not", "; ".join(settings))
-
-
-def schedule(r: Any) -> Schedule:
-    """An r as JSON has it: (r, inflection) is a list there, in which the second is no integer."""
-    return tuple(r) if isinstance(r, list) and len(r) == 2 and isinstance(r[1], float) else r

@@ -9,11 +9,12 @@ from tqdm import tqdm
 
 from tomevit.cli import options
 from tomevit.cli.options import Many, R
+from tomevit.cli.plot import picture_kind
 from tomevit.cli.running import device_of, trained
 from tomevit.data import images
-from tomevit.measure.bench import default_r
-from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule
+from tomevit.measure.defaults import default_r
+from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.schedule import Schedule, distinct_schedules
 from tomevit.tasks import plots
 from tomevit.tasks.visualize import observe, page, pictures
 
@@ -61,38 +62,37 @@ def visualize(
     A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
     is one for print. Both show the pixels that the model saw, resized and cropped.
     """
-    check_outputs(out)
-    as_page = out.suffix.lower() in PAGE
+    check_outputs(out, inputs=[image, model])
+    as_page = out.suffix.lower() in PAGE or (is_stream(out) and not (out.suffix or show or blocks))
     if as_page and (show or blocks):
         raise ValueError(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is a page: it shows everything"
         )
-    if not as_page:
-        plots.require_matplotlib()
-        _check_suffix(out)
+    kind = ".html" if as_page else _picture_kind(out)
     if show == "picture" and blocks:
         raise ValueError("--block is for strips, and --show picture shows the last block")
     place = device_of(device)
     photograph = images.read(image, upright=True)
     subject = trained(model, img_size=img_size).to(place)
-    r_values = tuple({str(r): r for r in r_values or (0, *default_r(subject.card))}.values())
+    r_values = tuple(distinct_schedules(r_values or [0, *default_r(subject.card)]))
     if not as_page:
-        pictures.check(subject.config, show or "strip", blocks)
+        pictures.blocks_to_show(subject.config, show or "strip", blocks)
 
     with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
         observation = observe(subject, photograph, r_values, progress=bar.update)
     name = Path(image).name
-    with new_file(out) as unfinished:
+    with new_file(out) as draft:
         if as_page:
-            unfinished.write_text(page.html(observation, name), encoding="utf-8")
+            draft.write_text(page.html(observation, name), encoding="utf-8")
         else:
             title = f"{name} in {subject.card.full_name}"
-            pictures.draw(unfinished, out.suffix, observation, title, show=show or "strip", blocks=blocks)
+            pictures.draw(draft, kind, observation, title, show=show or "strip", blocks=blocks)
     click.echo(f"written to {out}", err=True)
 
 
-def _check_suffix(out: Path) -> None:
+def _picture_kind(out: Path) -> str:
+    plots.require_matplotlib()
     try:
-        plots.check_suffix(out)
+        return picture_kind(out)
     except ValueError as error:
         raise ValueError(f"{error}, a page's in .html") from None

@@ -30,12 +30,12 @@ def on_this_machine() -> tuple[int, int]:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Join the others, if torchrun started this process."""
+def join_process_group() -> Iterator[None]:
+    """Be one of several processes while the block runs, if torchrun started this one."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
-    # The last may end long after the first.
+    # The first process waits for the last, which may need hours longer.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         yield
@@ -43,7 +43,7 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agreed(call: Callable[[], T]) -> T:
+def fail_together(call: Callable[[], T]) -> T:
     """What a call returns in this process. If it fails in any of them, it does in all.
 
     Raises:
@@ -70,30 +70,30 @@ def agreed(call: Callable[[], T]) -> T:
     return result[0]
 
 
-def of_first(call: Callable[[], T]) -> T:
-    """What a call returns in the first process, in all of them; only there is it made. It raises as `agreed` does."""
+def broadcast_from_rank0(call: Callable[[], T]) -> T:
+    """What a call returns in the first process, in all of them; only there is it made. Raises: as `fail_together`."""
     rank, world = processes()
     if world == 1:
         return call()
-    result: list[Any] = agreed(lambda: [call() if rank == 0 else None])
+    result: list[Any] = fail_together(lambda: [call() if rank == 0 else None])
     dist.broadcast_object_list(result, src=0)
     found: T = result[0]
     return found
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
-    """Raise ValueError, as `agreed` does, if those of another process differ from those of the first."""
-    first = of_first(lambda: dict(settings))
+    """Raise ValueError, as `fail_together` does, if those of another process differ from those of the first."""
+    first = broadcast_from_rank0(lambda: dict(settings))
 
-    def check() -> None:
+    def compare() -> None:
         if wrong := [name for name in settings if settings[name] != first[name]]:
             raise ValueError(f"other {' and '.join(wrong)} than in the first process")
 
-    agreed(check)
+    fail_together(compare)
 
 
-def wait() -> None:
-    """Until all processes are here.
+def wait_for_all() -> None:
+    """Return when all processes are here.
 
     Raises:
         OtherProcessError: one of them ended instead.

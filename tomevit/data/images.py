@@ -220,10 +220,10 @@ class _Files(Dataset[tuple[int, Tensor | str]]):
         self.upright = upright
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        return index, prepare(self.files[index], self.transform, upright=self.upright)
+        return index, prepare_image(self.files[index], self.transform, upright=self.upright)
 
 
-def prepare(source: str | bytes | Image | Tensor, transform: Transform, *, upright: bool = False) -> Tensor | str:
+def prepare_image(source: str | bytes | Image | Tensor, transform: Transform, *, upright: bool = False) -> Tensor | str:
     """An image as a model takes it, (C, H, W) float32; or why it cannot be read. Arguments as `stream`."""
     mode = "L" if len(transform.preprocess.mean) == 1 else "RGB"
     try:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from tomevit.data.images import SUFFIXES, find
-from tomevit.data.images import prepare as prepare_image
+from tomevit.data.images import SUFFIXES, find, prepare_image
 from tomevit.errors import ImageError
 from tomevit.transform import Transform
 
@@ -56,7 +55,7 @@ def find_shards(source: str | PathLike[str]) -> list[str]:
     return inside
 
 
-def expand(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """A pattern's braces, {000..099} and {train,val}, expanded as a shell does; a name that exists is left alone."""
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if braces is None or Path(pattern).exists():
@@ -70,7 +69,7 @@ def expand(pattern: str) -> list[str]:
         step = 1 if first <= last else -1
         inside = [f"{number:0{width}}" for number in range(first, last + step, step)]
     before, after = pattern[: braces.start()], pattern[braces.end() :]
-    return list(dict.fromkeys(name for middle in inside for name in expand(before + middle + after)))
+    return list(dict.fromkeys(name for middle in inside for name in expand_braces(before + middle + after)))
 
 
 class Sample(NamedTuple):
@@ -93,7 +92,7 @@ def samples(shard: str | PathLike[str], begin: int = 0) -> Iterator[Sample]:
         with tarfile.open(shard) as tar:
             for key, members in groupby(_members(tar), key=lambda member: member.key):
                 if count >= begin:
-                    yield _read(tar, key, members)
+                    yield _read_sample(tar, key, members)
                 count += 1
     except DAMAGED as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -129,7 +128,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[_Member]:
         raise
 
 
-def _read(tar: tarfile.TarFile, key: str, members: Iterable[_Member]) -> Sample:
+def _read_sample(tar: tarfile.TarFile, key: str, members: Iterable[_Member]) -> Sample:
     """A sample with its image: the first member of a kind in SUFFIXES, else the first whose kind ends so (left.jpg)."""
     kinds: list[str] = []
     name, image, best = key, None, 0
@@ -143,8 +142,8 @@ def _read(tar: tarfile.TarFile, key: str, members: Iterable[_Member]) -> Sample:
     return Sample(key, name, image, kinds)
 
 
-def prepare(sample: Sample, transform: Transform, *, upright: bool = False) -> Tensor | str:
-    """The image of a sample as a model takes it, (C, H, W) float32; or why there is none. Arguments as `stream`."""
+def prepare_sample(sample: Sample, transform: Transform, *, upright: bool = False) -> Tensor | str:
+    """The image of a sample as a model takes it, (C, H, W) float32; or why there is none. Arguments as the stream's."""
     if sample.image is None:
         return f"no image in this sample, which holds {', '.join(sample.kinds)}"
     return prepare_image(sample.image, transform, upright=upright)
@@ -161,7 +160,7 @@ class Batch(NamedTuple):
     last: bool  # the shard ends here
 
 
-def stream(
+def stream_samples(
     shards: Sequence[str],
     transform: Transform,
     *,
@@ -217,7 +216,7 @@ class _Shards(IterableDataset[Batch]):
             count = 0
             try:
                 for count, sample in enumerate(islice(found, self.batch), 1):  # noqa: B007
-                    image = prepare(sample, self.transform, upright=self.upright)
+                    image = prepare_sample(sample, self.transform, upright=self.upright)
                     if isinstance(image, Tensor):
                         keys.append(sample.key)
                         images.append(image)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -21,9 +23,9 @@ from tomevit.layers import Block, backends
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
 from tomevit.layers.uninitialised import Linear
-from tomevit.measure.timing import interleave
 from tomevit.models import VisionTransformer
 
+K = TypeVar("K", bound=Hashable)
 L = TypeVar("L", bound=nn.Module)
 
 #: Products of so many rows are timed, with weights packed and as they are: those of an image, of merged ones, of many.
@@ -150,8 +152,19 @@ def _gains(blocks: Sequence[Sequence[Sequence[Linear]]]) -> dict[int, float]:
             runs = [[partial(pair[way].forward, x[pair[way].in_features]) for pair in block] for block in blocks]
             calls[rows, way] = partial(_run_next, cycle(runs))
     with torch.inference_mode():
-        times = interleave(calls, rounds=ROUNDS, warmup=1)
+        times = _median_seconds(calls)
     return {rows: times[rows, 0] / times[rows, 1] for rows in ROWS}
+
+
+def _median_seconds(calls: Mapping[K, Callable[[], None]]) -> dict[K, float]:
+    """The median time of each call. They take turns, so that what slows the machine for a while slows all of them."""
+    times: dict[K, list[float]] = {key: [] for key in calls}
+    for _ in range(1 + ROUNDS):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(taken[1:]) for key, taken in times.items()}  # the first call warms up
 
 
 def _run_next(runs: Iterator[Sequence[Callable[[], object]]]) -> None:

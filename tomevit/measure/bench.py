@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import tomevit
 from tomevit import private
-from tomevit.config import Card, Config, Figure
+from tomevit.config import Config, Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import either
 from tomevit.flops import flops
 from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
+from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule, token_counts
+from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_to_json, token_counts
+from tomevit.version import __version__
 
 #: What can be asked for as a dtype: torch's, and the precision of float32 matrix products.
 PRECISIONS = {
@@ -60,7 +61,7 @@ class Candidate(NamedTuple):
 class Mode(NamedTuple):
     """A way to run a model."""
 
-    prepare: Callable[[nn.Module], nn.Module]  # a model to the same result; the given one stays as it is
+    make: Callable[[nn.Module], nn.Module]  # of a model one that runs in this way; the given one stays as it is
     for_timm: bool  # or for tomevit's models alone
     eager: bool  # operators run one by one
 
@@ -118,23 +119,12 @@ def candidates(
         mode = MODES[name]
         weights = size if mode.eager else None
         if timm is not None and mode.for_timm:
-            found.append(Candidate("timm", name, 0, mode.prepare(timm), flops(config), weights))
-        ready = mode.prepare(model)
-        for r in with_zero(r_values):
+            found.append(Candidate("timm", name, 0, mode.make(timm), flops(config), weights))
+        ready = mode.make(model)
+        for r in distinct_schedules([0, *r_values]):
             cost = flops(config, r, computed=True)
             found.append(Candidate("tomevit", name, r, partial(ready, r=r), cost, weights))
     return found
-
-
-def with_zero(r_values: Sequence[Schedule]) -> list[Schedule]:
-    """What a comparison runs over: 0 first, then each other r once."""
-    return list({str(r): r for r in (0, *r_values)}.values())
-
-
-def default_r(card: Card) -> list[Schedule]:
-    """Half, four fifths, and all of the r that leaves next to nothing; and every r that the card has figures for."""
-    most = max(1, card.config.num_patches // card.config.depth)
-    return sorted({max(1, most // 2), round(0.8 * most), most} | {figure.r for figure in card.figures} - {0})
 
 
 def timm_twin(model: VisionTransformer) -> nn.Module:
@@ -261,36 +251,25 @@ def compare(
     hints: list[str] = []
     note, interrupted = "", False
     try:
-        images = torch.randn(batch, config.in_chans, *config.img_size, device=device, dtype=kind)
-        calls: dict[int, Callable[[], object]] = {i: partial(each.forward, images) for i, each in enumerate(those)}
-        with torch.inference_mode(), _many_programs(those), _precision(dtype):
-            for turn in turns(calls, rounds=rounds, device=device):
-                if turn.counts:
-                    times[turn.key].append(turn.seconds)
-                if progress is not None:
-                    progress(those[turn.key])
-        if limits is not None:
-            with _precision(dtype):
-                for i, each in enumerate(those):
-                    tokens = model.token_counts(each.r)[:-1]
-                    found[i] = bounds(
-                        calls[i],
-                        Quartiles.of(times[i]).median,
-                        limits,
-                        config=config,
-                        dtype=kind,
-                        flops=batch * each.flops,
-                        tokens=max(1, batch * sum(tokens) // len(tokens)),
-                        weights=each.weights,
-                    )
-                if faster := faster_dtype(limits, config, kind, min(256, batch * config.num_tokens)):
-                    hints.append(faster)
+        with explain_out_of_memory(batch, device):
+            images = torch.randn(batch, config.in_chans, *config.img_size, device=device, dtype=kind)
+            calls: dict[int, Callable[[], object]] = {i: partial(each.forward, images) for i, each in enumerate(those)}
+            with torch.inference_mode(), _many_programs(those), _precision(dtype):
+                for turn in turns(calls, rounds=rounds, device=device):
+                    if turn.counts:
+                        times[turn.key].append(turn.seconds)
+                    if progress is not None:
+                        progress(those[turn.key])
+            if limits is not None:
+                with _precision(dtype):
+                    for i, each in enumerate(those):
+                        found[i] = _bounds_of(each, calls[i], Quartiles.of(times[i]).median, model, batch, limits)
+                    if faster := faster_dtype(limits, config, kind, min(256, batch * config.num_tokens)):
+                        hints.append(faster)
     except KeyboardInterrupt:
         note, interrupted = f"interrupted after {min(map(len, times))} of {rounds} rounds", True
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        note, times, found = f"a batch of {batch} does not fit into the memory of {device}", [[] for _ in those], {}
+    except BatchTooLargeError as error:
+        note, times, found = str(error), [[] for _ in those], {}
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -300,6 +279,28 @@ def compare(
         return result._replace(rows=[])
     hints = [*_binding(rows), *hints]
     return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target))
+
+
+def _bounds_of(
+    candidate: Candidate,
+    call: Callable[[], object],
+    measured: float,
+    model: VisionTransformer,
+    batch: int,
+    limits: Limits,
+) -> Bounds:
+    """What the time of one candidate goes to, which a call takes `measured` seconds."""
+    tokens = model.token_counts(candidate.r)[:-1]
+    return bounds(
+        call,
+        measured,
+        limits,
+        config=model.config,
+        dtype=model.pos_embed.dtype,
+        flops=batch * candidate.flops,
+        tokens=max(1, batch * sum(tokens) // len(tokens)),
+        weights=candidate.weights,
+    )
 
 
 def bench(
@@ -429,7 +430,11 @@ def _binding(rows: Sequence[Row]) -> list[str]:
     for merges in (False, True):
         alike = [row for row in rows if row.merges is merges and row.bounds is not None]
         told += sorted(alike, key=lambda row: row.seconds.median)[:1]
-    hints = [f"{row.name}, r = {row.r}, is bound by {row.bounds.bound_by} ({row.bounds})" for row in told if row.bounds]
+    hints = [
+        f"{row.name}, r = {format_schedule(row.r)}, is bound by {row.bounds.bound_by} ({row.bounds})"
+        for row in told
+        if row.bounds
+    ]
     kinds = dict.fromkeys(row.bounds.bound_by for row in told if row.bounds)
     return hints + [f"{kind}: {ADVICE[kind]}" for kind in kinds]
 
@@ -450,7 +455,9 @@ def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float
     fastest = max(merged, key=lambda row: row.speed_up)
     if not paying:
         return Suggestion(
-            0, f"merging does not pay here: the best, r = {fastest.r}, has {fastest.speed_up:.2f} times the throughput"
+            0,
+            f"merging does not pay here: the best, r = {format_schedule(fastest.r)}, has {fastest.speed_up:.2f} times "
+            f"the throughput",
         )
     if target is not None:
         enough = next((row for row in merged if row.speed_up >= target), None)
@@ -502,7 +509,7 @@ def subject(model: VisionTransformer, device: torch.device | str, name: str | No
     found |= environment(device)
     if torch.device(device).type == "cuda":
         found["cuda"] = str(torch.version.cuda)
-    return found | {"platform": platform.platform(terse=True), "tomevit": tomevit.__version__}
+    return found | {"platform": platform.platform(terse=True), "tomevit": __version__}
 
 
 def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[str, Any]:
@@ -514,9 +521,10 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
         dtype, batch, rounds    rounds: those that were timed
         note                    why there are fewer rows or rounds than asked for, or ""
         hints                   sentences on what binds
-        suggestion              {r, why}, or null
+        suggestion              {r, why}, r as in the rows, or null
         rows                    one for each candidate:
-            implementation, mode, r, tokens, merges
+            implementation, mode, tokens, merges
+            r                   as `model.r`; (r, inflection) is {"mean": r, "inflection": inflection}
             seconds             {lower, median, upper}: quartiles of a call
             images_per_second   by the median
             speed_up            over the fastest row of the comparison that merges nothing
@@ -534,11 +542,14 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     rows = [
         row._asdict()
+        | {"r": schedule_to_json(row.r)}
         | {"seconds": row.seconds._asdict(), "efficiency": row.efficiency, "efficiency_range": row.efficiency_range}
         | {"bounds": None if row.bounds is None else row.bounds._asdict() | {"bound_by": row.bounds.bound_by}}
         for row in comparison.rows
     ]
-    suggestion = None if comparison.suggestion is None else comparison.suggestion._asdict()
+    suggestion = None
+    if comparison.suggestion is not None:
+        suggestion = {"r": schedule_to_json(comparison.suggestion.r), "why": comparison.suggestion.why}
     fields = {name: getattr(comparison, name) for name in ("dtype", "batch", "rounds", "note")}
     return fields | {"hints": list(comparison.hints), "suggestion": suggestion, "rows": rows}
 
@@ -561,10 +572,3 @@ def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
     if all(each.weights is not None for each in those):
         return nullcontext()  # torch's compiler takes seconds to import
     return private.allow_many_programs()
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what it says, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "MPS backend out of memory"))

@@ -135,7 +135,7 @@ class Limits:
         return max(0.0, fresh - self._best(lambda: target.fill_(1))) / max(1, faults)
 
     def _best(self, call: Callable[[], object]) -> float:
-        """What can be reached, not what usually is: the least of several runs, after one that does not count."""
+        """The least time of several runs, which is what the device can do; a run before them does not count."""
         call()
         return min(seconds(call, self.device) for _ in range(REPEATS))
 

@@ -15,10 +15,11 @@ from tomevit.config import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, stream
 from tomevit.errors import either
-from tomevit.measure.bench import default_r, out_of_memory
+from tomevit.measure.defaults import default_r
+from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import seconds
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule, check_schedule, token_counts
+from tomevit.schedule import Schedule, check_schedule, format_schedule, token_counts
 from tomevit.transform import transform
 from tomevit.weights.checkpoint import card_of
 
@@ -116,7 +117,7 @@ def answers(
     upright: bool = True,
 ) -> Iterator[Answer]:
     """`classify`, each answer as soon as it is known; of files, not of folders and patterns."""
-    r = check(card_of(model), r, compare=compare)
+    r = check_classifiable(card_of(model), r, compare=compare)
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
     names, tokens = class_names(model.card), model.token_counts(r)[-1]
@@ -137,8 +138,8 @@ def answers(
         yield from (found[place] for place in sorted(found))
 
 
-def check(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Schedule:
-    """The r that a model will classify at. Before its weights are fetched, it says if it cannot.
+def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Schedule:
+    """The r that a model will classify at; before its weights are fetched, to say if it cannot.
 
     Args:
         card: of the model.
@@ -156,19 +157,21 @@ def check(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Sc
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
     r = check_schedule(card.r if r is None else r, config.depth)
     if compare and token_counts(r, config.depth, config.num_tokens, config.num_prefix)[-1] == config.num_tokens:
-        others = either(map(str, default_r(card)))
-        raise ValueError(f"r = {r} merges nothing, and would be compared with itself: give an r such as {others}")
+        others = either(map(format_schedule, default_r(card)))
+        raise ValueError(
+            f"r = {format_schedule(r)} merges nothing, and would be compared with itself: give an r such as {others}"
+        )
     return r
 
 
-def summary(those: Iterable[Answer]) -> Summary:
+def summarise(found: Iterable[Answer]) -> Summary:
     """All answers of one call together."""
-    those = list(those)
-    read = [answer for answer in those if not answer.error]
+    found = list(found)
+    read = [answer for answer in found if not answer.error]
     changed = [answer.changed for answer in read]
     return Summary(
         images=len(read),
-        unreadable=len(those) - len(read),
+        unreadable=len(found) - len(read),
         seconds=_mean([answer.seconds for answer in read]),
         seconds_unmerged=_mean([answer.seconds_unmerged for answer in read]),
         kept=None if None in changed or not changed else changed.count(False),
@@ -222,12 +225,8 @@ def _run(model: VisionTransformer, images: Tensor, r: Schedule) -> _Run:
         nonlocal logits
         logits = model(images, r)
 
-    try:
+    with explain_out_of_memory(len(images), images.device):
         taken = seconds(call, images.device)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise ValueError(f"a batch of {len(images)} does not fit into the memory of {images.device}") from error
-        raise
     logits = logits.to("cpu", torch.float32)
     if not logits.isfinite().all():
         dtype = str(model.pos_embed.dtype).removeprefix("torch.")

@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-import tomevit
-from tomevit.measure.bench import bench, with_zero
+from tomevit.factory import create
+from tomevit.measure.bench import bench
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule
+from tomevit.output import new_file
+from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_from_json, schedule_to_json
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
+from tomevit.transform import transform
+from tomevit.version import __version__
 
 PLAIN = "digits_p1.plain"
 TRAINED = "digits_p1.tome_r16"
@@ -47,7 +50,7 @@ def accuracy(
         r: instead of the model's own.
         batch: images per call.
     """
-    prepared = tomevit.transform(model)(images)
+    prepared = transform(model)(images)
     answers = torch.cat([model(part, r).argmax(1) for part in torch.split(prepared, batch)])
     return 100 * int((answers == labels).sum()) / len(labels)
 
@@ -78,8 +81,8 @@ def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds
         ValueError: an r of no known form, or matplotlib is not installed.
     """
     plots.require_matplotlib()
-    plain, trained = (tomevit.create(name, pretrained=True) for name in (PLAIN, TRAINED))
-    values = with_zero(r_values or R_VALUES)
+    plain, trained = (create(name, pretrained=True) for name in (PLAIN, TRAINED))
+    values = distinct_schedules([0, *(r_values or R_VALUES)])
     for r in values:
         plain.schedule(r)  # a wrong r ends here, before anything is measured or written
     out.mkdir(parents=True, exist_ok=True)
@@ -88,9 +91,12 @@ def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds
     with one_thread():
         results = _measure(plain, trained, images, labels, values, batch, rounds)
     _print(results)
-    _draw_merging(out / "merged_tokens.png", trained, images, labels)
-    _draw_trade_off(out / "accuracy_throughput.png", results)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with new_file(out / "merged_tokens.png") as draft:
+        _draw_merging(draft, trained, images, labels)
+    with new_file(out / "accuracy_throughput.png") as draft:
+        _draw_trade_off(draft, results)
+    with new_file(out / "results.json") as draft:
+        draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     click.echo(f"\nwritten to {out}: merged_tokens.png, accuracy_throughput.png, results.json")
 
 
@@ -112,7 +118,7 @@ def _measure(
             for key, model in (("off_the_shelf", plain), ("trained_with_merging", trained)):
                 right[key] = accuracy(model, images, labels, r, batch)
                 bar.update()
-            rows.append({"r": r, "accuracy": right})
+            rows.append({"r": schedule_to_json(r), "accuracy": right})
         timed = bench(plain, values, batch=batch, rounds=rounds, progress=bar.update)
     for row, found in zip(rows, timed, strict=True):
         row |= {
@@ -126,11 +132,11 @@ def _measure(
         "images": len(labels),
         "off_the_shelf": plain.card.full_name,
         "trained_with_merging": trained.card.full_name,
-        "trained_r": trained.r,
+        "trained_r": schedule_to_json(trained.r),
         "batch": batch,
         "rounds": rounds,
         "dtype": str(plain.pos_embed.dtype).removeprefix("torch."),
-        "environment": environment() | {"tomevit": tomevit.__version__},
+        "environment": environment() | {"tomevit": __version__},
         "rows": rows,
     }
 
@@ -151,7 +157,7 @@ def _print(results: dict[str, Any]) -> None:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        str(row["r"]),
+        _format_r(row["r"]),
         str(row["tokens"]),
         f"{row['gflops']:.4f}",
         f"{row['accuracy']['off_the_shelf']:.2f}",
@@ -160,6 +166,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['speed_up']:.2f}",
         f"{row['flop_ratio']:.2f}",
     )
+
+
+def _format_r(stored: Any) -> str:
+    """An r of results.json, as it is typed."""
+    return format_schedule(schedule_from_json(stored))
 
 
 def _setting(results: dict[str, Any]) -> str:
@@ -177,7 +188,7 @@ def _setting(results: dict[str, Any]) -> str:
 def _draw_merging(path: Path, model: VisionTransformer, images: Tensor, labels: Tensor) -> None:
     """The first held-out digit of some classes, and its tokens after each block."""
     chosen = [int((labels == label).nonzero()[0]) for label in PICTURED]
-    steps = model.forward_intermediates(tomevit.transform(model)(images[chosen]))
+    steps = model.forward_intermediates(transform(model)(images[chosen]))
     prefix, grid = model.config.num_prefix, model.config.grid
     slots = [tokens.slots for tokens in steps if tokens.slots is not None]  # traced, so all of them
     left = [tokens.x.shape[1] - prefix for tokens in steps]
@@ -190,7 +201,7 @@ def _draw_merging(path: Path, model: VisionTransformer, images: Tensor, labels: 
             *(f"block {i}\n{count} tokens" for i, count in enumerate(left, 1)),
         ],
         [str(label) for label in PICTURED],
-        f"What is left of the pixels, merging r = {model.r} in each block",
+        f"What is left of the pixels, merging r = {format_schedule(model.r)} in each block",
     )
 
 
@@ -200,11 +211,12 @@ def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
         path,
         {
             name: [
-                Point(f"r = {row['r']}", row["images_per_second"], row["accuracy"][key], row["gflops"]) for row in rows
+                Point(f"r = {_format_r(row['r'])}", row["images_per_second"], row["accuracy"][key], row["gflops"])
+                for row in rows
             ]
             for key, name in (
                 ("off_the_shelf", "merging off the shelf"),
-                ("trained_with_merging", f"trained with merging, r = {results['trained_r']}"),
+                ("trained_with_merging", f"trained with merging, r = {_format_r(results['trained_r'])}"),
             )
         },
         f"Merging on {results['images']} held-out digits",

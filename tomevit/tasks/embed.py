@@ -16,9 +16,10 @@ import json
 import math
 import shutil
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from os import PathLike, fspath
 from pathlib import Path
@@ -31,15 +32,15 @@ from torch import Tensor
 
 from tomevit.config import ARCHITECTURE, Config
 from tomevit.data import images, shards
-from tomevit.data.distributed import agreed, of_first, processes, require_same, wait
+from tomevit.data.distributed import broadcast_from_rank0, fail_together, processes, require_same, wait_for_all
 from tomevit.data.images import Strings
 from tomevit.errors import either
 from tomevit.layers.pool import mean_patch
-from tomevit.measure.bench import out_of_memory
+from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
-from tomevit.output import check_output, explain_os_errors, new_file
-from tomevit.schedule import Schedule
-from tomevit.tasks import embedding_files as embeddings
+from tomevit.output import check_output, is_stream, new_file
+from tomevit.schedule import Schedule, schedule_to_json
+from tomevit.tasks import embedding_files
 from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
 from tomevit.transform import Transform, transform
 from tomevit.weights import checkpoint
@@ -137,8 +138,8 @@ def embed(
         model: on the device and in the dtype to compute in.
         sources: files, folders and patterns of images (`tomevit.data.images.find`), or of WebDataset shards
             (`tomevit.data.shards.find_shards`); or what `locate` found.
-        out: the .safetensors or .parquet file to write, as `tomevit.tasks.embedding_files` describes it. Parts
-            lie in OUT.parts until it is there.
+        out: the .safetensors or .parquet file to write, as `tomevit.tasks.embedding_files` describes it. Parts lie in
+            OUT.parts until it is there.
         r: instead of the model's own.
         pool: as in `extractor`.
         normalize: to unit length, so that a product of two vectors is the cosine of the angle between them.
@@ -156,39 +157,47 @@ def embed(
         OSError: a file cannot be written.
     """
     device, out = model.pos_embed.device, Path(out)
-
-    def prepare() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
-        check_suffix(check_output(out))
-        _check(dtype, batch, workers)
-        features, data = extractor(model, pool), sources if isinstance(sources, Data) else locate(sources)
-        settings = describe(model, data, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
-        return features, data, settings
-
-    features, data, settings = agreed(prepare)
-    require_same({**settings, "batch": batch})
-    rank, world = processes()
     parts = out.with_name(f"{out.name}.parts")
 
-    def vectors(prepared: Tensor) -> Tensor:
-        if not len(prepared):
-            return torch.empty(0, model.config.embed_dim, dtype=dtype)
-        found = features(prepared.to(device), r=r).float()
-        return (F.normalize(found, dim=1) if normalize else found).to("cpu", dtype)
+    def check_all() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
+        check_suffix(out)
+        _check_arguments(dtype, batch, workers)
+        features, data = extractor(model, pool), sources if isinstance(sources, Data) else locate(sources)
+        check_output(out, inputs=data.names)
+        settings = run_settings(model, data, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
+        return features, data, settings
 
+    features, data, settings = fail_together(check_all)
+    require_same({**settings, "batch": batch})
+    width = model.config.embed_dim
+    vectors = partial(_vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width)
     with ExitStack() as lock:
-        size = of_first(lambda: _begin(out, parts, settings, data, batch, overwrite, lock))
-        if size is not None:
-            todo = _remaining(parts, data, size, rank, world)
-            pieces = _read(data, todo, transform(model), size=size, batch=batch, workers=workers, upright=upright)
-            try:
-                with images.reading():
-                    _make_parts(parts, pieces, todo, vectors, progress)
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise ValueError(f"a batch of {batch} does not fit into the memory of {device}") from error
-                raise
-            wait()
-        return of_first(lambda: _finish(out, parts, settings, data, progress, joined=size is None))
+        size = broadcast_from_rank0(lambda: _begin(out, parts, settings, data, batch, overwrite, lock))
+        if size is None:
+            return broadcast_from_rank0(lambda: _report(embedding_files.read_info(out)))
+        todo = _remaining(parts, data, size, *processes())
+        pieces = _read_pieces(data, todo, transform(model), size=size, batch=batch, workers=workers, upright=upright)
+        with images.reading(), explain_out_of_memory(batch, device):
+            _make_parts(parts, pieces, todo, vectors, progress)
+        wait_for_all()
+        return broadcast_from_rank0(lambda: _join_parts(out, parts, settings, data, progress))
+
+
+def _vectors(
+    features: Callable[..., Tensor],
+    prepared: Tensor,
+    *,
+    device: torch.device,
+    r: Schedule | None,
+    normalize: bool,
+    dtype: torch.dtype,
+    width: int,
+) -> Tensor:
+    """The vectors (B, D) of a batch as they are stored; of no images, as a shard's last batch may have, none."""
+    if not len(prepared):
+        return torch.empty(0, width, dtype=dtype)
+    found = features(prepared.to(device), r=r).float()
+    return (F.normalize(found, dim=1) if normalize else found).to("cpu", dtype)
 
 
 def check_suffix(out: Path) -> None:
@@ -199,7 +208,7 @@ def check_suffix(out: Path) -> None:
         raise ValueError("parquet needs pyarrow: pip install 'tomevit[parquet]'")
 
 
-def _check(dtype: torch.dtype, batch: int, workers: int) -> None:
+def _check_arguments(dtype: torch.dtype, batch: int, workers: int) -> None:
     if dtype not in (known for known, _ in DTYPES.values()):
         raise ValueError(f"dtype is {dtype}, and must be torch.{either(DTYPES)}")
     if batch < 1:
@@ -224,7 +233,7 @@ def locate(sources: Iterable[str | PathLike[str]]) -> Data:
     Raises:
         ValueError: a source names nothing, or some name shards and some images.
     """
-    expanded = [name for source in sources for name in shards.expand(fspath(source))]
+    expanded = [name for source in sources for name in shards.expand_braces(fspath(source))]
     if not expanded:
         raise ValueError("there is nothing to embed: name files, folders, patterns or shards")
     found = [shards.find_shards(source) for source in expanded]
@@ -238,7 +247,7 @@ def locate(sources: Iterable[str | PathLike[str]]) -> Data:
     return Data(Strings(images.find(expanded)), sharded=False)
 
 
-def describe(
+def run_settings(
     model: VisionTransformer,
     data: Data,
     *,
@@ -248,19 +257,19 @@ def describe(
     dtype: torch.dtype = torch.float32,
     upright: bool = False,
 ) -> dict[str, Any]:
-    """All that embeddings depend on, but for rounding, in JSON: two runs may share their parts if it is the same."""
+    """All that embeddings depend on, but for rounding, as JSON has it: runs of the same settings share their parts."""
     r = model.r if r is None else r
     model.schedule(r)
     config, matching = asdict(model.config), model.config.matching
     tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in checkpoint.in_order(model.state_dict()))
-    described = {
+    settings = {
         "model": model.card.full_name,
         "computed": str(model.pos_embed.dtype).removeprefix("torch."),
         "weights": checkpoint.digest(tensors),
         "architecture": {name: config[name] for name in ARCHITECTURE},
         "prop_attn": model.config.prop_attn,
         "matching": matching if isinstance(matching, str) else f"{matching.__module__}.{matching.__qualname__}",
-        "r": str(r),
+        "r": schedule_to_json(r),
         "pool": pool or pooling(model.config),
         "normalize": normalize,
         "dtype": str(dtype).removeprefix("torch."),
@@ -269,7 +278,7 @@ def describe(
         "upright": upright,
         "data": _fingerprint(data),
     }
-    return json.loads(json.dumps(described))
+    return json.loads(json.dumps(settings))
 
 
 def _fingerprint(data: Data) -> str:
@@ -310,15 +319,17 @@ def _begin(
     Raises:
         ValueError: an earlier run had other settings; the message names one.
     """
-    if out.exists() and not overwrite:
-        info = embeddings.read_info(out)
+    if out.exists() and not is_stream(out) and not overwrite:
+        info = embedding_files.read_info(out)
         if other := _difference({name: info.get(name) for name in settings}, settings):
             raise ValueError(f"{out} was made with {_sentence(other)}")
-        if (begun := _begun(parts)) is not None and begun["settings"] == settings:  # killed while they were removed
-            lock.enter_context(_sole(parts))
+        if (begun := _begun(parts)) is not None and begun[
+            "settings"
+        ] == settings:  # that run was killed while it removed them
+            lock.enter_context(_hold_parts(parts))
             _remove(parts)
         return None
-    lock.enter_context(_sole(parts))
+    lock.enter_context(_hold_parts(parts))
     if (begun := _begun(parts)) is not None:
         other, size = _difference(begun["settings"], settings), begun["size"]
         if other is None:
@@ -364,8 +375,8 @@ def _sentence(other: tuple[str, Any, Any]) -> str:
 
 
 @contextmanager
-def _sole(parts: Path) -> Iterator[None]:
-    """Hold the directory of parts, which is made if need be.
+def _hold_parts(parts: Path) -> Iterator[None]:
+    """Keep other runs out of the directory of parts, which is made if need be, while the block runs.
 
     Raises:
         ValueError: another process does, or it is none of ours.
@@ -384,41 +395,40 @@ def _sole(parts: Path) -> Iterator[None]:
         lock.release()
 
 
-def _finish(
+def _join_parts(
     out: Path,
     parts: Path,
     settings: dict[str, Any],
     data: Data,
     progress: Callable[[str, int, int | None], object],
-    *,
-    joined: bool,
 ) -> Report:
-    """Join all parts into the output, unless that was done, and remove them."""
-    if not joined:
-        found = dict(_all_parts(parts, data))
-        unreadable = [name for part in found.values() for name in part.unreadable]
-        rows = sum(part.rows for part in found.values())
-        info = {
-            **settings,
-            **({"shards": list(data.names)} if data.sharded else {}),
-            "rows": rows,
-            "num_unreadable": len(unreadable),
-            "unreadable": unreadable[:LISTED],
-        }
-        written = 0
+    """Join all parts into the output, and remove them."""
+    found = dict(_all_parts(parts, data))
+    unreadable = [name for part in found.values() for name in part.unreadable]
+    rows = sum(part.rows for part in found.values())
+    info = {
+        **settings,
+        **({"shards": list(data.names)} if data.sharded else {}),
+        "rows": rows,
+        "num_unreadable": len(unreadable),
+        "unreadable": unreadable[:LISTED],
+    }
+    written = 0
 
-        def tell(more: int) -> None:
-            nonlocal written
-            written += more
-            progress("writing", written, rows)
+    def tell(more: int) -> None:
+        nonlocal written
+        written += more
+        progress("writing", written, rows)
 
-        whole = parts / ".whole"
-        with explain_os_errors(out, whole):
-            embeddings.join(whole, out.suffix, {_path(parts, *place): place[0] for place in found}, info, tell)
-            whole.replace(out)
-        _remove(parts)
-    info = embeddings.read_info(out)
-    return Report(info["rows"], info["dim"], info["num_unreadable"], [(n, why) for n, why in info["unreadable"]])
+    with new_file(out) as draft:
+        embedding_files.join(draft, out.suffix, {_path(parts, *place): place[0] for place in found}, info, tell)
+    _remove(parts)
+    return _report(info)
+
+
+def _report(info: Mapping[str, Any]) -> Report:
+    """What the metadata of a file says."""
+    return Report(info["rows"], info["dim"], info["num_unreadable"], [(name, why) for name, why in info["unreadable"]])
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -436,7 +446,7 @@ def _all_parts(parts: Path, data: Data) -> Iterator[tuple[Place, Part]]:
     for shard in range(len(data.names) if data.sharded else 1):
         part, number = None, 0
         while part is None or not part.last:
-            part = embeddings.read_part(_path(parts, shard, number))
+            part = embedding_files.read_part(_path(parts, shard, number))
             if part is None:
                 raise ValueError(f"{_path(parts, shard, number)} is missing or damaged; the same call makes it again")
             yield (shard, number), part
@@ -461,15 +471,15 @@ def _remaining(parts: Path, data: Data, size: int, rank: int, world: int) -> Tod
         for number in range(rank, math.ceil(count / size), world):
             images_in_it = min(size, count - number * size)
             total += images_in_it
-            if embeddings.read_part(_path(parts, 0, number)) is None:
+            if embedding_files.read_part(_path(parts, 0, number)) is None:
                 begin.append((0, number))
             else:
                 done += images_in_it
         return Todo(begin, done, total)
     for shard in range(rank, len(data.names), world):
         number = 0
-        while (part := embeddings.read_part(_path(parts, shard, number))) is not None:
-            done += part.seen
+        while (part := embedding_files.read_part(_path(parts, shard, number))) is not None:
+            done += part.images
             number += 1
             if part.last:
                 break
@@ -489,14 +499,16 @@ class Piece(NamedTuple):
     last: bool  # that there is of the shard
 
 
-def _read(
+def _read_pieces(
     data: Data, todo: Todo, transform: Transform, *, size: int, batch: int, workers: int, upright: bool
 ) -> Iterator[Piece]:
     """All batches that are to do; of each part they come in order."""
     names = data.names
     if data.sharded:
         begin = [(shard, number * size) for shard, number in todo.begin]
-        for found in shards.stream(names, transform, batch=batch, workers=workers, begin=begin, upright=upright):
+        for found in shards.stream_samples(
+            names, transform, batch=batch, workers=workers, begin=begin, upright=upright
+        ):
             ends = found.last or (found.first + batch) % size == 0
             place = found.shard, found.first // size
             yield Piece(place, found.keys, found.images, found.unreadable, ends, found.last)
@@ -544,4 +556,4 @@ def _write_part(path: Path, group: list[tuple[Piece, Tensor]]) -> None:
     unreadable = [name for piece, _ in group for name in piece.unreadable]
     with new_file(path) as draft:
         found = torch.cat([found for _, found in group])
-        embeddings.write_part(draft, found, keys, unreadable, last=group[-1][0].last)
+        embedding_files.write_part(draft, found, keys, unreadable, last=group[-1][0].last)

@@ -107,8 +107,8 @@ class Part(NamedTuple):
     last: bool  # of its shard
 
     @property
-    def seen(self) -> int:
-        """Images, read or not."""
+    def images(self) -> int:
+        """How many there were, read or not."""
         return self.rows + len(self.unreadable)
 
 

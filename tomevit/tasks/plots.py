@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomevit.schedule import Schedule
+from tomevit.schedule import Schedule, format_schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def outline(groups: Tensor, scale: int, width: int) -> Tensor:
         (rows * scale, columns * scale) bool
     """
     fine = _enlarge(groups, groups.shape[0] * scale, groups.shape[1] * scale)
-    # Nothing is the last group's successor, so the image's own edge is an edge too.
+    # Around the image stands -1, which is no group, so that the image's own edge is an edge too.
     around = F.pad(fine[None, None].to(torch.float32), [width] * 4, value=-1.0)
     highest, lowest = _highest(around, 2 * width + 1), -_highest(-around, 2 * width + 1)
     return (highest != fine) | (lowest != fine)
@@ -413,7 +413,7 @@ def speed_up(
             colour = colormaps["viridis"](0.12 + 0.73 * i / max(1, len(lines) - 1))
             across, up = [place[str(r)] for r, _, _ in points], [ratio for _, ratio, _ in points]
             axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=6, linewidth=1.8, label=label)
-        axis.set_xticks(list(place.values()), [str(r) for r in values])
+        axis.set_xticks(list(place.values()), [format_schedule(r) for r in values])
         axis.margins(x=0.05, y=0.1)
         axis.set_xlabel("r, tokens merged in each block", fontsize=10.5, color=INK)
         axis.set_title(dtype, fontsize=11, color=INK)

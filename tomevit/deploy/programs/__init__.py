@@ -26,7 +26,8 @@ from tomevit.deploy.programs.trace import from_pixels, trace
 from tomevit.errors import either
 from tomevit.models import VisionTransformer, unwrap
 from tomevit.output import check_output
-from tomevit.schedule import Schedule, check_schedule
+from tomevit.schedule import Schedule, check_schedule, schedule_to_json
+from tomevit.version import __version__
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import card_of_name, published
 
@@ -159,8 +160,6 @@ def export_program(
 
 def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool) -> dict[str, str]:
     """What a program says of itself: flat, each value a text or JSON."""
-    from tomevit import __version__
-
     card, config, preprocess = model.card, model.config, model.card.preprocess
     count = "batch" if batch is None else str(batch)
     io = "float32" if dtype == "int8" else dtype
@@ -169,7 +168,7 @@ def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool)
     normalised = {"mean": json.dumps(preprocess.mean), "std": json.dumps(preprocess.std)}
     return {
         "name": card.full_name,
-        "r": json.dumps(card.r),
+        "r": json.dumps(schedule_to_json(card.r)),
         "tokens": json.dumps(model.token_counts()),  # entering each block, and leaving the last
         "dtype": dtype,
         "input": f"images: {'uint8' if raw else io} {shape}, "

@@ -25,12 +25,12 @@ from tomevit.transform import Transform, transform
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Answer", "Observation", "Run", "attention_weights", "group_sizes", "observe", "seen", "written"]
+__all__ = ["Observation", "Prediction", "Run", "attention_weights", "group_sizes", "observe", "undo_normalisation"]
 
 ANSWERS = 3  # the most probable classes of each run
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """A class that a model takes an image for."""
 
     number: int
@@ -50,7 +50,7 @@ class Run:
     prefix_attention: (
         Tensor | None
     )  # (depth, num_prefix) float32: the shares of the prefix, the class token's own first
-    answers: tuple[Answer, ...]  # the most probable first; none from a model without a head
+    answers: tuple[Prediction, ...]  # the most probable first; none from a model without a head
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,7 +99,7 @@ def observe(
     images = prepare(image)[None]
     if images.ndim != 4:
         raise ValueError(f"the image is a tensor of {images.ndim - 1} dimensions; give one image, (C, H, W)")
-    pixels = seen(images[0], prepare)
+    pixels = undo_normalisation(images[0], prepare)
     images = images.to(model.pos_embed.device)
     embedded = model._embed(images, trace=True)
     runs = []
@@ -132,14 +132,14 @@ def _run(model: VisionTransformer, steps: Sequence[Tokens], r: Schedule) -> Run:
     )
 
 
-def _answers(model: VisionTransformer, last: Tokens) -> tuple[Answer, ...]:
+def _answers(model: VisionTransformer, last: Tokens) -> tuple[Prediction, ...]:
     if not model.config.num_classes:
         return ()
     logits = model.forward_head(last._replace(x=model.norm(last.x)))[0]
     best = logits.to(torch.float32).softmax(0).topk(min(ANSWERS, len(logits)))
     names = class_names(model.card)
     return tuple(
-        Answer(number, names.short(number), probability)
+        Prediction(number, names.short(number), probability)
         for probability, number in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     )
 
@@ -179,8 +179,8 @@ def group_sizes(groups: Tensor) -> Tensor:
     return count.gather(-1, flat).view_as(groups)
 
 
-def seen(image: Tensor, prepared_by: Transform) -> Tensor:
-    """The pixels in a prepared image, (C, H, W) uint8: normalisation undone, to the bit."""
+def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:
+    """The pixels of an image that a transform has prepared, (C, H, W) uint8, to the bit."""
     mean, std = (
         torch.tensor(values)[:, None, None] for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
     )

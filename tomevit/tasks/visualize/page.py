@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import tomevit
 from tomevit.config import Config
 from tomevit.flops import flops
 from tomevit.schedule import format_schedule
 from tomevit.tasks.visualize import Observation, Run
+from tomevit.version import __version__
 
 #: Larger than this, in bytes, an image is a JPEG.
 LOSSLESS = 100_000
@@ -69,7 +69,7 @@ def _data(observation: Observation) -> dict[str, Any]:
         "FLOPs are multiply-adds of matrix products, as the ToMe paper counts them.",
         f"Never merged: {', '.join(f'the {name} token' for name in prefix)}." if prefix else "",
         "" if config.class_token else "This model has no class token, whose attention could be shown.",
-        f"Made with tomevit {tomevit.__version__}.",
+        f"Made with tomevit {__version__}.",
     ]
     name = card.full_name or "a model without a name"
     return {

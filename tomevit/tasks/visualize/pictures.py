@@ -39,10 +39,10 @@ def draw(
         blocks: which blocks, from 1; empty: six, evenly spaced, the last among them.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: as `blocks_to_show`.
     """
     config, runs = observation.config, observation.runs
-    blocks = check(config, show, blocks)
+    blocks = blocks_to_show(config, show, blocks)
     image = observation.image / 255
     if show == "picture":
         inches = 3.2
@@ -67,7 +67,7 @@ def draw(
     plots.panels(path, suffix, pictures, columns, labels, title, note, captions=captions, inches=inches)
 
 
-def check(config: Config, show: Show, blocks: Sequence[int] = ()) -> Sequence[int]:
+def blocks_to_show(config: Config, show: Show, blocks: Sequence[int] = ()) -> Sequence[int]:
     """The blocks that `draw` will show, from 1.
 
     Raises:

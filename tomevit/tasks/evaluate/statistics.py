@@ -1,0 +1,154 @@
+"""What is counted from the answers: shares with their intervals, times, and whether they are what was expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomevit.config import Card
+from tomevit.flops import flops
+from tomevit.measure.timing import Quartiles
+from tomevit.models import VisionTransformer
+from tomevit.schedule import Schedule
+from tomevit.tasks.evaluate.state import NOT_FINITE, AnswerTable
+
+Z = NormalDist().inv_cdf(0.975)  # of an interval of 95 %
+
+
+class Share(NamedTuple):
+    """Per cent of the images, or a difference of two such in points, and where it lies with a confidence of 95 %."""
+
+    value: float
+    lower: float
+    upper: float
+
+
+class Row(NamedTuple):
+    """What was found at one r."""
+
+    r: Schedule
+    tokens: int  # leaving the last block
+    gflops: float  # multiply-adds per image, in 10⁹, as the paper counts them
+    flop_ratio: float  # r = 0 over this r, as they are computed
+    top1: Share
+    top5: Share
+    difference: Share | None  # top-1 less that of r = 0 on the same images; None: r = 0 was not evaluated, or is this
+    agreement: Share | None  # images with the same answer as at r = 0
+    seconds: Quartiles | None  # of the forward pass on a batch; None: no batch was whole
+    images_per_second: float | None  # by the median: of the forward pass alone, in one process
+    speed_up: float | None  # over r = 0 in this run
+    not_finite: int  # images whose logits were not finite; they count as wrong
+
+
+def wilson(count: int, total: int) -> Share:
+    """A share with Wilson's score interval (1927), which holds near 0 and 100 per cent too.
+
+    Args:
+        count: of total, which is 1 or more.
+    """
+    share, spread = count / total, Z * Z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # At the ends the interval ends there too, and rounding must not leave the end out.
+    lower, upper = centre - half if count else 0.0, centre + half if count < total else 1.0
+    return Share(100 * count / total, 100 * lower, 100 * upper)
+
+
+def paired(gained: int, lost: int, total: int) -> Share:
+    """The difference of two shares of the same images, with the adjusted Wald interval of Bonett and Price (2012).
+
+    Args:
+        gained: images that count in the first share alone.
+        lost: in the second alone.
+        total: of all images, which is 1 or more.
+    """
+    more, less = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    half = Z * math.sqrt((more + less - (more - less) ** 2) / (total + 2))
+    return Share(100 * (gained - lost) / total, 100 * (more - less - half), 100 * (more - less + half))
+
+
+class Expected(NamedTuple):
+    """A top-1 accuracy that was measured elsewhere."""
+
+    r: Schedule
+    top1: float  # per cent
+    source: str
+
+
+class Verdict(NamedTuple):
+    """What was expected, and whether it lies within the interval of what was measured."""
+
+    r: Schedule
+    expected: float
+    source: str
+    measured: Share
+    within: bool
+
+
+def published_accuracies(card: Card) -> list[Expected]:
+    """What a card has of its weights' accuracy."""
+    return [Expected(figure.r, figure.top1, figure.source) for figure in card.figures]
+
+
+def judge(rows: Iterable[Row], expected: Iterable[Expected]) -> list[Verdict]:
+    """Each expectation beside the row of its r; one whose r was not evaluated is left out."""
+    measured = {str(row.r): row.top1 for row in rows}
+    return [
+        Verdict(each.r, each.top1, each.source, found, found.lower <= each.top1 <= found.upper)
+        for each in expected
+        if (found := measured.get(str(each.r))) is not None
+    ]
+
+
+def count_rows(
+    model: VisionTransformer, r_values: Sequence[Schedule], labels: Sequence[int], table: AnswerTable, batch: int
+) -> list[Row]:
+    """The figures of each r; none if no image could be read.
+
+    Args:
+        model: whose answers they are.
+        r_values: the columns of the table.
+        labels: the right answer for each row of the table.
+        table: what is known.
+        batch: images per call.
+    """
+    known = table.answers[:, 0] >= NOT_FINITE
+    answers, total = table.answers[known], int(known.sum())
+    if total == 0:
+        return []
+    right = answers == torch.tensor(labels)[known, None]
+    times = [column[~column.isnan()].tolist() for column in table.seconds.T]
+    seconds = [Quartiles.of(column) if column else None for column in times]
+    zero = next((i for i, r in enumerate(r_values) if not any(model.schedule(r))), None)
+    plain = None if zero is None else seconds[zero]
+    config, rows = model.config, []
+    for i, r in enumerate(r_values):
+        taken = seconds[i]
+        compare = zero is not None and i != zero
+        rows.append(
+            Row(
+                r=r,
+                tokens=model.token_counts(r)[-1],
+                gflops=flops(config, r) / 1e9,
+                flop_ratio=flops(config, computed=True) / flops(config, r, computed=True),
+                top1=wilson(int(right[:, i].sum()), total),
+                top5=wilson(int(table.among5[known, i].sum()), total),
+                difference=_difference(right[:, i], right[:, zero]) if compare else None,
+                agreement=wilson(int((answers[:, i] == answers[:, zero]).sum()), total) if compare else None,
+                seconds=taken,
+                images_per_second=None if taken is None else batch / taken.median,
+                speed_up=None if taken is None or plain is None else plain.median / taken.median,
+                not_finite=int((answers[:, i] == NOT_FINITE).sum()),
+            )
+        )
+    return rows
+
+
+def _difference(first: Tensor, second: Tensor) -> Share:
+    """Of two columns (N,) bool, which say of each image whether the answer is right."""
+    return paired(int((first & ~second).sum()), int((second & ~first).sum()), len(first))
