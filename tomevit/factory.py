@@ -15,8 +15,9 @@ from tomevit import zoo
 from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
-from tomevit.weights import checkpoint, convert
+from tomevit.weights import checkpoint
 from tomevit.weights.adapt import preprocess_for_channels
+from tomevit.weights.convert import adapt_weights, published_weights, weights_of
 
 
 def create(
@@ -77,13 +78,11 @@ def create(
         preprocess = preprocess_for_channels(chosen.preprocess, config.in_chans)
         model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
-        if pretrained is True:
-            weights = convert.published(chosen)
-        elif isinstance(pretrained, nn.Module):
-            weights = convert.of_model(pretrained, name)
-        else:
-            weights = convert.pretrained(pretrained, name, img_size=size)
-        card, tensors, report = convert.fit(weights, shape, chosen)
+        weights = published_weights(chosen) if pretrained is True else weights_of(pretrained, name, img_size=size)
+        if isinstance(pretrained, nn.Module):
+            copies = {parameter: tensor.to("cpu", copy=True) for parameter, tensor in weights.tensors.items()}
+            weights = weights._replace(tensors=copies)
+        card, tensors, report = adapt_weights(weights, shape, chosen)
         model = checkpoint.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
         if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
             model = model.float()

@@ -15,15 +15,13 @@ from tomevit.cli import options, reports
 from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
-from tomevit.cli.running import device_of
-from tomevit.factory import create
+from tomevit.cli.running import device_of, untrained
 from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
 from tomevit.measure.defaults import default_r
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule
-from tomevit.weights import checkpoint
 
 MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
 COLUMNS = (*MEASURED, *SHARES)
@@ -96,7 +94,7 @@ def bench(
     if threads is not None:
         torch.set_num_threads(threads)
     place = device_of(device)
-    subject = _subject(model, img_size)
+    subject = untrained(model, img_size)
     modes = tuple(dict.fromkeys((*modes, *(("compiled",) if compiled else ())))) or ("eager",)
     batches = tuple(dict.fromkeys(batches)) or ((1, 8) if place.type == "cpu" else (1, 64))
     with_timm, notes = _with_timm(subject, timm)
@@ -139,15 +137,6 @@ def _interrupted(comparisons: Iterable[Comparison], found: list[Comparison]) -> 
     except KeyboardInterrupt:
         return True
     return False
-
-
-def _subject(model: str, img_size: tuple[int, int] | None) -> VisionTransformer:
-    """A model by name, or in a file that tomevit wrote."""
-    if not Path(model).is_file():
-        return create(model, img_size=img_size)
-    if img_size is None:
-        return checkpoint.load(model)
-    return create(checkpoint.read(model).card.full_name, pretrained=model, img_size=img_size)
 
 
 def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, list[str]]:

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 import click
 from tqdm import tqdm
 
-from tomevit import zoo
 from tomevit.cli import options, reports
 from tomevit.cli.options import R
 from tomevit.cli.reports import report_form, write_report
-from tomevit.cli.running import DTYPES, device_of, readers, trained
+from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, read
 from tomevit.errors import ImageError, printable
@@ -30,7 +29,6 @@ from tomevit.output import check_outputs
 from tomevit.schedule import Schedule, format_schedule, schedule_to_json
 from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
 from tomevit.version import __version__
-from tomevit.weights import checkpoint
 
 SCHEMA = 1
 WIDTH = 80  # of text
@@ -85,19 +83,17 @@ def classify(
     status is then 1 at the end, and 2 if none can be read.
     """
     place = device_of(device)
-    # A name may cost a download: what can be wrong is found before.
-    loaded = trained(model, r, img_size) if Path(model).is_file() else None
-    check_classifiable(zoo.card(model) if loaded is None else checkpoint.card_of(loaded), r, compare=compare)
+    check_classifiable(card_of_argument(model), r, compare=compare)  # before a download
     sources = _sources(images)
     check_outputs(out, inputs=[model, *(source for source in sources if isinstance(source, str))])
     form = FORMS[report_form(out, flag, FORMS)]
-    loaded = (trained(model, r, img_size) if loaded is None else loaded).to(place, DTYPES[dtype] if dtype else None)
+    loaded = trained(model, r, img_size).to(place, DTYPES[dtype] if dtype else None)
 
     on_cpu = place.type == "cpu"
     batch = batch or (8 if on_cpu else 64)
     if workers is None:
         workers = 0 if on_cpu else min(readers(place), len(sources) // batch)
-    name = model if Path(model).is_file() else loaded.card.full_name
+    name = model if Path(model).exists() else loaded.card.full_name
     setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright)
     lines: list[str] = []
     report = click.echo if out is None else lines.append

@@ -12,12 +12,11 @@ import click
 import torch
 from tqdm import tqdm
 
-from tomevit import zoo
 from tomevit.cli import options, reports
 from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
-from tomevit.cli.running import DTYPES, own_device, readers, trained
+from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
 from tomevit.config import Card
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
@@ -39,7 +38,6 @@ from tomevit.tasks.evaluate import (
     judge,
     published_accuracies,
 )
-from tomevit.weights import checkpoint
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
 COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "FLOP ratio")
@@ -279,7 +277,7 @@ def _prepare(request: _Request) -> _Task:
         raise ValueError("--restart is for a run with -o: without it nothing is kept to go on from")
     place = own_device(request.device)
     model, img_size = request.model, request.img_size
-    card = checkpoint.read(model).card if Path(model).is_file() else zoo.card(model)
+    card = card_of_argument(model)
     r_values = list(request.r_values) or distinct_schedules([0, card.r])
     for r in r_values:
         check_schedule(r, card.config.depth)

@@ -7,29 +7,46 @@ from pathlib import Path
 
 import torch
 
+from tomevit.cards import is_ours, read_contents
+from tomevit.config import Card
 from tomevit.data.distributed import on_this_machine
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
+from tomevit.weights.convert import adapt_weights, weights_of
+from tomevit.weights.sources import card_of_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def card_of_argument(model: str) -> Card:
+    """What is known of a --model, before its weights are fetched.
+
+    Raises:
+        ValueError, OSError: there is no such model or file.
+    """
+    if is_ours(model):
+        return read_contents(model).card
+    return weights_of(model).card if Path(model).exists() else card_of_source(model)
+
+
 def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | None = None) -> VisionTransformer:
-    """A model with its weights: by name, which downloads them on first use, or a file that tomevit wrote.
+    """A model with its weights, as `weights_of` finds them, in their dtype; of the zoo's they are fetched on first use.
 
     Raises:
         ValueError, OSError: there is no such model or file, or the weights cannot be had; the message says more.
     """
-    if not Path(model).is_file():
-        return create(model, pretrained=True, r=r, img_size=img_size)
-    if img_size is not None:
-        return create(checkpoint.read(model).card.full_name, pretrained=model, r=r, img_size=img_size)
-    loaded = checkpoint.load(model)
+    card, tensors, report = adapt_weights(weights_of(model), {"img_size": img_size})
+    loaded = checkpoint.assemble(card, tensors, report.source)
     if r is not None:
         loaded.r = r
     return loaded
+
+
+def untrained(model: str, img_size: tuple[int, int] | None = None) -> VisionTransformer:
+    """A model to measure the speed of: of the zoo's with fresh weights, which cost no download; a file's with its own."""
+    return trained(model, img_size=img_size) if Path(model).exists() else create(model, img_size=img_size)
 
 
 def device_of(name: str) -> torch.device:

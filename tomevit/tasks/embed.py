@@ -261,11 +261,10 @@ def run_settings(
     r = model.r if r is None else r
     model.schedule(r)
     config, matching = asdict(model.config), model.config.matching
-    tensors = ((name, tensor.detach().cpu().contiguous()) for name, tensor in checkpoint.in_order(model.state_dict()))
     settings = {
         "model": model.card.full_name,
         "computed": str(model.pos_embed.dtype).removeprefix("torch."),
-        "weights": checkpoint.digest(tensors),
+        "weights": checkpoint.digest_of(model.state_dict()),
         "architecture": {name: config[name] for name in ARCHITECTURE},
         "prop_attn": model.config.prop_attn,
         "matching": matching if isinstance(matching, str) else f"{matching.__module__}.{matching.__qualname__}",

@@ -185,6 +185,11 @@ def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = l
     return sha.hexdigest()
 
 
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """The digest of tensors on any device, as a file of them records it."""
+    return digest((name, tensor.detach().cpu().contiguous()) for name, tensor in in_order(tensors))
+
+
 def load(path: str | os.PathLike[str]) -> VisionTransformer:
     """The model in a file that `save` wrote, in evaluation mode, on the CPU, in the file's dtype.
 

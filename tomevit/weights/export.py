@@ -10,14 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomevit.config import Card
-from tomevit.models import VisionTransformer
 from tomevit.output import check_output, explain_os_errors, new_file
-from tomevit.weights import checkpoint as native
-from tomevit.weights import rules
-from tomevit.weights.convert import card_of_name, published
+from tomevit.weights import checkpoint, rules
+from tomevit.weights.convert import weights_of
 from tomevit.weights.foreign_configs import write_sidecars
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
@@ -34,14 +32,14 @@ class Exported(NamedTuple):
 
 
 def export(
-    model: VisionTransformer | str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
     out: str | os.PathLike[str],
     format: str,  # noqa: A002
 ) -> Exported:
     """Write a model's weights as another project names and lays them out.
 
     Args:
-        model: a model, a file that tomevit wrote, or a name of the zoo.
+        model: a model, in a wrapper of torch's or not, or anything that `tomevit.convert` takes.
         out: a file, whose suffix says what it is: .safetensors, .npz, or .pth, .pt, .bin, .torch for torch.save, which
             puts DeiT's and MAE's weights under "model" as those projects do. Or a directory, for timm and transformers:
             model.safetensors with the config.json (and preprocessor_config.json) by which they load it.
@@ -60,7 +58,7 @@ def export(
             f"for programs use tomevit.export_program, or tomevit export"
         )
     table, out = FORMATS[format], Path(out)
-    inputs = [] if isinstance(model, VisionTransformer) or not Path(model).exists() else [model]
+    inputs = [] if isinstance(model, nn.Module) or not Path(model).exists() else [model]
     as_directory = out.is_dir() or not (out.suffix or out.exists())
     if as_directory:
         file, container = out / "model.safetensors", "safetensors"
@@ -68,13 +66,8 @@ def export(
         file, container = check_output(out, endings=tuple(CONTAINERS), inputs=inputs), CONTAINERS[out.suffix]
     else:
         raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
-    if isinstance(model, VisionTransformer):
-        card, named = native.card_of(model), {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    elif inputs:
-        card, named, _ = native.read(model)
-    else:
-        card, named, _ = published(card_of_name(os.fspath(model)))
-    tensors = rules.from_native(table, named, card.config)
+    card, named, _ = weights_of(model)
+    tensors = rules.from_native(table, {name: tensor.cpu() for name, tensor in named.items()}, card.config)
     sidecars = write_sidecars(card, format) if as_directory else {}
     if as_directory and not sidecars:
         raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
@@ -99,7 +92,7 @@ def export(
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
-    native.write_safetensors(path, tensors, lambda _: {"format": "pt"})  # as transformers insists
+    checkpoint.write_safetensors(path, tensors, lambda _: {"format": "pt"})  # as transformers insists
 
 
 def _write_npz(path: Path, tensors: dict[str, Tensor], _key: str) -> None:

@@ -13,17 +13,17 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import nn
 
 from tomevit import zoo
+from tomevit.cards import is_ours
 from tomevit.config import RUNTIME, Card, Figure, Source
 from tomevit.errors import CheckpointError, UploadError
 from tomevit.flops import flops
-from tomevit.models import VisionTransformer
 from tomevit.schedule import token_counts
-from tomevit.weights import checkpoint as native
+from tomevit.weights import checkpoint
 from tomevit.weights.adapt import ADAPTABLE
-from tomevit.weights.convert import finite
+from tomevit.weights.convert import is_finite, weights_of
 from tomevit.weights.rules import enumerate_names
 
 #: Where the model card's template lies, and the licences that the hub has names for.
@@ -38,7 +38,7 @@ class Base(NamedTuple):
 
 
 def push(
-    model: VisionTransformer | str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
     repo: str,
     *,
     figures: Sequence[Figure] = (),
@@ -59,7 +59,7 @@ def push(
     figures or notes: those are of the published weights, and no longer true once a model is trained.
 
     Args:
-        model: a model, or a file that `save` wrote.
+        model: a model, in a wrapper of torch's or not, or anything that `tomevit.convert` takes.
         repo: owner/repo; it is made if there is none.
         figures: what this very model was measured at.
         dataset: what the figures were measured on, as the hub names it; None: ImageNet-1k, for 1000 classes.
@@ -79,11 +79,10 @@ def push(
         UploadError: the hub cannot be reached or refuses; the repository is as it was, or new and empty.
     """
     _check_name(repo)
-    if isinstance(model, VisionTransformer):
-        card, tensors = native.card_of(model), dict(model.state_dict())
-    else:
-        card, tensors = _read_undamaged(Path(model))
-    if bad := [name for name, tensor in tensors.items() if not finite(tensor)]:
+    card, tensors, _ = weights_of(model)
+    if not isinstance(model, nn.Module) and is_ours(model):
+        _check_undamaged(model)
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
         raise CheckpointError(f"the weights have NaN or infinity, in {enumerate_names(bad)}")
     base = find_base(card, repo)
     card = replace(
@@ -98,7 +97,7 @@ def push(
     if card.class_names and len(card.class_names) != card.config.num_classes:
         raise ValueError(f"{len(card.class_names)} class_names for {card.config.num_classes} classes")
     with tempfile.TemporaryDirectory(prefix="tomevit-") as folder:
-        native.write(Path(folder) / "model.safetensors", card, tensors)
+        checkpoint.write(Path(folder) / "model.safetensors", card, tensors)
         (Path(folder) / "README.md").write_text(model_card(card, repo, base, dataset), encoding="utf-8")
         return _upload(Path(folder), repo, private, message)
 
@@ -127,12 +126,10 @@ def _check_name(repo: str) -> None:
         raise ValueError(f"{repo!r} does not say whose repository it is: it must be owner/repo")
 
 
-def _read_undamaged(path: Path) -> tuple[Card, dict[str, Tensor]]:
-    card, tensors, recorded = native.read(path)
-    digest = native.digest((name, tensor.contiguous()) for name, tensor in native.in_order(tensors))
-    if recorded not in (None, digest):  # a new file would record the digest of the damage
+def _check_undamaged(path: str | os.PathLike[str]) -> None:
+    _, tensors, recorded = checkpoint.read(path)
+    if recorded not in (None, checkpoint.digest_of(tensors)):  # a new file would record the digest of the damage
         raise CheckpointError(f"{path} was damaged or changed since it was written: tomevit verify has the details")
-    return card, tensors
 
 
 def _choose_licence(card: Card, wanted: str | None) -> str | None:

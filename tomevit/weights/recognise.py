@@ -1,4 +1,4 @@
-"""Which format a checkpoint has, and which architecture, from the names and shapes of its tensors alone."""
+"""Which format a checkpoint has, and which model it is, from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tomevit.config import Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit import zoo
+from tomevit.config import Card, Config
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names
 
@@ -167,3 +168,109 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
             f"or --img-size"
         )
     return replace(config, img_size=(edge * config.patch_size, edge * config.patch_size))
+
+
+def choose_card(
+    observed: Mapping[str, Any], form: Format, *, told: str | Card | None, known: Card | None, file: str | None
+) -> Card:
+    """The card of what was observed: the one that was told, the one that is known, or the only one that fits.
+
+    Args:
+        observed: by `infer_architecture`.
+        form: the checkpoint's format.
+        told: the user's word.
+        known: as published, or as the files beside it describe it.
+        file: its name, which may be that of a published file.
+
+    Raises:
+        CheckpointError: it does not fit; the message says what would.
+        AmbiguousCheckpointError: several fit.
+    """
+    card = known if told is None else complete_told(told, known)
+    if card is None:
+        return _choose_fitting(observed, form, file)
+    if wrong := differences(observed, card.config, headless=not observed["num_classes"]):
+        fits = _find_fitting(observed)
+        instead = f"It fits {either(card.name for card in fits)}" if fits else _describe_nearest(observed)
+        raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
+    return card
+
+
+def is_same_model(known: Card, asked: Card) -> bool:
+    """Of the same name, or an encoder without a head for one that pools otherwise."""
+    if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
+        return known.name == asked.name
+    return not differences(comparable_fields(known.config), asked.config, headless=True)
+
+
+def complete_told(told: str | Card, known: Card | None) -> Card:
+    """The user's word, completed by what is known of the file.
+
+    Raises:
+        CheckpointError: it is known to be something else.
+    """
+    if isinstance(told, Card):
+        return told
+    card = zoo.card(told) if "." in told else zoo.architecture(told)
+    if known is None:
+        # Figures are of the published file, and this may be another.
+        return replace(card, figures=())
+    if known.weights:
+        if not is_same_model(known, card) or card.weights not in (None, known.weights):
+            raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {told}")
+        return known
+    if wrong := differences(comparable_fields(known.config), card.config):
+        raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
+    return replace(
+        card,
+        config=replace(known.config, prop_attn=card.config.prop_attn, init=card.config.init),
+        preprocess=known.preprocess,
+        licence=known.licence or card.licence,
+        figures=(),
+        class_names=known.class_names,
+    )
+
+
+def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None) -> Card:
+    """The one architecture that was observed, of the families that are published in this format."""
+    published = {(card.title, source.format) for card, source in zoo.published()}
+    fits = [
+        card for card in _find_fitting(observed) if {(card.title, form.name), (card.title, form.variant_of)} & published
+    ] or _find_fitting(observed)
+    if not fits:
+        raise CheckpointError(
+            f"it fits no model here. {_describe_nearest(observed)}, or describe yours by a Card as model="
+        )
+    # One per family: other resolutions of the same differ in nothing that weights have.
+    families = {card.title: card for card in reversed(fits)}
+    families |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
+    same_file = [
+        card.full_name
+        for card, source in zoo.published()
+        if file and (source.url or "").endswith(f"/{file}") and not source.sha256
+    ]
+    choices = [*same_file, *sorted(card.name for card in families.values())]
+    if len(choices) > 1:
+        named = " (by its name it is the first)" if same_file else ""
+        raise AmbiguousCheckpointError(
+            f"it fits {either(choices)}{named}, which differ in preprocessing, merging or licence: "
+            f"say which it is with model=, or --model",
+            "model",
+            choices,
+        )
+    return next(iter(families.values()))
+
+
+def _find_fitting(observed: Mapping[str, Any]) -> list[Card]:
+    return [card for card in zoo.architectures() if not differences(observed, card.config)]
+
+
+def _describe_nearest(observed: Mapping[str, Any]) -> str:
+    def distance(card: Card) -> tuple[int, float]:
+        config = card.config
+        sizes = abs(config.embed_dim - observed["embed_dim"]) / config.embed_dim
+        sizes += abs(config.depth - observed["depth"]) / config.depth
+        return len(differences(observed, config)), sizes
+
+    card = min(zoo.architectures(), key=distance)
+    return f"The nearest is {card.name}: {'; '.join(differences(observed, card.config))}"

@@ -15,8 +15,7 @@ from torch import Tensor
 from tomevit.config import Card
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.schedule import Schedule
-from tomevit.weights import checkpoint as native
-from tomevit.weights import convert, files
+from tomevit.weights import checkpoint, convert, files, sources
 from tomevit.weights.rules import enumerate_names
 
 #: Values of an image with which a forward pass is tried: a file of a few MB can describe a model for far larger ones.
@@ -54,7 +53,7 @@ def verify(
 
 def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
     try:
-        card, tensors, recorded = native.read(path, fitting=False)
+        card, tensors, recorded = checkpoint.read(path, fitting=False)
     except CheckpointError as error:
         yield Check("file", False, str(error))
         return
@@ -63,21 +62,21 @@ def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | N
     )
 
     try:
-        native.check_structure(card.config, tensors, path)
+        checkpoint.check_structure(card.config, tensors, path)
     except CheckpointError as error:
         yield Check("structure", False, str(error))
         return
     parameters = sum(tensor.numel() for tensor in tensors.values())
     yield Check("structure", True, f"{len(tensors)} tensors, {parameters} parameters: names and shapes as they must be")
 
-    found = native.digest((name, tensor.contiguous()) for name, tensor in native.in_order(tensors))
+    found = checkpoint.digest_of(tensors)
     if recorded is None:
         yield Check("digest", True, "none recorded, the file is of format version 1")
     else:
         differ = f"the tensors have {found}, and had {recorded} when they were written: the file was damaged or changed"
         yield Check("digest", found == recorded, f"sha256 {found}" if found == recorded else differ)
 
-    bad = [name for name, tensor in tensors.items() if not convert.finite(tensor)]
+    bad = [name for name, tensor in tensors.items() if not convert.is_finite(tensor)]
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}))
     yield Check("values", not bad, f"NaN or infinity in {enumerate_names(bad)}" if bad else f"{dtypes}, all finite")
     if bad:
@@ -87,7 +86,7 @@ def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | N
     if pixels > MOST_PIXELS:
         yield Check("forward", False, f"an image of its size has {pixels} values: too many to try")
         return
-    model = native.assemble(card, tensors, path).float()
+    model = checkpoint.assemble(card, tensors, path).float()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, card.config.in_chans, *card.config.img_size, generator=generator)
     for r in [0] if card.r == 0 else [0, card.r]:
@@ -101,14 +100,14 @@ def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check
     with torch.inference_mode():
         answer = model(images, r)
     found = f"{tuple(answer.shape)}, from {answer.min():.4g} to {answer.max():.4g}"
-    return Check(f"forward at r = {r}", convert.finite(answer), found)
+    return Check(f"forward at r = {r}", convert.is_finite(answer), found)
 
 
 def _compare_with_source(
     card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None
 ) -> Check:
-    with convert.locate(against) as located:
-        read = partial(convert.read, located, model=card, key=key, img_size=card.config.img_size)
+    with sources.locate(against) as located:
+        read = partial(convert.read_weights, located, model=card, key=key, img_size=card.config.img_size)
         try:
             theirs = read()
         except AmbiguousCheckpointError as error:

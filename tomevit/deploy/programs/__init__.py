@@ -24,12 +24,12 @@ from tomevit.config import Card
 from tomevit.deploy.programs import archive, onnx
 from tomevit.deploy.programs.trace import from_pixels, trace
 from tomevit.errors import either
-from tomevit.models import VisionTransformer, unwrap
+from tomevit.models import VisionTransformer
 from tomevit.output import check_output
 from tomevit.schedule import Schedule, check_schedule, schedule_to_json
 from tomevit.version import __version__
 from tomevit.weights import checkpoint
-from tomevit.weights.convert import card_of_name, published
+from tomevit.weights.convert import weights_of
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -90,7 +90,7 @@ def export_program(
     """Write a model as a program that runs without tomevit, and compare the two.
 
     Args:
-        model: a model, in a wrapper of torch's or not, a file that tomevit wrote, or a name of the zoo.
+        model: a model, in a wrapper of torch's or not, or anything that `tomevit.convert` takes.
         out: the file, ending in .onnx or .pt2. ONNX weights that do not fit one file (2 GB) go to OUT.data beside it.
         format: "onnx", for onnxruntime, TensorRT, OpenVINO and others; "pt2", for `torch.export.load`; "aoti",
             compiled, for `torch._inductor.aoti_load_package` and C++ without Python, on the kind of device that the
@@ -112,7 +112,8 @@ def export_program(
     """
     if format not in PROGRAMS:
         raise ValueError(f"there is no program format {format!r}; there are {', '.join(PROGRAMS)}")
-    kind, out = PROGRAMS[format], check_output(out)
+    inputs = [] if isinstance(model, nn.Module) else [model]
+    kind, out = PROGRAMS[format], check_output(out, inputs=inputs)
     if out.suffix != kind.suffix:
         raise ValueError(f"{out.name} must end in {kind.suffix}, as a program of format {format} does")
     if dtype not in kind.dtypes:
@@ -125,7 +126,7 @@ def export_program(
         least = ".".join(map(str, LEAST_TORCH))
         raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
     kind.check(opset)
-    card, tensors = _source(model, out)
+    card, tensors, _ = weights_of(model)
     source = "the model" if isinstance(model, nn.Module) else os.fspath(model)  # as messages name it
     if r is not None:
         card = replace(card, r=check_schedule(r, card.config.depth))
@@ -187,23 +188,6 @@ def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool)
 
 def output_name(model: VisionTransformer) -> str:
     return "logits" if model.config.num_classes else "features"
-
-
-def _source(model: nn.Module | str | os.PathLike[str], out: Path) -> tuple[Card, dict[str, Tensor]]:
-    if isinstance(model, nn.Module):
-        inner = unwrap(model)
-        if not isinstance(inner, VisionTransformer):
-            raise ValueError(
-                f"model is a {type(inner).__name__}, and a program is made of a VisionTransformer, such as an encoder"
-            )
-        return checkpoint.card_of(inner), {name: tensor.detach() for name, tensor in inner.state_dict().items()}
-    if Path(model).exists():
-        card, named, _ = checkpoint.read(model)
-        if out.exists() and out.samefile(model):
-            raise ValueError(f"{out} is the source itself: name another file to write")
-        return card, named
-    card, named, _ = published(card_of_name(os.fspath(model)))
-    return card, named
 
 
 def _images(card: Card, count: int, raw: bool) -> Tensor:

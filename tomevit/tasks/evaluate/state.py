@@ -178,11 +178,10 @@ def evaluation_key(
     model: VisionTransformer, files: Sequence[str], labels: Sequence[int], r_values: Sequence[Schedule], batch: int
 ) -> dict[str, str]:
     """What an evaluation is of, so that none is gone on from with other images or weights."""
-    weights = ((name, tensor.detach().cpu().contiguous()) for name, tensor in checkpoint.in_order(model.state_dict()))
     above = len(os.path.dirname(os.path.commonprefix(files)))  # noqa: PTH120, RUF071  # the set may be moved
     images = "\n".join(f"{label} {file[above:]}" for file, label in zip(files, labels, strict=True))
     return {
-        "weights": checkpoint.digest(weights)[:12],
+        "weights": checkpoint.digest_of(model.state_dict())[:12],
         "model": _digest(repr(model.config)),
         "preprocessing": _digest(repr(transform(model))),
         "images": _digest(images),

@@ -1,0 +1,131 @@
+"""What a user means by a file, a directory, a URL, a repository or a name: where it lies, and what is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tomevit import zoo
+from tomevit.cards import is_ours
+from tomevit.config import Card, Source
+from tomevit.errors import CheckpointError
+from tomevit.weights import cache, files
+from tomevit.weights.foreign_configs import SIDECARS, read_sidecars
+
+ADDRESSES = ("http://", "https://", "hf-hub:")
+
+
+class Located(NamedTuple):
+    """A checkpoint on this machine, and what is known of it beforehand."""
+
+    path: Path
+    origin: Source  # with the whole sha256, unless the file is ours
+    card: Card | None = None  # as published, or as the files beside it describe it
+    format: str | None = None  # as published
+    downloaded: bool = False
+
+    @property
+    def name(self) -> str:
+        """By which the user knows it: a download's own path is soon gone."""
+        repo = f"hf-hub:{self.origin.hub}@{self.origin.revision}" if self.origin.hub else None
+        return (self.downloaded and (self.origin.url or repo)) or str(self.path)
+
+
+@contextmanager
+def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
+    """The file that a user means, downloaded if need be; a download lasts as long as the context.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no weights in the directory.
+        ValueError: there is no such model.
+        CheckpointError, DownloadError: it could not be had.
+    """
+    name = os.fspath(source)
+    path = Path(name)
+    if not path.exists() or name.startswith(ADDRESSES):
+        card = card_of_source(name)
+        with cache.fetch(card) as fetched:
+            yield locate_fetched(fetched, card)
+    elif path.is_dir():
+        if not (path / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{name} is a directory without model.safetensors: name the checkpoint file")
+        yield _identify(path / "model.safetensors", _local_source(path / "model.safetensors"), _files_beside(path))
+    elif is_ours(path):
+        yield Located(path, Source(format="tomevit", file=path.name))
+    elif path.is_file():
+        beside = _files_beside(path.parent) if path.name in cache.HUB_FILES else {}
+        yield _identify(path, _local_source(path), beside)
+    else:
+        raise FileNotFoundError(f"{name} is neither a file nor a directory")
+
+
+def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
+    """What was fetched for a card of `card_of_source`: as the zoo knows it if it is published, else by what it is."""
+    if card.weights:
+        return Located(fetched.path, fetched.source, zoo.card(card.full_name), fetched.source.format, downloaded=True)
+    beside = cache.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
+    return _identify(fetched.path, fetched.source, beside, downloaded=True)
+
+
+def card_of_source(name: str) -> Card:
+    """What is known beforehand of an address or of what is no file: a card with its sources.
+
+    Of a URL or hf-hub:owner/repo[@revision] it has this one source: that of the weights published there, so that their
+    hash is checked, or no more than the address.
+
+    Raises:
+        FileNotFoundError: the name looks like a file's.
+        ValueError: it names no repository, or there is no such model.
+    """
+    if not name:
+        raise ValueError("the source's name is empty: give a file, a URL, hf-hub:owner/repo or a name of the zoo")
+    if not name.startswith(ADDRESSES):
+        return zoo.card_of_no_file(name)
+    repo, _, revision = name.removeprefix("hf-hub:").partition("@")
+    on_hub = name.startswith("hf-hub:")
+    for card, source in zoo.published():
+        if (on_hub and repo == source.hub and revision in ("", source.revision)) or name == source.url:
+            return replace(card, sources=(source,))
+    if not on_hub:
+        distinct = hashlib.sha256(name.encode()).hexdigest()[:16]
+        return Card(name=f"url-{distinct}", sources=(Source(format="", url=name),))
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise ValueError(f"{name} names no repository: it must be hf-hub:owner/repo or hf-hub:owner/repo@revision")
+    return Card(name=repo.replace("/", "--"), sources=(Source(format="", hub=repo, revision=revision or None),))
+
+
+@contextmanager
+def name_errors_after(located: Located) -> Iterator[None]:
+    """Errors about a file begin with the name that its user knows."""
+    try:
+        yield
+    except CheckpointError as error:
+        said = str(error)
+        if said.startswith(str(located.path)):
+            error.args = (located.name + said.removeprefix(str(located.path)),)
+        else:
+            error.args = (f"{located.name}: {said}",)
+        raise
+
+
+def _local_source(path: Path) -> Source:
+    return Source(format="", file=path.name, sha256=files.sha256(path))
+
+
+def _files_beside(directory: Path) -> dict[str, Path]:
+    return {name: directory / name for name in SIDECARS if (directory / name).is_file()}
+
+
+def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
+    """What the zoo knows of a file by its hash, or else what the files beside it say."""
+    assert origin.sha256 is not None
+    for card, source in zoo.published():
+        if source.sha256 is not None and origin.sha256.startswith(source.sha256):
+            origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
+            return Located(path, origin, card, source.format, downloaded)
+    return Located(path, origin, read_sidecars(beside) if beside else None, None, downloaded)
