@@ -915,7 +915,9 @@ def test_a_disk_that_fills_up(server: Server, environment: dict[str, str], kind:
     if kind == "hub":
         source = on_hub(revision=commit)
     limit, converter = (500_000, convert_large) if kind == "conversion" else (200_000, convert)
-    with pytest.raises(DownloadError, match=r"cannot be written: .* MB that are left: free some space, or set \w+_HOME to") as caught:
+    with pytest.raises(
+        DownloadError, match=r"cannot be written: .* MB that are left: free some space, or set \w+_HOME to"
+    ) as caught:
         Elsewhere(environment, with_file_limit, source, limit, converter).result()
     assert environment["HF_HOME" if kind == "hub" else "TOMEVIT_HOME"] in str(caught.value)
     assert kept() == [f"weights/{old.name}"]

@@ -9,22 +9,19 @@ Everything lies under `home()`, with one name per set of weights ("vit_b16.augre
 
 A file appears in weights/ whole or not at all, and its own header says what it was made from. Finding it needs no lock,
 and no right to write. Files from the Hugging Face hub stay in the cache of huggingface_hub, which reads HF_HOME,
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How other URLs are read says `tomevit.weights.download`.
+HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files are downloaded says `tomevit.weights.download`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -39,19 +36,17 @@ from tomevit.errors import CheckpointError, DownloadError
 from tomevit.weights import files
 from tomevit.weights.download import (
     DiskError,
-    Interrupted,
-    disk_error,
+    UnreachableError,
     download,
     explain_disk_errors,
+    files_on_hub,
     is_offline,
     is_web_page,
-    retry,
 )
 
 log = logging.getLogger("tomevit")
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names, the preferred first
-HUB_ATTEMPTS = 3  # around huggingface_hub, which retries most failures itself
 
 
 class Fetched(NamedTuple):
@@ -130,16 +125,9 @@ def beside(source: Source, names: Iterable[str]) -> dict[str, Path]:
     Raises:
         DownloadError: the hub has the repository, and fails.
     """
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    found, unreachable = {}, False
-    for name in names:
-        try:
-            found[name] = _retry_hub(source, name, local=unreachable)
-        except LocalEntryNotFoundError:
-            unreachable = True
-        except EntryNotFoundError:
-            continue
+    found: dict[str, Path] = {}
+    with suppress(UnreachableError):
+        found.update(files_on_hub(source, names))  # what was found before the error stays
     return found
 
 
@@ -297,131 +285,47 @@ def _locked(name: str) -> Iterator[Path]:
 
 
 def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
-    ours = False
+    found, ours, etag = source, False, ""
     if source.package:
         path = _packaged_file(source)
-        found = _with_hashes(source, path)
     elif name := _find_brought(source, folder):
-        path = _path_to_bring(source, folder, name)
-        found = _with_hashes(replace(source, file=name), path)
+        path, found = _path_to_bring(source, folder, name), replace(source, file=name)
     elif source.hub:
-        path, found = _from_hub(source)
+        path, found = _first_on_hub(source)
+        # …/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256.
+        etag = path.readlink().name if path.is_symlink() else ""
     else:
         assert source.url, f"{source} is neither a URL nor on the hub nor in the package"
         ours, name = True, _possible_names(source)[0]
-        path = unfinished / _file_name(name)
+        path, found = unfinished / _file_name(name), replace(source, file=name)
         download(source.url, path)
-        found = _with_hashes(replace(source, file=name), path)
-    try:
-        if is_web_page(path):
-            raise CheckpointError(f"{path} is a web page, not weights")
-        if differ := _wrong_hash(source, found):
-            raise CheckpointError(f"{path}, from {_spell(source)}, has {differ}")
-    except CheckpointError:
+    found = replace(found, sha256=files.sha256(path), md5=files.md5(path) if source.md5 else None)
+    if len(etag) == 64 and found.sha256 != etag:
+        path.resolve().unlink()  # or huggingface_hub would hand it out for ever
+        path.unlink()
+        raise CheckpointError(
+            f"{found.file} of {source.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
+        )
+    if wrong := "is a web page, not weights" if is_web_page(path) else _wrong_hash(source, found):
         if ours:
             path.unlink()
-        raise
+        raise CheckpointError(f"{path}, from {_spell(source)}, {wrong}")
     return Fetched(path, found, ours)
 
 
-def _with_hashes(source: Source, path: Path) -> Source:
-    return replace(source, sha256=files.sha256(path), md5=files.md5(path) if source.md5 else None)
+def _first_on_hub(source: Source) -> tuple[Path, Source]:
+    """The first of a source's names that its repository has, and the source with that name and the commit."""
+    names = _possible_names(source)
+    for name, path in files_on_hub(source, names):
+        return path, replace(source, file=name, revision=path.parents[name.count("/")].name)
+    repo = f"{source.hub} at {source.revision}" if source.revision else source.hub
+    raise DownloadError(f"{repo} on the hub has no {' and no '.join(names)}")
 
 
 def _wrong_hash(published: Source, found: Source) -> str | None:
-    """Which hash of a file is not the one that was published."""
+    """Which hash of a file is not the one that was published, None if all are."""
     for kind in ("sha256", "md5"):
         prefix, whole = getattr(published, kind), getattr(found, kind)
         if prefix and not (whole or "").startswith(prefix.lower()):
-            return f"{kind} {whole}, published is {prefix}"
+            return f"has {kind} {whole}, published is {prefix}"
     return None
-
-
-def _from_hub(source: Source) -> tuple[Path, Source]:
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    unreachable: Exception | None = None
-    for name in _possible_names(source):
-        try:
-            path = _retry_hub(source, name, local=bool(unreachable))
-        except LocalEntryNotFoundError as error:
-            unreachable = unreachable or error
-            continue
-        except EntryNotFoundError:
-            continue
-        # …/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256.
-        etag = path.readlink().name if path.is_symlink() else ""
-        found = _with_hashes(replace(source, file=name, revision=path.parents[name.count("/")].name), path)
-        if re.fullmatch(r"[0-9a-f]{64}", etag) and found.sha256 != etag:
-            path.resolve().unlink()  # or huggingface_hub would hand it out for ever
-            path.unlink()
-            raise CheckpointError(
-                f"{name} of {source.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
-            )
-        return path, found
-    if unreachable is None:
-        raise DownloadError(
-            f"{source.hub}{f' at {source.revision}' if source.revision else ''} on the hub has no "
-            f"{' and no '.join(_possible_names(source))}"
-        )
-    if is_offline():
-        raise DownloadError(f"{source.hub} is not in Hugging Face's cache, and HF_HUB_OFFLINE is set") from unreachable
-    cause = str(unreachable.__cause__ or unreachable).strip().splitlines()
-    raise DownloadError(f"{source.hub} cannot be reached ({cause[0] if cause else 'no answer'})") from unreachable
-
-
-def _retry_hub(source: Source, name: str, *, local: bool) -> Path:
-    """A file of a repository, in the cache of huggingface_hub.
-
-    Raises:
-        EntryNotFoundError: the repository has no such file.
-        LocalEntryNotFoundError: the hub cannot be reached, or should not be, and the file is not in the cache.
-        DownloadError: anything else.
-    """
-    return Path(retry(partial(_try_hub, source, name, local), HUB_ATTEMPTS))
-
-
-def _try_hub(source: Source, name: str, local: bool) -> str:
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    assert source.hub
-    repo, cache = source.hub, Path(constants.HF_HUB_CACHE)
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        with warnings.catch_warnings(), explain_disk_errors(cache, "HF_HOME"):
-            warnings.filterwarnings("error", "Not enough free disk space", UserWarning)  # it would fill the disk
-            return hf_hub_download(repo, name, revision=source.revision, local_files_only=local)
-    except (DiskError, EntryNotFoundError):
-        raise
-    except GatedRepoError as error:
-        raise DownloadError(
-            f"{repo} on the hub is gated: accept its conditions at {constants.ENDPOINT}/{repo}, and {log_in}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise DownloadError(f"there is no {repo} on the hub, or it is private: check the name, or {log_in}") from error
-    except RevisionNotFoundError as error:
-        raise DownloadError(f"{repo} on the hub has no revision {source.revision}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        reason = f"{repo} on the hub answered {status} for {name}"
-        if status == 408 or status >= 500:
-            raise Interrupted(reason) from error
-        hint = f": the token is refused, {log_in}" if status in (401, 403) else ""
-        raise DownloadError(reason + hint) from error
-    except HFValidationError as error:
-        raise DownloadError(f"{repo!r} is no name on the hub, which has the form owner/repo") from error
-    except UserWarning as warning:
-        match = re.search(r"size is: ([\d.]+) MB", str(warning))
-        needed = int(float(match[1]) * 1e6) if match else None
-        raise disk_error(errno.ENOSPC, cache, "HF_HOME", needed) from warning
-    except Exception as error:  # of httpx, httpx2 or hf_xet, which have no base class in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Interrupted(f"{name} of {repo} could not be read from the hub ({reason})") from error

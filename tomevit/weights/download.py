@@ -1,6 +1,6 @@
-"""Files by their URL: resumed where they broke off, tried again where that may help.
+"""Files from the network, by URL or from the hub: resumed where they broke off, tried again where that may help.
 
-Requests go through the client that huggingface_hub hands out, with the proxies, certificates and whatever else its
+URLs are read by the client that huggingface_hub hands out, with the proxies, certificates and whatever else its
 `set_client_factory` was told of, but without credentials: those that the client has are for the hub. All URLs can come
 from a mirror: with TOMEVIT_MIRROR=http://mirror, https://host/path is read as http://mirror/host/path.
 """
@@ -16,9 +16,11 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from typing import Any, TypeVar
@@ -27,12 +29,14 @@ from urllib.parse import quote, urlsplit
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from tomevit.config import Source
 from tomevit.errors import DownloadError, OutputError
 from tomevit.output import FULL, error_number
 
 log = logging.getLogger("tomevit")
 
 ATTEMPTS = 5  # in a row without a new byte
+HUB_ATTEMPTS = 3  # around huggingface_hub, which retries most failures itself
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
 REDIRECTS = 10  # at most, of one request
@@ -50,18 +54,19 @@ class Interrupted(Exception):  # noqa: N818 - no error yet
         self.wait = wait  # seconds that the server asks for
 
 
+class UnreachableError(DownloadError):
+    """The hub does not answer, or should not be asked."""
+
+
 class DiskError(DownloadError):
     """No place for a file: another source would not help."""
 
 
 def disk_error(number: int, path: Path, variable: str = "TOMEVIT_HOME", needed: int | None = None) -> DiskError:
-    """What the system refused, and what helps.
+    """That a path cannot be written, for the system's reason, and that a variable names another place.
 
     Args:
-        number: the system's, of the error.
-        path: what cannot be written.
-        variable: names the directory that it lies in.
-        needed: bytes.
+        needed: bytes, where the disk is full.
     """
     sentence = str(OutputError(number, path))
     if number not in FULL:
@@ -101,17 +106,15 @@ def is_offline() -> bool:
 
 
 def retry(attempt: Callable[[], T], attempts: int, size: Callable[[], int] = lambda: 0) -> T:
-    """Call until it succeeds, with pauses that grow.
+    """Call until it is no longer Interrupted, with pauses that grow.
 
     Args:
-        attempt: raises Interrupted if another may succeed.
-        attempts: after so many without progress it is given up.
-        size: tells after each attempt how much there is; more than ever before is progress.
+        attempts: after so many without progress, which is a `size` larger than ever before, it is given up.
 
     Raises:
         DownloadError: given up.
     """
-    failures = most = 0
+    failures, most = 0, 0
     while True:
         try:
             return attempt()
@@ -185,14 +188,7 @@ def _continue(url: str, address: str, part: Path, note: Path) -> None:
 def _append(response: Any, address: str, part: Path, size: int | None) -> None:
     """Write the body of an answer behind a part, which shall then have a size."""
     bar = tqdm(
-        desc=part.stem,
-        total=size,
-        initial=_size(part),
-        delay=2,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None,
+        desc=part.stem, total=size, initial=_size(part), unit="B", unit_scale=True, delay=2, leave=False, disable=None
     )
     try:
         with bar, part.open("ab") as file:
@@ -200,7 +196,7 @@ def _append(response: Any, address: str, part: Path, size: int | None) -> None:
                 file.write(chunk)
                 bar.update(len(chunk))
     except _http_library().HTTPError as error:
-        raise Interrupted(f"{address} ended after {_size(part)} of {size} bytes ({_what(error)})") from error
+        raise Interrupted(f"{address} ended after {_size(part)} of {size} bytes ({error})") from error
     if size is not None and _size(part) != size:
         raise Interrupted(f"{address} ended after {_size(part)} of {size} bytes")
 
@@ -232,7 +228,7 @@ def _get(address: str, headers: Mapping[str, str]) -> Iterator[Any]:
     except http.HTTPError as error:
         if _is_about_certificates(error):
             raise DownloadError(f"{address}: {error}") from error
-        raise Interrupted(f"{address} cannot be reached ({_what(error)})") from error
+        raise Interrupted(f"{address} cannot be reached ({error})") from error
     with closing(response):
         yield response
 
@@ -271,10 +267,6 @@ def _is_about_certificates(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _what(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
 def _address(url: str) -> str:
     """Where a URL is read: from the mirror, if there is one."""
     mirror = os.environ.get("TOMEVIT_MIRROR")
@@ -300,3 +292,82 @@ def _read_note(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):  # none, or of a process that died writing it
         return {}
     return note if isinstance(note, dict) else {}
+
+
+def files_on_hub(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Path]]:
+    """Those of some files that a repository has, with their paths in huggingface_hub's cache.
+
+    Each is downloaded when it is its turn. Where the hub cannot be reached, they are those in that cache.
+
+    Raises:
+        UnreachableError: at the end, after what the cache has.
+        DownloadError: the hub refuses, or fails.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    unreachable: Exception | None = None
+    for name in names:
+        try:
+            path = retry(partial(_try_hub, source, name, local=unreachable is not None), HUB_ATTEMPTS)
+        except LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
+        except EntryNotFoundError:
+            continue
+        else:
+            yield name, path
+    if unreachable is not None and is_offline():
+        raise UnreachableError(
+            f"{source.hub} is not in Hugging Face's cache, and HF_HUB_OFFLINE is set"
+        ) from unreachable
+    if unreachable is not None:
+        cause = str(unreachable.__cause__ or unreachable).strip().splitlines()
+        raise UnreachableError(
+            f"{source.hub} cannot be reached ({cause[0] if cause else 'no answer'})"
+        ) from unreachable
+
+
+def _try_hub(source: Source, name: str, *, local: bool) -> Path:
+    """One attempt; its EntryNotFoundError: there is no such file, LocalEntryNotFoundError: the hub cannot be asked."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    assert source.hub
+    repo, cache = source.hub, Path(constants.HF_HUB_CACHE)
+    log_in = "log in with `hf auth login` or set HF_TOKEN"
+    try:
+        with warnings.catch_warnings(), explain_disk_errors(cache, "HF_HOME"):
+            warnings.filterwarnings("error", "Not enough free disk space", UserWarning)  # it would fill the disk
+            return Path(hf_hub_download(repo, name, revision=source.revision, local_files_only=local))
+    except (DiskError, EntryNotFoundError):
+        raise
+    except GatedRepoError as error:
+        raise DownloadError(
+            f"{repo} on the hub is gated: accept its conditions at {constants.ENDPOINT}/{repo}, and {log_in}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise DownloadError(f"there is no {repo} on the hub, or it is private: check the name, or {log_in}") from error
+    except RevisionNotFoundError as error:
+        raise DownloadError(f"{repo} on the hub has no revision {source.revision}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"{repo} on the hub answered {status} for {name}"
+        if status == 408 or status >= 500:
+            raise Interrupted(reason) from error
+        hint = f": the token is refused, {log_in}" if status in (401, 403) else ""
+        raise DownloadError(reason + hint) from error
+    except HFValidationError as error:
+        raise DownloadError(f"{repo!r} is no name on the hub, which has the form owner/repo") from error
+    except UserWarning as warning:
+        match = re.search(r"size is: ([\d.]+) MB", str(warning))
+        needed = int(float(match[1]) * 1e6) if match else None
+        raise disk_error(errno.ENOSPC, cache, "HF_HOME", needed) from warning
+    except Exception as error:  # of httpx, httpx2 or hf_xet, which have no base class in common
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Interrupted(f"{name} of {repo} could not be read from the hub ({reason})") from error
