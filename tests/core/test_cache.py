@@ -8,6 +8,9 @@ import logging
 import os
 import random
 import shutil
+import signal
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -30,7 +33,7 @@ from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError
-from tomevit.weights import cache
+from tomevit.weights import cache, download
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
 DATA = random.Random(0).randbytes(300_000)
@@ -89,6 +92,11 @@ def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "sleep", nap)
     return asked
+
+
+def http_library() -> Any:
+    """httpx or httpx2, whichever huggingface_hub uses."""
+    return download._http_library()
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -429,6 +437,115 @@ def test_a_mirror_takes_the_place_of_every_host(server: Server, set_environment:
     set_environment(TOMEVIT_MIRROR="")
     assert converted_from(obtain(given)) == DATA  # found by its publisher's address
     assert not server.requests
+
+
+def test_a_redirect_without_end_is_given_up(server: Server) -> None:
+    url = server.put("/w.pth", DATA)
+    server.forever["/w.pth"] = Fault(status=302, headers={"Location": url})
+    with pytest.raises(DownloadError, match=f"{url} redirects more than 10 times"):
+        obtain(card(at(url)))
+
+
+# The client that reads URLs.
+
+
+@pytest.fixture
+def use_client() -> Iterator[Callable[..., list[Any]]]:
+    """Have huggingface_hub use a client of the user's own; returns a list that counts how many were made."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
+    def use(**options: Any) -> list[Any]:
+        made: list[Any] = []
+
+        def make() -> Any:
+            made.append(http_library().Client(**options))
+            return made[-1]
+
+        set_client_factory(make)
+        return made
+
+    yield use
+    set_client_factory(_http.default_client_factory)
+
+
+def test_a_client_of_the_users_own_is_used_and_its_credentials_are_not(
+    server: Server, use_client: Callable[..., list[Any]]
+) -> None:
+    made = use_client(headers={"Authorization": "Bearer hf_secret"}, follow_redirects=True)
+    server.put("/moved.pth", DATA)
+    for location in (f"{server.url}/moved.pth", f"{server.storage}/moved.pth"):
+        server.forever["/w.pth"] = Fault(status=302, headers={"Location": location})
+        with fetch(card(at(f"{server.url}/w.pth"))) as fetched:
+            assert fetched.path.read_bytes() == DATA
+    assert len(made) == 1
+    made = use_client(auth=("user", "secret"))
+    cached_file = obtain(card(at(f"{server.url}/moved.pth")))
+    assert converted_from(cached_file) == DATA
+    assert len(made) == 1
+    assert [request.authorization for request in server.requests] == [None] * 5
+
+
+@pytest.mark.parametrize(("first", "second"), [("https", "http"), ("https", "ftp"), ("http", "https")])
+def test_a_redirect_may_become_safer_only(use_client: Callable[..., list[Any]], first: str, second: str) -> None:
+    asked: list[str] = []
+
+    def answer(request: Any) -> Any:
+        asked.append(str(request.url))
+        if len(asked) == 1:
+            return http_library().Response(302, headers={"Location": f"{second}://127.0.0.2/moved.pth"})
+        return http_library().Response(200, content=iter([DATA]))
+
+    use_client(transport=http_library().MockTransport(answer))
+    given = card(at(f"{first}://127.0.0.1/w.pth"))
+    if second == "https":
+        assert converted_from(obtain(given)) == DATA
+    else:
+        with pytest.raises(DownloadError, match=f"redirects to {second}://127.0.0.2/moved.pth, which is less safe"):
+            obtain(given)
+        assert len(asked) == 1
+
+
+def test_a_size_that_the_client_does_not_check_is_checked(use_client: Callable[..., list[Any]]) -> None:
+    def answer(request: Any) -> Any:
+        return http_library().Response(200, headers={"Content-Length": "300000"}, content=iter([DATA[:CUT]]))
+
+    use_client(transport=http_library().MockTransport(answer))
+    with pytest.raises(DownloadError, match="ended after 100000 of 300000 bytes"):
+        obtain(card(at("http://127.0.0.1/w.pth")))
+
+
+def read_anew_by_url(url: str) -> bytes:
+    return converted_from(obtain(card(at(url))))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl to make a certificate")
+def test_a_certificate_that_nobody_knows_is_named(
+    server: Server, environment: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    about = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2")
+    make = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, *about)
+    subprocess.run(make, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    url = server.put("/w.pth", DATA).replace("http://", "https://")
+    with pytest.raises(DownloadError, match=f"{url}: .*certificate verify failed"):
+        read_anew_by_url(url)
+    assert "trying again" not in caplog.text
+    assert Elsewhere(environment | {"SSL_CERT_FILE": certificate}, read_anew_by_url, url).result() == DATA
+
+
+def test_a_proxy_is_asked(server: Server, environment: dict[str, str]) -> None:
+    server.put("/w.pth", DATA)
+    url = "http://dl.example.org/w.pth"
+    assert Elsewhere(environment | {"HTTP_PROXY": server.url}, read_anew_by_url, url).result() == DATA
+    assert [request.host for request in server.requests] == ["dl.example.org"]
+    shutil.rmtree(home())
+    for proxy in ("nonsense://127.0.0.1", "http://127.0.0.1:port"):
+        with pytest.raises(DownloadError, match=r"http://dl\.example\.org/w\.pth: "):
+            Elsewhere(environment | {"HTTP_PROXY": proxy}, read_anew_by_url, url).result()
 
 
 # Several sources, licences, names.
@@ -819,6 +936,22 @@ def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> 
     assert converted_from(obtain(card(source))) == DATA
     assert server.requests[-1].range == f"bytes={size}-"
     assert len(kept()) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
+def test_interrupted_by_the_user_in_mid_download(server: Server, environment: dict[str, str]) -> None:
+    source = at(server.put("/w.pth", DATA))
+    server.faults["/w.pth"] = [Fault(cut=CUT, hang=30)]
+    process = Elsewhere(environment, read_counting, source)
+    part = home() / "unfinished" / "vit_x1.tag" / "w.pth.part"
+    until(lambda: part.exists() and part.stat().st_size)
+    assert process.process.pid
+    os.kill(process.process.pid, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        process.result()
+    assert part.stat().st_size == CUT
+    assert converted_from(obtain(card(source))) == DATA
+    assert server.requests[-1].range == f"bytes={CUT}-"
 
 
 def stop_halfway(given: Card, fetched: Fetched, draft: Path) -> None:

@@ -223,9 +223,11 @@ def _get(address: str, headers: Mapping[str, str]) -> Iterator[Any]:
             request = response.next_request
         else:
             raise DownloadError(f"{address} redirects more than {REDIRECTS} times")
+    except DownloadError:
+        raise
     except (http.InvalidURL, ImportError, ValueError) as error:  # of the address, or a proxy that it cannot speak to
         raise DownloadError(f"{address}: {error}") from error
-    except http.HTTPError as error:
+    except (http.HTTPError, OSError) as error:
         if _is_about_certificates(error):
             raise DownloadError(f"{address}: {error}") from error
         raise Interrupted(f"{address} cannot be reached ({error})") from error
