@@ -309,7 +309,8 @@ def test_a_wrong_hash_is_refused_and_the_file_removed(server: Server, published:
     with pytest.raises(CheckpointError, match=f"has {kind} {found}, published is {published[kind]}"):
         obtain(given)
     assert kept() == []
-    assert converted_from(obtain(given)) == DATA
+    for _ in range(2):
+        assert converted_from(obtain(given)) == DATA
     assert server.paths() == ["/w.pth", "/w.pth"]  # and no other source, which would hide it
 
 

@@ -95,9 +95,7 @@ def cached(card: Card, convert: Callable[[Fetched, Path], None]) -> Path:
                 drafts.mkdir()
                 draft = drafts / "converted.safetensors"
                 convert(fetched, draft)
-                path = (
-                    home() / "weights" / f"{_file_name(card.full_name)}-{str(fetched.source.sha256)[:16]}.safetensors"
-                )
+                path = home() / "weights" / _converted_name(card, str(fetched.source.sha256)[:16])
                 path.parent.mkdir(exist_ok=True)
                 return draft.replace(path)
         finally:
@@ -143,7 +141,7 @@ def _find(card: Card) -> Path | None:
 def _made_from(source: Source, card: Card) -> dict[Path, Source]:
     """The converted files that were made from a source of a card, and the origin that their headers tell."""
     found = {}
-    for path in sorted((home() / "weights").glob(f"{_file_name(card.full_name)}-{'[0-9a-f]' * 16}.safetensors")):
+    for path in sorted((home() / "weights").glob(_converted_name(card, "[0-9a-f]" * 16))):
         try:
             # Names are durable before contents are: a power failure can leave a short file behind a good name, which
             # safe_open refuses, since its header says how much should follow.
@@ -191,7 +189,7 @@ def _first_available(card: Card, unfinished: Path) -> Fetched:
 def _check_unchanged(card: Card, published: Source, fetched: Fetched) -> None:
     """Where no hash is published, the first one met counts."""
     before = {} if published.sha256 or published.md5 else _made_from(published, card)
-    if not before or fetched.source.sha256 in [origin.sha256 for origin in before.values()]:
+    if not before or _converted_name(card, str(fetched.source.sha256)[:16]) in [path.name for path in before]:
         return
     if fetched.ours:
         fetched.path.unlink()
@@ -246,6 +244,11 @@ def _find_brought(source: Source, folder: str) -> str | None:
 def _packaged_file(source: Source) -> Path:
     assert source.package
     return Path(str(resources.files("tomevit") / source.package))
+
+
+def _converted_name(card: Card, digits: str) -> str:
+    """In weights/, by the first 16 digits of the published file's sha256, or a pattern for them."""
+    return f"{_file_name(card.full_name)}-{digits}.safetensors"
 
 
 def _file_name(name: str) -> str:

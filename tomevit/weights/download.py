@@ -317,15 +317,11 @@ def files_on_hub(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Pa
             continue
         else:
             yield name, path
-    if unreachable is not None and is_offline():
-        raise UnreachableError(
-            f"{source.hub} is not in Hugging Face's cache, and HF_HUB_OFFLINE is set"
-        ) from unreachable
     if unreachable is not None:
-        cause = str(unreachable.__cause__ or unreachable).strip().splitlines()
-        raise UnreachableError(
-            f"{source.hub} cannot be reached ({cause[0] if cause else 'no answer'})"
-        ) from unreachable
+        cause = (str(unreachable.__cause__ or unreachable).strip() or "no answer").splitlines()[0]
+        offline = "is not in Hugging Face's cache, and HF_HUB_OFFLINE is set"
+        why = offline if is_offline() else f"cannot be reached ({cause})"
+        raise UnreachableError(f"{source.hub} {why}") from unreachable
 
 
 def _try_hub(source: Source, name: str, *, local: bool) -> Path:
