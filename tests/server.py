@@ -53,7 +53,7 @@ class Fault:
     """What goes wrong with one answer."""
 
     status: int | None = None  # instead of the file
-    headers: Mapping[str, str] = field(default_factory=dict)  # besides, or instead of, the usual ones
+    headers: Mapping[str, str | None] = field(default_factory=dict)  # besides, or instead of, the usual ones; None: not
     body: bytes | None = None  # instead of the file's
     cut: int | None = None  # the connection closes after so many bytes of the body
     hang: float = 0.0  # seconds of silence, after `cut` bytes, or before the answer
@@ -340,11 +340,12 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[start:], 206
         self._send(status, headers | dict(fault.headers), content, fault)
 
-    def _send(self, status: int, headers: Mapping[str, str], body: bytes, fault: Fault) -> None:
+    def _send(self, status: int, headers: Mapping[str, str | None], body: bytes, fault: Fault) -> None:
         try:
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body)), "Connection": "close"} | dict(headers)).items():
-                self.send_header(name, value)
+                if value is not None:
+                    self.send_header(name, value)
             self.end_headers()
             if self.command == "HEAD":
                 return

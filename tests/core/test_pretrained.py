@@ -22,7 +22,7 @@ from tests.helpers import relative_error
 from tests.server import Server
 from tomevit import zoo
 from tomevit.weights.checkpoint import read
-from tomevit.weights.convert import published
+from tomevit.weights.convert import published_weights
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "full_size.safetensors")
 
@@ -178,7 +178,7 @@ def test_a_model_for_another_task_starts_from_published_weights(server: Server, 
     assert model(torch.randn(1, 3, 128, 192)).shape == (1, 10)
     assert torch.equal(model.blocks[3].mlp.fc1.weight, tensors["blocks.3.mlp.fc1.weight"])  # type: ignore[union-attr]
     assert model.card.figures == ()
-    assert published(tomevit.card(name)).card.figures != ()
+    assert published_weights(tomevit.card(name)).card.figures != ()
 
 
 def test_convert_takes_names_urls_and_repositories(server: Server, tmp_path: Path) -> None:

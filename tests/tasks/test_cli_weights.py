@@ -300,8 +300,7 @@ def test_export(run: Run, tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("deit.pth --format timm -o out.pth", "which tomevit convert reads"),
-        ("flat.safetensors --format timm -o out.pth", "tomevit convert reads other formats"),
+        ("flat.safetensors --format timm -o out.pth", "it fits deit_ti16 or vit_ti16"),
         ("missing.safetensors --format timm -o out.pth", "there is no file missing.safetensors"),
         ("vit_b61 --format timm -o out.pth", "did you mean vit_b16"),
         ("directory --format timm -o out.pth", "directory is a directory"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import adapt_weights, weights_of
-from tomevit.weights.sources import card_of_source
+from tomevit.weights.sources import card_of_source, is_elsewhere
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,7 +27,7 @@ def card_of_argument(model: str) -> Card:
     """
     if is_ours(model):
         return read_contents(model).card
-    return weights_of(model).card if Path(model).exists() else card_of_source(model)
+    return card_of_source(model) if is_elsewhere(model) else weights_of(model).card
 
 
 def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | None = None) -> VisionTransformer:
@@ -45,8 +44,8 @@ def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | N
 
 
 def untrained(model: str, img_size: tuple[int, int] | None = None) -> VisionTransformer:
-    """A model to measure the speed of: of the zoo's with fresh weights, which cost no download; a file's with its own."""
-    return trained(model, img_size=img_size) if Path(model).exists() else create(model, img_size=img_size)
+    """A model to measure the speed of: the zoo's have fresh weights, which cost no download; a file's has its own."""
+    return create(model, img_size=img_size) if is_elsewhere(model) else trained(model, img_size=img_size)
 
 
 def device_of(name: str) -> torch.device:

@@ -186,7 +186,7 @@ def weights_of(
     if isinstance(source, nn.Module):
         return _weights_of_model(source, model)
     name = os.fspath(source)
-    if name.startswith(sources.ADDRESSES) or not Path(name).exists():
+    if sources.is_elsewhere(name):
         card = sources.card_of_source(name)
         if card.weights:
             if model is not None:

@@ -47,7 +47,7 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
     """
     name = os.fspath(source)
     path = Path(name)
-    if not path.exists() or name.startswith(ADDRESSES):
+    if is_elsewhere(name):
         card = card_of_source(name)
         with cache.fetch(card) as fetched:
             yield locate_fetched(fetched, card)
@@ -61,7 +61,12 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         beside = _files_beside(path.parent) if path.name in cache.HUB_FILES else {}
         yield _identify(path, _local_source(path), beside)
     else:
-        raise FileNotFoundError(f"{name} is neither a file nor a directory")
+        raise CheckpointError(f"{name} is not a regular file")
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether it is an address, or a name that is no file's, rather than a file or directory here."""
+    return not name or name.startswith(ADDRESSES) or not Path(name).exists()
 
 
 def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
