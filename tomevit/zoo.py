@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -180,8 +181,7 @@ def card_of_no_file(name: str) -> Card:
     try:
         return card(name)
     except ValueError as error:
-        path = Path(name)
-        if path.suffix in CHECKPOINTS or len(path.parts) > 1:
+        if Path(name).suffix in CHECKPOINTS or "/" in name or os.sep in name:
             raise FileNotFoundError(f"there is no file {name}") from None
         raise ValueError(f"there is no file {name}, and {str(error).removeprefix('there is ')}") from error
 

@@ -141,7 +141,9 @@ def test_what_is_no_model_of_ours(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model is a Linear, and must be a model of tomevit's"):
         tomevit.param_groups(torch.nn.Linear(2, 2), 1.0)
     autoencoder = tomevit.MaskedAutoencoder(tiny(), decoder_dim=8, decoder_depth=1, decoder_heads=1)
-    with pytest.raises(ValueError, match="model is a MaskedAutoencoder, and a file holds a VisionTransformer"):
+    with pytest.raises(
+        ValueError, match="model is a MaskedAutoencoder, and must be a VisionTransformer of tomevit's: give its encoder"
+    ):
         tomevit.save(autoencoder, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 

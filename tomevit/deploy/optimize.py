@@ -23,7 +23,7 @@ from tomevit.layers import Block, backends
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
 from tomevit.layers.uninitialised import Linear
-from tomevit.models import VisionTransformer
+from tomevit.models import VisionTransformer, unwrap_transformer
 
 K = TypeVar("K", bound=Hashable)
 L = TypeVar("L", bound=nn.Module)
@@ -45,7 +45,7 @@ LASTING = {FOLDED, *WIDENED.values(), FUSED}  # what a copy of an optimized mode
 
 
 def optimize(
-    model: VisionTransformer,
+    model: nn.Module,
     *,
     compiled: bool | None = None,
     packed: bool | None = None,
@@ -59,7 +59,7 @@ def optimize(
     calls, any r among them, and can be saved.
 
     Args:
-        model: on the device and in the dtype that it is to run in.
+        model: on the device and in the dtype that it is to run in, in a wrapper of torch's or not.
         compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
             batch (mode "reduce-overhead"); calls of the model alone, not of `forward_features`, and a copy of the copy
             is not compiled. On a CPU all blocks but the first and the last, with shapes left open, so that one program
@@ -73,11 +73,11 @@ def optimize(
             back to the system are fetched again, page by page, in every call. Holds for the whole process.
 
     Raises:
-        ValueError: the fused merge or packed weights were asked for where they cannot run.
+        ValueError: it is no VisionTransformer, or fused merges or packed weights were asked for where they cannot run.
         ImportError: it was asked for without Triton.
     """
+    model = deepcopy(unwrap_transformer(model)).eval().requires_grad_(False)
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
-    model = deepcopy(model).eval().requires_grad_(False)
     done = [each for each in model.optimizations if each in LASTING]
     _unpack(model)
     if device.type == "cpu" and dtype in backends.EMULATED:

@@ -25,6 +25,7 @@ __all__ = [
     "patchify",
     "unpatchify",
     "unwrap",
+    "unwrap_transformer",
 ]
 
 
@@ -34,6 +35,19 @@ def unwrap(model: nn.Module) -> nn.Module:
         if (inner := getattr(model, name, None)) is not None:
             return unwrap(inner)
     return model
+
+
+def unwrap_transformer(model: nn.Module) -> VisionTransformer:
+    """The vision transformer within torch's wrappers.
+
+    Raises:
+        ValueError: it is another module.
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, VisionTransformer):
+        hint = ": give its encoder" if isinstance(inner, MaskedAutoencoder) else ""
+        raise ValueError(f"model is a {type(inner).__name__}, and must be a VisionTransformer of tomevit's{hint}")
+    return inner
 
 
 def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from tomevit.cards import Header, decode_header, encode_header, first_line
 from tomevit.config import Card, Config
 from tomevit.errors import CheckpointError
-from tomevit.models import VisionTransformer, build_meta, unwrap
+from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
 from tomevit.output import new_file
 
 #: safetensors' names
@@ -65,9 +65,7 @@ def save(
             what its config says, or is spread over processes.
         OSError: the file cannot be written; what was there before is untouched.
     """
-    inner = unwrap(model)
-    if not isinstance(inner, VisionTransformer):
-        raise ValueError(f"model is a {type(inner).__name__}, and a file holds a VisionTransformer, such as an encoder")
+    inner = unwrap_transformer(model)
     tensors = inner.state_dict() if state_dict is None else state_dict
     if strange := {type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"}:
         raise ValueError(

@@ -17,7 +17,7 @@ from tomevit import zoo
 from tomevit.cards import Contents, is_ours
 from tomevit.config import Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
-from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
+from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, rules, sources
 from tomevit.weights.adapt import adapt
@@ -184,7 +184,9 @@ def weights_of(
         ValueError, CheckpointError, DownloadError, FileNotFoundError: as `convert`.
     """
     if isinstance(source, nn.Module):
-        return _weights_of_model(source, model)
+        source = unwrap_transformer(source)
+        tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+        return _as_described(checkpoint.card_of(source), tensors, "the model", model)
     name = os.fspath(source)
     if sources.is_elsewhere(name):
         card = sources.card_of_source(name)
@@ -334,17 +336,6 @@ def read_own_file(path: Path, model: str | Card | None = None) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
     card, tensors, _ = checkpoint.read(path)
     return _as_described(card, tensors, str(path), model)
-
-
-def _weights_of_model(source: nn.Module, model: str | Card | None) -> Weights:
-    source = unwrap(source)
-    if not isinstance(source, VisionTransformer):
-        hint = ": give its encoder" if isinstance(source, MaskedAutoencoder) else ""
-        raise ValueError(
-            f"a {type(source).__name__} is no model to take weights from, which must be a VisionTransformer{hint}"
-        )
-    tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
-    return _as_described(checkpoint.card_of(source), tensors, "the model", model)
 
 
 def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:

@@ -1,0 +1,91 @@
+"""A model, a file, a directory, a URL or a name: one function finds what is meant, for all that take one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import tomevit
+from tests.helpers import images_for, tiny
+from tomevit.config import Preprocess
+from tomevit.models import build
+from tomevit.weights import checkpoint
+from tomevit.weights.convert import weights_of
+from tomevit.weights.sources import card_of_source
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "both": lambda model: nn.DataParallel(torch.optim.swa_utils.AveragedModel(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_models_in_wrappers_are_taken_everywhere(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    model = tiny(3).eval()
+    wrapped, images = wrap(model), images_for(model)
+    tomevit.save(wrapped, tmp_path / "saved.safetensors")
+    tomevit.export(wrapped, tmp_path / "timm.pth", "timm")
+    with torch.no_grad():
+        expected = model(images)
+        torch.testing.assert_close(tomevit.load(tmp_path / "saved.safetensors")(images), expected, rtol=0, atol=0)
+        optimized = tomevit.optimize(wrapped, packed=False, keep_memory=False)
+        torch.testing.assert_close(optimized(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [tomevit.optimize, weights_of, lambda m: tomevit.save(m, "x.safetensors")])
+def test_other_modules_are_refused_in_the_same_words(call: Callable[[nn.Module], object]) -> None:
+    with pytest.raises(ValueError, match=r"model is a Linear, and must be a VisionTransformer of tomevit's"):
+        call(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", ["nope.safetensors", "folder/nope", "./vit_b16", "nope.pth", "/nowhere/vit_b16"])
+def test_a_missing_file_is_a_missing_file_everywhere(name: str, tmp_path: Path) -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: tomevit.create("vit_b16", pretrained=name),
+        lambda: tomevit.convert(name, tmp_path / "out.safetensors"),
+        lambda: tomevit.export(name, tmp_path / "out.pth", "timm"),
+        lambda: tomevit.export_program(name, tmp_path / "out.pt2", "pt2"),
+        lambda: tomevit.push(name, "me/mine"),
+        lambda: weights_of(name),
+    ]
+    for call in calls:
+        with pytest.raises(FileNotFoundError, match=f"^there is no file {re.escape(name)}$"):
+            call()
+
+
+def test_names_of_timm_and_of_repositories_are_names() -> None:
+    asked = ["timm/vit_base_patch16_224.augreg_in21k_ft_in1k", "vit_base_patch16_224.augreg_in21k_ft_in1k"]
+    for name in (*asked, "hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k"):
+        assert card_of_source(name).full_name == "vit_b16.augreg_in21k_ft_in1k"
+    assert card_of_source("google/vit-base-patch16-224").full_name == "vit_b16.orig_in21k_ft_in1k"
+    assert tomevit.create("google/vit-base-patch16-224").card.name == "vit_b16"
+
+
+def test_published_weights_have_the_card_of_today(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A conversion may be years old: what a release corrects holds for it too."""
+    today = tomevit.card("deit_ti16")
+    old = replace(
+        today,
+        r=5,
+        licence="CC-BY-NC-4.0",
+        preprocess=Preprocess(crop_pct=0.5),
+        config=replace(today.config, prop_attn=False, num_classes=7, act="gelu_tanh"),
+        origin=replace(today.sources[0], sha256="0" * 64),
+        class_names=tuple("abcdefg"),
+    )
+    stored = build(old.config, old.r)
+    checkpoint.write(tmp_path / "stored.safetensors", old, dict(stored.state_dict()))
+    monkeypatch.setattr("tomevit.weights.cache.cached", lambda card, convert: tmp_path / "stored.safetensors")
+    model = tomevit.create("deit_ti16", pretrained=True)
+    assert (model.r, model.card.licence, model.card.preprocess) == (today.r, today.licence, today.preprocess)
+    assert (model.config.prop_attn, model.config.act) == (today.config.prop_attn, today.config.act)
+    assert (model.config.num_classes, model.card.origin) == (7, old.origin)
+    assert (model.card.figures, model.card.class_names) == ((), ())  # they are not of seven classes
