@@ -23,7 +23,7 @@ from tomevit.weights import cache as hub
 from tomevit.weights import checkpoint as native
 from tomevit.weights import files, rules
 from tomevit.weights.adapt import adapt
-from tomevit.weights.foreign_configs import SIDECARS, read_sidecars
+from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.recognise import (
     adopt_inferred,
@@ -260,7 +260,7 @@ def _fetch(card: Card) -> Iterator[Located]:
         if card.weights:
             yield _published(zoo.card(card.full_name), fetched)
         else:
-            beside = hub.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
+            beside = hub.beside(fetched.source, CONFIG_FILES) if fetched.source.hub else {}
             yield _known(fetched.path, fetched.source, beside, downloaded=True)
 
 
@@ -307,7 +307,7 @@ def _local(path: Path) -> Source:
 
 
 def _beside(directory: Path) -> dict[str, Path]:
-    return {name: directory / name for name in SIDECARS if (directory / name).is_file()}
+    return {name: directory / name for name in CONFIG_FILES if (directory / name).is_file()}
 
 
 def _known(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
@@ -317,7 +317,7 @@ def _known(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded
         if source.sha256 is not None and origin.sha256.startswith(source.sha256):
             origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
             return Located(path, origin, card, source.format, downloaded)
-    return Located(path, origin, read_sidecars(beside) if beside else None, None, downloaded)
+    return Located(path, origin, card_from_configs(beside) if beside else None, None, downloaded)
 
 
 def read(

@@ -18,7 +18,7 @@ from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.weights import checkpoint as native
 from tomevit.weights import rules
 from tomevit.weights.convert import card_of_name, published
-from tomevit.weights.foreign_configs import write_sidecars
+from tomevit.weights.foreign_configs import configs_from_card
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
 
@@ -75,8 +75,8 @@ def export(
     else:
         card, named, _ = published(card_of_name(os.fspath(model)))
     tensors = rules.from_native(table, named, card.config)
-    sidecars = write_sidecars(card, format) if as_directory else {}
-    if as_directory and not sidecars:
+    configs = configs_from_card(card, format) if as_directory else {}
+    if as_directory and not configs:
         raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
 
     made = [folder for folder in (out, *out.parents) if as_directory and not folder.exists()]
@@ -85,7 +85,7 @@ def export(
             with explain_os_errors(out):
                 out.mkdir(parents=True)
         with contextlib.ExitStack() as files:  # none is put in place before all are written
-            for name, content in sidecars.items():
+            for name, content in configs.items():
                 draft = files.enter_context(new_file(out / name, inputs=inputs))
                 draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             draft = files.enter_context(new_file(file, inputs=inputs))
@@ -95,7 +95,7 @@ def export(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return Exported([file, *(out / name for name in sidecars)], _list_unsaid(card, format))
+    return Exported([file, *(out / name for name in configs)], _list_unsaid(card, format))
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], _key: str) -> None:
