@@ -401,7 +401,7 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
 def test_the_edge_before_the_crop_survives(crop: int, margin: int) -> None:
     """crop_pct is a quotient, and its rounding must not cost a pixel."""
     edges = (crop + margin, crop + margin)
-    assert _edges((crop, crop), _share((crop, crop), edges, "")) == edges
+    assert _edges((crop, crop), _share((crop, crop), edges)) == edges
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096))

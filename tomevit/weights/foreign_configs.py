@@ -14,14 +14,15 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import GenericAlias
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, CHOICES, Card, Config, Preprocess
+from tomevit.config import ARCHITECTURE, CHOICES, LEAST, Card, Config, Preprocess
 from tomevit.errors import CheckpointError, printable
 from tomevit.typed import conform
 
@@ -32,13 +33,10 @@ CONFIG_FILES = (CONFIG, PREPROCESSOR, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
-#: The least and the most of each of our fields: no file says more of a model that anyone could run.
-LIMITS: Mapping[str, tuple[float, float]] = {
-    **{"img_size": (1, 2**14), "patch_size": (1, 2**12), "in_chans": (1, 2**12), "num_classes": (0, 2**24)},
-    **{"embed_dim": (1, 2**16), "depth": (1, 2**10), "num_heads": (1, 2**12), "mlp_hidden": (1, 2**20)},
-    **{"mlp_ratio": (0, 2**16), "norm_eps": (0, 2**16), "layer_scale": (0, 2**16), "reg_tokens": (0, 2**12)},
-    **{"mean": (-(2**16), 2**16), "std": (1e-6, 2**16)},
-}
+#: No file says more than this of a model that anyone could run; of what is not named here, 65536.
+MOST = {"patch_size": 2**12, "in_chans": 2**12, "embed_dim": 2**16, "depth": 2**10, "num_heads": 2**12}
+MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "img_size": 2**14, "mlp_hidden": 2**20}
+_LEAST: Mapping[str, float] = LEAST | {"img_size": 1, "mlp_hidden": 1, "mean": -(2**16), "std": 1e-6}
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -104,126 +102,113 @@ _TRANSFORMERS_IMAGES = (
     Row("image_mean", "mean", PER_CHANNEL),
     Row("image_std", "std", PER_CHANNEL),
 )
+# What no class of transformers' has otherwise, but where it says so below.
 _FIXED = {"pool": "token", "pool_norm": "before", "class_token": True, "reg_tokens": 0, "pos_embed_prefix": True}
-_FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False}
+_FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False}
 
 
-class _Head(NamedTuple):
-    """What stands on a model of transformers, by the name of its class."""
-
-    model_type: str
-    classes: bool
-    fields: Mapping[str, Any] = {}
-
-
-_DISTILLED = {"dist_token": True}
-# Of several alike, the first is written.
-_HEADS = {
-    "ViTForImageClassification": _Head("vit", True),
-    "ViTModel": _Head("vit", False),
-    "ViTForMaskedImageModeling": _Head("vit", False),
-    "DeiTForImageClassificationWithTeacher": _Head("deit", True, _DISTILLED),
+# transformers' classes, and what each fixes of ours.
+_CLASSES: Mapping[str, Mapping[str, Any]] = {
+    "ViTForImageClassification": {},
+    "ViTModel": {"num_classes": 0},
+    "ViTForMaskedImageModeling": {"num_classes": 0},
+    "DeiTForImageClassificationWithTeacher": {"dist_token": True},
     # Its one head reads the class token alone: to it, the distillation token is a register.
-    "DeiTForImageClassification": _Head("deit", True, {"reg_tokens": 1}),
-    "DeiTModel": _Head("deit", False, _DISTILLED),
-    "DeiTForMaskedImageModeling": _Head("deit", False, _DISTILLED),
-    "ViTMAEModel": _Head("vit_mae", False),
-    "ViTMAEForPreTraining": _Head("vit_mae", False),
+    "DeiTForImageClassification": {"reg_tokens": 1},
+    "DeiTModel": {"dist_token": True, "num_classes": 0},
+    "DeiTForMaskedImageModeling": {"dist_token": True, "num_classes": 0},
+    "ViTMAEModel": {"num_classes": 0},
+    "ViTMAEForPreTraining": {"num_classes": 0},
 }
-_KIN = {"vit": "vit_", "deit": "deit_distilled_", "vit_mae": "mae_cls_"}
-
-
-class _Processor(NamedTuple):
-    """What a class of transformers' does where preprocessor_config.json is silent."""
-
-    fields: Mapping[str, Any]
-    square: bool  # one number as size means both edges, or the shorter
-    edge: float = 1.0  # the size after the resize, relative to the crop
-
-
+# By model_type: how the names of such models begin in the zoo, and the usual classes with and without a head.
+_FAMILIES = {
+    "vit": ("vit_", "ViTForImageClassification", "ViTModel"),
+    "deit": ("deit_distilled_", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
+    "vit_mae": ("mae_cls_", "ViTMAEModel", "ViTMAEModel"),
+}
+# What transformers' image processors do where preprocessor_config.json is silent.
 _HALF = {"image_mean": 0.5, "image_std": 0.5}
 _CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 _PROCESSORS = {
-    "ViT": _Processor(_HALF | {"resample": 2, "do_center_crop": False}, square=True),
-    "DeiT": _Processor(_HALF | {"resample": 3, "do_center_crop": True}, square=True, edge=256 / 224),
-    "Bit": _Processor(_CLIP | {"resample": 3, "do_center_crop": True}, square=False),
-    "CLIP": _Processor(_CLIP | {"resample": 3, "do_center_crop": True}, square=False),
+    "ViT": _HALF | {"resample": 2, "do_center_crop": False},
+    "DeiT": _HALF | {"resample": 3, "do_center_crop": True},
+    "Bit": _CLIP | {"resample": 3, "do_center_crop": True},
+    "CLIP": _CLIP | {"resample": 3, "do_center_crop": True},
 }
 _PROCESSOR_NAME = re.compile(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
 
 class _Object(dict[str, Any]):
-    """A JSON object of which nothing is trusted: null counts as missing, and each value is asked for by its kind."""
+    """A JSON object of which nothing is trusted: null counts as missing, and each value is asked for by its kind.
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    All methods raise ValueError where the file is wrong.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         super().__init__({name: value for name, value in values.items() if value is not None})
-        self.where = where
+        self.where = where  # before a field's name, in messages
 
     @classmethod
     def of(cls, path: Path) -> _Object:
-        where = os.fspath(path)
-        if path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(f"{where} has {path.stat().st_size} bytes, and is no description of a model")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"it has {size} bytes, and is no description of a model")
         try:
             values = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not JSON: {error}") from error
+            raise ValueError(f"it is not JSON: {error}") from error
         if not isinstance(values, dict):
-            raise CheckpointError(f"{where} holds {reprlib.repr(values)}, and should hold an object")
-        return cls(values, where)
+            raise ValueError(f"it holds {reprlib.repr(values)}, and should hold an object")
+        return cls(values)
 
-    def refuse(self, name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name} is {reprlib.repr(self.get(name))}, and must be {wanted}")
+    def refuse(self, name: str, wanted: str) -> ValueError:
+        return ValueError(f"{self.where}{name} is {reprlib.repr(self.get(name))}, and must be {wanted}")
 
     def part(self, name: str) -> _Object:
         """An object within this one, empty where there is none."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise self.refuse(name, "an object")
-        return _Object(value, f"{self.where}, {name}")
+        return _Object(value, f"{self.where}{name}.")
 
-    def take(self, name: str, kind: Any, default: Any = None, limits: tuple[float, float] | None = None) -> Any:
-        """One value, of a `Row.kind`, within limits; None where neither the file nor the default has any."""
+    def take(self, name: str, kind: Any, default: Any = None, ours: str = "") -> Any:
+        """One value, of a `Row.kind`, within the limits of a field of ours; None where file and default have none."""
         value = self.get(name, default)
         if value is None:
             return None
         if isinstance(kind, dict):
-            found = [ours for theirs, ours in kind.items() if type(theirs) is type(value) and theirs == value]
-            if not found:
-                raise self.refuse(name, f"one of {', '.join(map(str, kind))}")
-            return found[0]
+            for theirs, found in kind.items():
+                if type(theirs) is type(value) and theirs == value:
+                    return found
+            raise self.refuse(name, f"one of {', '.join(map(str, kind))}")
         if kind == PAIR and isinstance(value, dict):
             value = [value.get("height"), value.get("width")]
         elif get_origin(kind) is tuple and not isinstance(value, list):
             value = [value] * len(get_args(kind))
-        try:
-            value = conform(kind, value, f"{self.where}: {name}")
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        value = conform(kind, value, f"{self.where}{name}")
         if kind is str and len(value) > MOST_CHARACTERS:
             raise self.refuse(name, f"a text of at most {MOST_CHARACTERS} characters")
-        numbers = value if isinstance(value, tuple) else (value,)
-        if limits and not all(limits[0] <= number <= limits[1] for number in numbers):
-            raise self.refuse(name, f"from {limits[0]} to {limits[1]}")
+        least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
+        if kind is not str and not all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,))):
+            raise self.refuse(name, f"from {least} to {most}")
         return value
 
-    def read(self, rows: Iterable[Row], known: Mapping[str, Any] | None = None, channels: int = 0) -> dict[str, Any]:
+    def read(self, rows: Iterable[Row], known: Mapping[str, Any], channels: int = 0) -> dict[str, Any]:
         """Our fields of a table; of those that neither the file nor a default has, what is known of them beforehand."""
-        fields = dict(known or {})
+        fields = dict(known)
         for row in rows:
             kind = GenericAlias(tuple, (float,) * channels) if row.kind == PER_CHANNEL else row.kind
-            value = self.take(row.theirs, kind, row.default, LIMITS.get(row.ours))
+            value = self.take(row.theirs, kind, row.default, row.ours)
             if value is not None:
                 fields[row.ours] = value
         return fields
 
 
-def _write(rows: Iterable[Row], fields: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The inverse of `_Object.read`: what the file says of our fields, but for those that are as known beforehand."""
+def _write(rows: Iterable[Row], fields: Mapping[str, Any], known: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The inverse of `_Object.read`: what a file says of our fields, but for those that are as known beforehand."""
     said = {}
     for row in rows:
         value = fields[row.ours]
-        if known is not None and value == known[row.ours]:
+        if row.ours in known and known[row.ours] == value:
             continue
         if isinstance(row.kind, dict):
             value = next(theirs for theirs, ours in row.kind.items() if ours == value)
@@ -254,48 +239,47 @@ def card_from_configs(files: Mapping[str, Path]) -> Card | None:
     """
     if CONFIG not in files:
         return None
-    config = _Object.of(files[CONFIG])
-    processor = _Object.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Object({}, PREPROCESSOR)
-    card = None
-    if "architecture" in config:
-        card = _read_timm(config)
-    elif "model_type" in config:
-        card = _read_transformers(config, processor)
-    if card is not None and card.licence is None and README in files:
+    with _naming(files[CONFIG]):
+        config = _Object.of(files[CONFIG])
+        if "architecture" in config:
+            card = _read_timm(config)
+        elif "model_type" in config:
+            card = _read_transformers(config)
+        else:
+            return None
+    if "architecture" not in config:
+        with _naming(files.get(PREPROCESSOR, PREPROCESSOR)):
+            processor = _Object.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Object({})
+            card = replace(card, preprocess=_read_processor(processor, config["model_type"], card.config))
+    if card.licence is None and README in files:
         return replace(card, licence=_read_licence(files[README]))
     return card
 
 
+@contextmanager
+def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong in a file is told with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{os.fspath(file)}: {printable(str(error))}") from error
+
+
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?$(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.*)$", re.MULTILINE)
-# What YAML takes for a text on one line: quoted without escapes, or plain. Lists, aliases and blocks are none.
-_YAML_TEXT = re.compile(r"""(?:"([^"\\]*)"|'([^']*)'|([^\W_](?:[^#:]|:(?=\S))*))(?:(?<=\s)#.*)?""")
-_YAML_OTHER = re.compile(r"null|true|false|yes|no|on|off|[\d.:-]+", re.IGNORECASE)
+# What YAML takes for a text on one line: quoted without escapes, or plain. Lists, aliases, blocks, numbers are none.
+_NO_TEXT = r"(?:null|true|false|yes|no|on|off|[\d.:-]+)\s*(?:\s#|$)"
+_TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^#:]|:(?=\S))*))\s*(?:(?<=\s)#.*)?""")
 
 
 def _read_licence(readme: Path) -> str | None:
-    """The licence in a model card's metadata, where it states one in plain words: it is written for people."""
+    """The licence in a model card's metadata, where it is stated plainly: people write it, and it may be anything."""
     with readme.open("rb") as file:
         front = _FRONT_MATTER.match(file.read(MOST_BYTES).decode("utf-8-sig", "replace"))
-    if front is None:
-        return None
-    stated = dict(_LICENCE.findall(front[1]))
-    match = _YAML_TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
-    if match is None:
-        return None
-    licence = (match[1] or match[2] or match[3] or "").strip()
-    is_text = match[3] is None or not _YAML_OTHER.fullmatch(licence)
-    return licence if is_text and licence.isprintable() and 0 < len(licence) <= MOST_CHARACTERS else None
-
-
-_Made = TypeVar("_Made", Config, Preprocess)
-
-
-def _make(kind: type[_Made], fields: Mapping[str, Any], where: str) -> _Made:
-    try:
-        return kind(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    stated = dict(_LICENCE.findall(front[1])) if front else {}
+    match = _TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
+    licence = match[match.lastindex].strip() if match and match.lastindex else ""
+    return licence if 0 < len(licence) <= MOST_CHARACTERS and licence.isprintable() else None
 
 
 # Architectures differ in no other field from models of one name: these have each user's own values.
@@ -309,12 +293,13 @@ def _card(config: Config, kin: str, **rest: Any) -> Card:
         for card in map(zoo.card, zoo.list_models())
         if all(getattr(card.config, f) == getattr(config, f) for f in ARCHITECTURE if f not in _OPEN)
     ]
-    if not same:
+    if same:
+        near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
+        config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
+    else:
         family = "deit_distilled" if config.dist_token else "vit"
         name = f"{family}_{config.embed_dim}x{config.depth}_p{config.patch_size}"
-        return Card(name=name, title="Vision Transformer", config=config, **rest)
-    near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
-    config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
+        near = Card(name=name, title="Vision Transformer")
     return Card(name=near.name, timm=near.timm, title=near.title, papers=near.papers, config=config, **rest)
 
 
@@ -322,20 +307,26 @@ def _read_timm(config: _Object) -> Card:
     # Before timm 0.8 there was one level.
     cfg = config.part("pretrained_cfg") if "pretrained_cfg" in config else config
     args = config.part("model_args")
-    base = _timm_architecture(config.take("architecture", str), cfg.take("tag", str, ""), config.where)
-    read = {row.theirs: row.kind for row in _TIMM}
+    base = _timm_base(config.take("architecture", str), cfg.take("tag", str, ""))
+    kinds = {row.theirs: row.kind for row in _TIMM}
     for name, value in args.items():
-        if name in _TIMM_ONLY and value == _TIMM_ONLY[name]:
-            continue
-        if name not in read and not _TIMM_IDLE.fullmatch(name):
-            argument = f"{printable(name[:MOST_CHARACTERS])}={reprlib.repr(value)}"
-            raise CheckpointError(f"{args.where}: tomevit has nothing like {argument}")
+        if name not in kinds and not _TIMM_IDLE.fullmatch(name) and (name, value) not in _TIMM_ONLY.items():
+            raise ValueError(
+                f"{args.where}{name[:MOST_CHARACTERS]} is {reprlib.repr(value)}: tomevit has nothing like it"
+            )
 
-    fields = {field: getattr(base.config, field) for field in ARCHITECTURE} | _timm_input(cfg, base.config)
+    fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
+    size = cfg.get("input_size", [fields["in_chans"], *fields["img_size"]])
+    if not isinstance(size, list) or len(size) != 3:
+        raise cfg.refuse("input_size", "channels, height and width")
+    size = _Object({"in_chans": size[0], "img_size": size[1:]}, f"{cfg.where}input_size, as ")
+    fields["in_chans"] = size.take("in_chans", int, fields["in_chans"], "in_chans")
+    if cfg.take("fixed_input_size", bool, True):  # else the positions are the architecture's own
+        fields["img_size"] = size.take("img_size", PAIR, None, "img_size")
     for source in (cfg, config):
-        fields["num_classes"] = source.take("num_classes", int, fields["num_classes"], LIMITS["num_classes"])
+        fields["num_classes"] = source.take("num_classes", int, fields["num_classes"], "num_classes")
     # The last says how the model was built, though timm itself builds by the others.
-    pools = [source.take("global_pool", read["global_pool"]) for source in (args, cfg, config)]
+    pools = [source.take("global_pool", kinds["global_pool"]) for source in (args, cfg, config)]
     fields["pool"] = next(filter(None, pools), fields["pool"])
     fields["pool_norm"] = "after" if fields["pool"] == "avg" else "before"
     fields = args.read(_TIMM, fields)
@@ -345,33 +336,18 @@ def _read_timm(config: _Object) -> Card:
     if channels != 3:
         images = images | {"mean": (0.5,) * channels, "std": (0.5,) * channels}
     return _card(
-        _make(Config, fields, config.where),
+        Config(**fields),
         base.name,
-        preprocess=_make(Preprocess, cfg.read(_TIMM_IMAGES, images, channels), cfg.where),
+        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, images, channels)),
         licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
     )
 
 
-def _timm_architecture(name: str, tag: str, where: str) -> Card:
-    try:
+def _timm_base(name: str, tag: str) -> Card:
+    with suppress(ValueError):
         return zoo.card(f"{name}.{tag}")  # timm has one name for vit_b16 and mae_cls_b16
-    except ValueError:
-        pass
-    try:
-        return zoo.card(name)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {printable(str(error))}") from error
-
-
-def _timm_input(cfg: _Object, config: Config) -> dict[str, Any]:
-    """Channels, height and width of the images that the positions stand for."""
-    size = cfg.get("input_size", [config.in_chans, *config.img_size])
-    if not isinstance(size, list) or len(size) != 3:
-        raise cfg.refuse("input_size", "channels, height and width")
-    parts = _Object({"in_chans": size[0], "img_size": size[1:]}, f"{cfg.where}, input_size")
-    fields = parts.read(row for row in _TIMM if row.theirs in parts)
-    return fields if cfg.take("fixed_input_size", bool, True) else fields | {"img_size": config.img_size}
+    return zoo.card(name)
 
 
 def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ...]:
@@ -383,45 +359,32 @@ def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ..
     return found if len(found) == classes else ()
 
 
-def _read_transformers(config: _Object, processor: _Object) -> Card:
-    model_type = config.take("model_type", {name: name for name in _KIN})
-    head = _read_head(config, model_type)
-    labels = _read_labels(config) if head.classes else ()
-    fields = config.read(_TRANSFORMERS, {"num_classes": len(labels), **head.fields})
-    patch = fields["patch_size"]
-    if patch[0] != patch[1]:
-        raise config.refuse("patch_size", "the same along height and width")
-    fields |= {"patch_size": patch[0], "mlp_ratio": _mlp_ratio(fields["embed_dim"], fields.pop("mlp_hidden"))}
-    generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
-    return _card(
-        _make(Config, fields, config.where),
-        _KIN[model_type],
-        preprocess=_read_processor(processor, model_type, fields["img_size"], fields["in_chans"]),
-        class_names=() if generic else labels,
-    )
-
-
-def _read_head(config: _Object, model_type: str) -> _Head:
-    named = config.get("architectures")
-    if not named:
-        heads = [head for head in _HEADS.values() if head.model_type == model_type]
-        labelled = "id2label" in config or "num_labels" in config
-        return next((head for head in heads if head.classes == labelled), heads[0])
+def _read_transformers(config: _Object) -> Card:
+    kin, headed, bare = config.take("model_type", _FAMILIES)
+    classes = config.get("architectures") or [headed if "id2label" in config or "num_labels" in config else bare]
     # Not only the model_type's own: users' encoders of ViTMAE are called ViTModel too.
-    if not isinstance(named, list) or not isinstance(named[0], str) or named[0] not in _HEADS:
-        raise config.refuse("architectures", f"one of {', '.join(_HEADS)}")
-    return _HEADS[named[0]]
+    if not isinstance(classes, list) or not isinstance(classes[0], str) or classes[0] not in _CLASSES:
+        raise config.refuse("architectures", f"a list of one of {', '.join(_CLASSES)}")
+    fixed = _CLASSES[classes[0]]
+    labels = () if "num_classes" in fixed else _read_labels(config)
+    fields = config.read(_TRANSFORMERS, {"num_classes": len(labels), **fixed})
+    height, width = fields["patch_size"]
+    if height != width:
+        raise config.refuse("patch_size", "the same along height and width")
+    fields |= {"patch_size": height, "mlp_ratio": _mlp_ratio(fields["embed_dim"], fields.pop("mlp_hidden"))}
+    generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+    return _card(Config(**fields), kin, class_names=() if generic else labels)
 
 
 def _read_labels(config: _Object) -> tuple[str, ...]:
     """One name per class; LABEL_0 and so on where there are none, as transformers has it."""
     if "id2label" not in config:
-        return tuple(f"LABEL_{i}" for i in range(config.take("num_labels", int, 2, LIMITS["num_classes"])))
+        return tuple(f"LABEL_{i}" for i in range(config.take("num_labels", int, 2, "num_classes")))
     labels = config.part("id2label")
     try:
         return tuple(str(labels[str(i)]) for i in range(len(labels)))
     except KeyError as error:
-        raise CheckpointError(f"{labels.where}: of {len(labels)} classes number {error} has no name") from None
+        raise ValueError(f"id2label has {len(labels)} classes, and no name for number {error}") from None
 
 
 def _mlp_ratio(dim: int, hidden: int) -> float:
@@ -429,51 +392,46 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _read_processor(fields: _Object, model_type: str, image: tuple[int, int], channels: int) -> Preprocess:
+def _read_processor(fields: _Object, model_type: str, config: Config) -> Preprocess:
     # do_resize and do_rescale say who does it, the caller or the processor, and not that nobody does.
-    unstated = "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor"
+    image, unstated = config.img_size, "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor"
     key = "image_processor_type" if "image_processor_type" in fields else "feature_extractor_type"
     match = _PROCESSOR_NAME.fullmatch(fields.take(key, str, unstated))
     if match is None:
         raise fields.refuse(key, f"an image processor of {', '.join(_PROCESSORS)}")
-    default = _PROCESSORS[match[1]]
-    fields = _Object({**default.fields, **fields}, fields.where)
+    fields = _Object({**_PROCESSORS[match[1]], **fields})
 
-    size, limits = fields.get("size"), LIMITS["img_size"]
-    square = "shortest_edge" not in size if isinstance(size, dict) else default.square
-    if size is None:
-        edges = round(default.edge * image[0]), round(default.edge * image[1])
-    elif square or not isinstance(size, dict):
-        edges = fields.take("size", PAIR, None, limits)
+    # One number as size means both edges, or the shorter.
+    size = fields.get("size")
+    shorter = "shortest_edge" in size if isinstance(size, dict) else match[1] in ("Bit", "CLIP")
+    before = [round(pixels * (256 / 224 if match[1] == "DeiT" else 1)) for pixels in image]
+    if shorter and isinstance(size, dict):
+        edges = fields.part("size").take("shortest_edge", PAIR, before, "img_size")
     else:
-        edges = fields.part("size").take("shortest_edge", PAIR, list(image), limits)
+        edges = fields.take("size", PAIR, before, "img_size")
     crop = fields.take("do_center_crop", bool)
-    made = fields.take("crop_size", PAIR, list(image), limits) if crop else edges
+    made = fields.take("crop_size", PAIR, list(image), "img_size") if crop else edges
     if made != image:
-        raise CheckpointError(
-            f"{fields.where} makes images of {made[0]}x{made[1]}, and the model takes {image[0]}x{image[1]}"
-        )
-    if not square and image[0] != image[1]:
-        raise CheckpointError(f"{fields.where}: tomevit resizes the shorter edge for square images alone")
+        raise ValueError(f"it makes images of {made[0]}x{made[1]}, and the model takes {image[0]}x{image[1]}")
+    if shorter and image[0] != image[1]:
+        raise ValueError("it resizes the shorter edge, and tomevit does so for square images alone")
 
-    share = _share(image, edges, fields.where)
-    found = {"crop_pct": share, "resize": "squash" if square else "shorter"}
+    found = {"crop_pct": _share(image, edges), "resize": "shorter" if shorter else "squash"}
     if not fields.take("do_normalize", bool, True):
-        fields = _Object(fields | {"image_mean": 0, "image_std": 1}, fields.where)
-    return _make(Preprocess, fields.read(_TRANSFORMERS_IMAGES, found, channels), fields.where)
+        fields |= {"image_mean": 0, "image_std": 1}
+    return Preprocess(**fields.read(_TRANSFORMERS_IMAGES, found, config.in_chans))
 
 
-def _share(image: tuple[int, int], edges: tuple[int, int], where: str) -> float:
+def _share(image: tuple[int, int], edges: tuple[int, int]) -> float:
     """The crop's share of the resized edges: the `crop_pct` from which these edges follow."""
     share = min(1.0, *(have / edge for have, edge in zip(image, edges, strict=True)))
-    if _edges(image, share) != edges:
-        share = math.nextafter(share, 0)  # the division was rounded up
-    if _edges(image, share) != edges:
-        raise CheckpointError(
-            f"{where} resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}, "
-            f"and tomevit crops the same share of both edges"
-        )
-    return share
+    for exact in (share, math.nextafter(share, 0)):  # the division may have been rounded up
+        if _edges(image, exact) == edges:
+            return exact
+    raise ValueError(
+        f"it resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}, "
+        f"and tomevit crops the same share of both edges"
+    )
 
 
 def _edges(image: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -498,7 +456,7 @@ def configs_from_card(card: Card, format: str) -> dict[str, dict[str, Any]]:  # 
     if format == "timm":
         return {CONFIG: _write_timm(card)}
     model_type = format.removeprefix("hf_")
-    if format.startswith("hf_") and model_type in _KIN:
+    if format.startswith("hf_") and model_type in _FAMILIES:
         return {CONFIG: _write_transformers(card, model_type), PREPROCESSOR: _write_processor(card)}
     return {}
 
@@ -517,11 +475,8 @@ def _write_timm(card: Card) -> dict[str, Any]:
     architecture = card.timm or ""
     if not architecture or zoo.card(architecture).config.dist_token != config.dist_token:
         architecture = "deit_base_distilled_patch16_224" if config.dist_token else "vit_base_patch16_224"
-    known = vars(zoo.card(architecture).config) | {
-        "in_chans": config.in_chans,  # this and the next are said below
-        "num_classes": config.num_classes,
-        "pool_norm": "after" if config.pool == "avg" else "before",
-    }
+    known = vars(zoo.card(architecture).config) | {"pool_norm": "after" if config.pool == "avg" else "before"}
+    known |= {"in_chans": config.in_chans, "num_classes": config.num_classes}  # which are said beside the arguments
     args = _write(_TIMM, vars(config), known)
     return {
         "architecture": architecture,
@@ -544,43 +499,37 @@ def _write_timm(card: Card) -> dict[str, Any]:
 
 
 def _write_transformers(card: Card, model_type: str) -> dict[str, Any]:
-    config = card.config
-    fixed = _FIXED | {"dist_token": model_type == "deit"} | ({"num_classes": 0} if model_type == "vit_mae" else {})
-    _require(config, f"transformers' {model_type}", fixed)
-    heads = [name for name, head in _HEADS.items() if head[:2] == (model_type, config.num_classes > 0)]
-    names = card.class_names or [f"LABEL_{i}" for i in range(config.num_classes)]
-    labels = {"id2label": {str(i): name for i, name in enumerate(names)}}
-    labels |= {"label2id": {name: i for i, name in enumerate(names)}}
-    return {
-        "architectures": heads[:1],
-        "model_type": model_type,
-        **_write(_TRANSFORMERS, {**vars(config), "mlp_hidden": int(config.embed_dim * config.mlp_ratio)}),
-        **({"mask_ratio": 0.0} if model_type == "vit_mae" else {}),  # else three patches in four are dropped
-        **(labels if config.num_classes else {}),
-    }
+    config, (_, headed, bare) = card.config, _FAMILIES[model_type]
+    name = headed if config.num_classes else bare
+    _require(config, f"transformers' {model_type}", _FIXED | _CLASSES[name])
+    said = {"architectures": [name], "model_type": model_type}
+    said |= _write(_TRANSFORMERS, vars(config) | {"mlp_hidden": int(config.embed_dim * config.mlp_ratio)})
+    if model_type == "vit_mae":
+        said["mask_ratio"] = 0.0  # else three patches in four are dropped
+    if config.num_classes:
+        names = card.class_names or [f"LABEL_{i}" for i in range(config.num_classes)]
+        said["id2label"] = {str(i): label for i, label in enumerate(names)}
+        said["label2id"] = {label: i for i, label in enumerate(names)}
+    return said
 
 
 def _write_processor(card: Card) -> dict[str, Any]:
     image, preprocess = card.config.img_size, card.preprocess
-    if preprocess.resize == "shorter" and image[0] != image[1]:
+    squash = preprocess.resize == "squash"
+    if not squash and image[0] != image[1]:
         raise ValueError(
             f"transformers cannot resize the shorter edge and crop {image[0]}x{image[1]}: "
             f"it does so for square images alone, and others take resize='squash'"
         )
     height, width = _edges(image, preprocess.crop_pct)
-    squash = preprocess.resize == "squash"
     crop = not squash or (height, width) != image
     # Classes that did so in transformers 4 too, where each read its own fields alone.
     kind = ("DeiT" if crop else "ViT") if squash else "Bit"
-    return {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
-        "do_center_crop": crop,
-        **({"crop_size": {"height": image[0], "width": image[1]}} if crop else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        **_write(_TRANSFORMERS_IMAGES, vars(preprocess)),
-        **({"do_convert_rgb": True} if card.config.in_chans == 3 else {}),
-    }
+    said = {"image_processor_type": f"{kind}ImageProcessor", "do_resize": True, "do_center_crop": crop}
+    said["size"] = {"height": height, "width": width} if squash else {"shortest_edge": height}
+    if crop:
+        said["crop_size"] = {"height": image[0], "width": image[1]}
+    if card.config.in_chans == 3:
+        said["do_convert_rgb"] = True
+    said |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    return said | _write(_TRANSFORMERS_IMAGES, vars(preprocess))
