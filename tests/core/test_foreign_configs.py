@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -496,6 +498,49 @@ MALFORMED: list[tuple[Any, Any, str]] = [
 ]
 
 
+SAID = [
+    (VIT | {"hidden_size": "x"}, {}, "hidden_size is 'x', and must be an int"),
+    (VIT | {"hidden_size": 0}, {}, "hidden_size is 0, and must be from 1 to 65536"),
+    (VIT | {"image_size": [224, 2**15]}, {}, "image_size is [224, 32768], and must be from 1 to 16384"),
+    (VIT | {"image_size": "large"}, {}, "image_size is 'large', and must be an int"),
+    (VIT | {"qkv_bias": 1}, {}, "qkv_bias is 1, and must be True or False"),
+    (VIT | {"patch_size": [16, 8]}, {}, "patch_size is [16, 8], and must be the same along height and width"),
+    (VIT, {"size": {"longest_edge": 224}}, "size is {'longest_edge': 224}, and must be an int"),
+    (VIT, {"image_mean": [0.5]}, "image_mean is [0.5], and must have 3 values"),
+    (VIT, {"image_std": [0.5, 0.5, 0]}, "image_std is [0.5, 0.5, 0], and must be from 1e-06 to 65536"),
+    (VIT, {"resample": True}, "resample is True, and must be one of 2, 3"),
+    (TIMMS | {"pretrained_cfg": {"crop_pct": 1.5}}, {}, "crop_pct is 1.5, and must be a share above 0, up to 1"),
+    (TIMMS | {"model_args": {"depth": 1e3}}, {}, "model_args.depth is 1000.0, and must be an int"),
+    (
+        TIMMS | {"model_args": {"no_embed_class": 1}},
+        {},
+        "model_args.no_embed_class is 1, and must be one of False, True",
+    ),
+    (TIMMS | {"model_args": {"mlp": 3}}, {}, "model_args.mlp is 3, and must be left out: tomevit has nothing like it"),
+    (TIMMS | {"pretrained_cfg": {"input_size": [3, 224]}}, {}, "pretrained_cfg.input_size is [3, 224]"),
+    (TIMMS | {"pretrained_cfg": {"input_size": [0, 224, 224]}}, {}, "in_chans is 0, and must be from 1 to 4096"),
+]
+
+
+@pytest.mark.parametrize(("config", "processor", "said"), SAID)
+def test_messages_say_file_field_value_and_what_it_must_be(
+    config: Any, processor: Any, said: str, tmp_path: Path
+) -> None:
+    files = put(tmp_path, {"config.json": config, "preprocessor_config.json": processor})
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        card_from_configs(files)
+    assert str(error.value).startswith(str(files["preprocessor_config.json" if processor else "config.json"]) + ": ")
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\u202e"], ids=ascii)
+@pytest.mark.parametrize("name", ["architecture", "model_args"])
+def test_no_text_of_a_file_steers_the_terminal(name: str, text: str, tmp_path: Path) -> None:
+    config = TIMMS | {name: {text: 1} if name == "model_args" else text}
+    with pytest.raises(CheckpointError) as error:
+        card_from_configs(put(tmp_path, {"config.json": config}))
+    assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize(("config", "processor", "said"), MALFORMED)
 def test_malformed_files_are_refused_in_one_sentence(config: Any, processor: Any, said: str, tmp_path: Path) -> None:
     files = put(tmp_path, {"config.json": config, "preprocessor_config.json": processor})
@@ -549,6 +594,37 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
     [
         ("---\nlicense: apache-2.0\ntags: [vision]\n---\n# A model\n", "apache-2.0"),
         ("---\nlicense: other\nlicense_name: fair-noncommercial\n---\n", "fair-noncommercial"),
+        ("---\nlicense_name: fair-noncommercial\nlicense: other\n---\n", "fair-noncommercial"),
+        ("---\r\nlicense: mit\r\n---\r\n# A model\r\n", "mit"),
+        ("\ufeff--- \nlicense:   mit  \n--- \n", "mit"),
+        ("---\nlicense: 'mit'\n---\n", "mit"),
+        ('---\nlicense: "mit" # as upstream\n---\n', "mit"),
+        ("---\nlicense: mit  # as upstream\n---\n", "mit"),
+        ("---\n# license: gpl\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense_name: 'Ours: # 3.1'\n---\n", "Ours: # 3.1"),
+        ("---\nlicense_name: Their Community License 3.1\n---\n", "Their Community License 3.1"),
+        ("---\nlicense: 0bsd\n---\n", "0bsd"),
+        ("---\nlicense_name: https://example.com/licence\n---\n", "https://example.com/licence"),
+        ("---\nlicense: gpl\nlicense: mit\n---\n", "mit"),
+        ("---\nnote: |\n  license: gpl\n---\n", None),
+        ("---\nlicense_link: mit\n---\n", None),
+        ("---\nlicense:\n- mit\n---\n", None),
+        ("---\nlicense:\n  - mit\n---\n", None),
+        ("---\nlicense: # none yet\n---\n", None),
+        ("---\nlicense: null\n---\n", None),
+        ("---\nlicense: no # licence\n---\n", None),
+        ("---\nlicense: 2.0\n---\n", None),
+        ("---\nlicense: {mit: yes}\n---\n", None),
+        ("---\nlicense: >-\n  mit\n---\n", None),
+        ("---\nlicense: mit: x\n---\n", None),
+        ('---\nlicense: "mit\n---\n', None),
+        ('---\nlicense: "a\\nb"\n---\n', None),
+        ("---\nlicense: mit\x1b[2J\n---\n", None),
+        (f"---\nlicense: {'a' * 300}\n---\n", None),
+        ("---\na: &a [x, x]\nlicense: *a\n---\n", None),
+        ("---\nlicense: mit\n", None),
+        ("---\n---\nlicense: mit\n---\n", None),
+        ("\n---\nlicense: mit\n---\n", None),
         ("---\ntags: [vision]\n---\n", None),
         ("---\nlicense: [a, b]\n---\n", None),
         ("---\n: : {[\n---\n", None),
@@ -559,7 +635,44 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
 )
 def test_the_licence_is_in_the_readme(tmp_path: Path, readme: str, licence: str | None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8", newline="")
     card = card_from_configs({name: tmp_path / name for name in ("config.json", "README.md")})
     assert card is not None
     assert card.licence == licence
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        f"---\n{BOMB}license: mit\n---\n",
+        f"---\n{'x: ' + 'a' * 2**20}\nlicense: mit\n---\n{'z' * MOST_BYTES}",
+        f"---\nlicense: mit{' ' * 100}\n---\n",
+    ],
+    ids=["aliases", "huge", "blanks"],
+)
+def test_no_readme_takes_long(tmp_path: Path, readme: str) -> None:
+    """Aliases that stand for 9^40 values are not followed, and of a huge file the beginning is read."""
+    (tmp_path / "README.md").write_text(readme)
+    assert licence_of(tmp_path) == "mit"
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", "---\n", "license: ", " ", "license: a", "#", "license: :", "\r", "---"], ids=repr
+)
+def test_no_readme_of_one_piece_over_and_over_takes_long(tmp_path: Path, piece: str) -> None:
+    for end in ("", "\n---\n"):
+        (tmp_path / "README.md").write_text(f"---\nlicense: {piece * 2**18}{end}", newline="")
+        before = time.process_time()
+        assert licence_of(tmp_path) is None
+        assert time.process_time() - before < 5
+
+
+def licence_of(directory: Path) -> str | None:
+    card = card_from_configs(
+        put(directory, {"config.json": {"model_type": "vit"}}) | {"README.md": directory / "README.md"}
+    )
+    assert card is not None
+    return card.licence

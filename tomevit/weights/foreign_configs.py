@@ -102,13 +102,17 @@ _TRANSFORMERS_IMAGES = (
     Row("image_mean", "mean", PER_CHANNEL),
     Row("image_std", "std", PER_CHANNEL),
 )
-# What no class of transformers' has otherwise, but where it says so below.
-_FIXED = {"pool": "token", "pool_norm": "before", "class_token": True, "reg_tokens": 0, "pos_embed_prefix": True}
+# What every class of transformers' fixes of ours, but where `_CLASSES` has it otherwise.
+_FIXED: dict[str, Any] = {
+    "pool": "token",
+    "pool_norm": "before",
+    "class_token": True,
+    "reg_tokens": 0,
+    "pos_embed_prefix": True,
+}
 _FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False}
-
-
 # transformers' classes, and what each fixes of ours.
-_CLASSES: Mapping[str, Mapping[str, Any]] = {
+_CLASSES: dict[str, dict[str, Any]] = {
     "ViTForImageClassification": {},
     "ViTModel": {"num_classes": 0},
     "ViTForMaskedImageModeling": {"num_classes": 0},
@@ -127,8 +131,11 @@ _FAMILIES = {
     "vit_mae": ("mae_cls_", "ViTMAEModel", "ViTMAEModel"),
 }
 # What transformers' image processors do where preprocessor_config.json is silent.
-_HALF = {"image_mean": 0.5, "image_std": 0.5}
-_CLIP = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+_HALF: dict[str, Any] = {"image_mean": 0.5, "image_std": 0.5}
+_CLIP: dict[str, Any] = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
 _PROCESSORS = {
     "ViT": _HALF | {"resample": 2, "do_center_crop": False},
     "DeiT": _HALF | {"resample": 3, "do_center_crop": True},
@@ -161,7 +168,8 @@ class _Object(dict[str, Any]):
         return cls(values)
 
     def refuse(self, name: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.where}{name} is {reprlib.repr(self.get(name))}, and must be {wanted}")
+        shown = f"{self.where}{name[:MOST_CHARACTERS]} is {reprlib.repr(self.get(name))}"
+        return ValueError(f"{shown}, and must be {wanted}")
 
     def part(self, name: str) -> _Object:
         """An object within this one, empty where there is none."""
@@ -177,14 +185,15 @@ class _Object(dict[str, Any]):
             return None
         if isinstance(kind, dict):
             for theirs, found in kind.items():
-                if type(theirs) is type(value) and theirs == value:
+                if theirs == value and isinstance(value, bool) == isinstance(theirs, bool):
                     return found
             raise self.refuse(name, f"one of {', '.join(map(str, kind))}")
-        if kind == PAIR and isinstance(value, dict):
-            value = [value.get("height"), value.get("width")]
+        where = f"{self.where}{name}"
+        if kind == PAIR and isinstance(value, dict) and {"height", "width"} <= value.keys():
+            value = [value["height"], value["width"]]
         elif get_origin(kind) is tuple and not isinstance(value, list):
-            value = [value] * len(get_args(kind))
-        value = conform(kind, value, f"{self.where}{name}")
+            value = [conform(get_args(kind)[0], value, where)] * len(get_args(kind))
+        value = conform(kind, value, where)
         if kind is str and len(value) > MOST_CHARACTERS:
             raise self.refuse(name, f"a text of at most {MOST_CHARACTERS} characters")
         least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
@@ -266,7 +275,7 @@ def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?$(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.*)$", re.MULTILINE)
+_LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.{,512})$", re.MULTILINE)
 # What YAML takes for a text on one line: quoted without escapes, or plain. Lists, aliases, blocks, numbers are none.
 _NO_TEXT = r"(?:null|true|false|yes|no|on|off|[\d.:-]+)\s*(?:\s#|$)"
 _TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^#:]|:(?=\S))*))\s*(?:(?<=\s)#.*)?""")
@@ -276,9 +285,9 @@ def _read_licence(readme: Path) -> str | None:
     """The licence in a model card's metadata, where it is stated plainly: people write it, and it may be anything."""
     with readme.open("rb") as file:
         front = _FRONT_MATTER.match(file.read(MOST_BYTES).decode("utf-8-sig", "replace"))
-    stated = dict(_LICENCE.findall(front[1])) if front else {}
+    stated: dict[str, str] = dict(_LICENCE.findall(front[1])) if front else {}
     match = _TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
-    licence = match[match.lastindex].strip() if match and match.lastindex else ""
+    licence = (match[1] or match[2] or match[3] or "").strip() if match else ""
     return licence if 0 < len(licence) <= MOST_CHARACTERS and licence.isprintable() else None
 
 
@@ -311,9 +320,7 @@ def _read_timm(config: _Object) -> Card:
     kinds = {row.theirs: row.kind for row in _TIMM}
     for name, value in args.items():
         if name not in kinds and not _TIMM_IDLE.fullmatch(name) and (name, value) not in _TIMM_ONLY.items():
-            raise ValueError(
-                f"{args.where}{name[:MOST_CHARACTERS]} is {reprlib.repr(value)}: tomevit has nothing like it"
-            )
+            raise args.refuse(name, "left out: tomevit has nothing like it")
 
     fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
     size = cfg.get("input_size", [fields["in_chans"], *fields["img_size"]])
@@ -326,19 +333,18 @@ def _read_timm(config: _Object) -> Card:
     for source in (cfg, config):
         fields["num_classes"] = source.take("num_classes", int, fields["num_classes"], "num_classes")
     # The last says how the model was built, though timm itself builds by the others.
-    pools = [source.take("global_pool", kinds["global_pool"]) for source in (args, cfg, config)]
-    fields["pool"] = next(filter(None, pools), fields["pool"])
+    pooled = next((source for source in (args, cfg) if "global_pool" in source), config)
+    fields["pool"] = pooled.take("global_pool", kinds["global_pool"]) or fields["pool"]
     fields["pool_norm"] = "after" if fields["pool"] == "avg" else "before"
     fields = args.read(_TIMM, fields)
 
-    channels = fields["in_chans"]
-    images = vars(Preprocess())  # timm's defaults too
+    channels, images = fields["in_chans"], Preprocess()  # timm's defaults too
     if channels != 3:
-        images = images | {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+        images = replace(images, mean=(0.5,) * channels, std=(0.5,) * channels)
     return _card(
         Config(**fields),
         base.name,
-        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, images, channels)),
+        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), channels)),
         licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
     )
@@ -428,10 +434,8 @@ def _share(image: tuple[int, int], edges: tuple[int, int]) -> float:
     for exact in (share, math.nextafter(share, 0)):  # the division may have been rounded up
         if _edges(image, exact) == edges:
             return exact
-    raise ValueError(
-        f"it resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}, "
-        f"and tomevit crops the same share of both edges"
-    )
+    shown = f"it resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}"
+    raise ValueError(f"{shown}, and tomevit crops the same share of both edges")
 
 
 def _edges(image: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -478,31 +482,25 @@ def _write_timm(card: Card) -> dict[str, Any]:
     known = vars(zoo.card(architecture).config) | {"pool_norm": "after" if config.pool == "avg" else "before"}
     known |= {"in_chans": config.in_chans, "num_classes": config.num_classes}  # which are said beside the arguments
     args = _write(_TIMM, vars(config), known)
-    return {
-        "architecture": architecture,
-        "num_classes": config.num_classes,
-        "num_features": config.embed_dim,
-        "global_pool": config.pool,
-        **({"label_names": list(card.class_names)} if card.class_names else {}),
-        **({"model_args": args} if args else {}),
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [config.in_chans, *config.img_size],
-            "fixed_input_size": True,
-            **_write(_TIMM_IMAGES, vars(card.preprocess)),
-            "num_classes": config.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if config.dist_token else "head",
-            **({"license": card.licence} if card.licence else {}),
-        },
-    }
+    said: dict[str, Any] = {"architecture": architecture, "num_classes": config.num_classes}
+    said |= {"num_features": config.embed_dim, "global_pool": config.pool}
+    if card.class_names:
+        said["label_names"] = list(card.class_names)
+    if args:
+        said["model_args"] = args
+    cfg = {"custom_load": False, "input_size": [config.in_chans, *config.img_size], "fixed_input_size": True}
+    cfg |= _write(_TIMM_IMAGES, vars(card.preprocess)) | {"num_classes": config.num_classes}
+    cfg |= {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if config.dist_token else "head"}
+    if card.licence:
+        cfg["license"] = card.licence
+    return said | {"pretrained_cfg": cfg}
 
 
 def _write_transformers(card: Card, model_type: str) -> dict[str, Any]:
     config, (_, headed, bare) = card.config, _FAMILIES[model_type]
     name = headed if config.num_classes else bare
     _require(config, f"transformers' {model_type}", _FIXED | _CLASSES[name])
-    said = {"architectures": [name], "model_type": model_type}
+    said: dict[str, Any] = {"architectures": [name], "model_type": model_type}
     said |= _write(_TRANSFORMERS, vars(config) | {"mlp_hidden": int(config.embed_dim * config.mlp_ratio)})
     if model_type == "vit_mae":
         said["mask_ratio"] = 0.0  # else three patches in four are dropped
