@@ -617,6 +617,8 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
         ("---\nlicense: {mit: yes}\n---\n", None),
         ("---\nlicense: >-\n  mit\n---\n", None),
         ("---\nlicense: mit: x\n---\n", None),
+        ("---\nlicense_name: fair\n  noncommercial\nlicense: other\n---\n", "other"),
+        ("---\r\nlicense: mit\r\n\r\ntags: x\r\n---\r\n", "mit"),
         ('---\nlicense: "mit\n---\n', None),
         ('---\nlicense: "a\\nb"\n---\n', None),
         ("---\nlicense: mit\x1b[2J\n---\n", None),
