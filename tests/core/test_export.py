@@ -11,7 +11,7 @@ from tests.helpers import tiny
 from tomevit.errors import OutputError
 from tomevit.weights import checkpoint, export
 
-SIDECARS = {"config.json", "model.safetensors"}
+FILES = {"config.json", "model.safetensors"}
 
 
 @pytest.fixture
@@ -39,8 +39,8 @@ def test_a_failure_removes_the_directories_that_export_made_and_no_other(tmp_pat
 def test_all_files_of_a_directory_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tomevit.export(tiny(), tmp_path, "timm")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert before.keys() == SIDECARS
-    monkeypatch.setattr(export, "write_sidecars", lambda *_: {"config.json": {"no": object()}})
+    assert before.keys() == FILES
+    monkeypatch.setattr(export, "configs_from_card", lambda *_: {"config.json": {"no": object()}})
     with pytest.raises(TypeError, match="JSON"):
         tomevit.export(tiny(seed=1), tmp_path, "timm")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

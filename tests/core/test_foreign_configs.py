@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
 from tomevit.transform import Transform
 from tomevit.weights import rules
-from tomevit.weights.foreign_configs import MOST_BYTES, _edges, _mlp_ratio, _share, read_sidecars, write_sidecars
+from tomevit.weights.foreign_configs import MOST_BYTES, _edges, _mlp_ratio, _share, card_from_configs, configs_from_card
 from tomevit.weights.formats import FORMATS
 
 TINY = Config(img_size=(32, 32), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=7)
@@ -83,7 +85,7 @@ TIMM: dict[str, Card] = {
 def test_timm_loads_what_we_write(name: str, tmp_path: Path) -> None:
     card = TIMM[name]
     model = tiny(**architecture(card.config))
-    files = put(tmp_path, write_sidecars(card, "timm"))
+    files = put(tmp_path, configs_from_card(card, "timm"))
     save_file(model.state_dict(), tmp_path / "model.safetensors")
 
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
@@ -102,13 +104,13 @@ def test_timm_loads_what_we_write(name: str, tmp_path: Path) -> None:
     assert theirs.pretrained_cfg["fixed_input_size"]
     assert data["crop_mode"] == {"shorter": "center", "squash": "squash"}[ours.resize]
 
-    assert_same(read_sidecars(files), card)
+    assert_same(card_from_configs(files), card)
 
 
 @pytest.mark.parametrize("name", ["plain", "squash", "not square"])
 def test_images_are_prepared_as_timm_does(name: str, tmp_path: Path) -> None:
     card = TIMM[name]
-    put(tmp_path, write_sidecars(card, "timm"))
+    put(tmp_path, configs_from_card(card, "timm"))
     theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=False)
     prepare = timm.data.create_transform(**timm.data.resolve_data_config(theirs.pretrained_cfg))
     image = picture(101, 67)
@@ -126,7 +128,7 @@ def test_images_are_prepared_as_timm_does(name: str, tmp_path: Path) -> None:
 def test_we_read_what_timm_writes(arguments: dict[str, Any], name: str, tmp_path: Path) -> None:
     theirs = timm.create_model("vit_tiny_patch16_224", pretrained=False, **arguments)
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
-    card = read_sidecars({"config.json": tmp_path / "config.json"})
+    card = card_from_configs({"config.json": tmp_path / "config.json"})
     assert card is not None
     assert card.name == name
     model = build_meta(card.config)
@@ -145,7 +147,7 @@ def test_a_fine_tuned_model_is_not_taken_for_the_weights_it_began_with(tmp_path:
         "label_descriptions": {"n1": "hot dog"},
         "pretrained_cfg": {"tag": "augreg_in21k_ft_in1k", "input_size": [3, 224, 224], "license": "apache-2.0"},
     }
-    card = read_sidecars(put(tmp_path, {"config.json": config}))
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
     assert card is not None
     assert (card.name, card.weights, card.sources, card.figures) == ("vit_b16", None, (), ())
     assert (card.config.num_classes, card.class_names, card.licence) == (2, ("hot dog", "n2"), "apache-2.0")
@@ -153,7 +155,7 @@ def test_a_fine_tuned_model_is_not_taken_for_the_weights_it_began_with(tmp_path:
 
 def test_a_tag_tells_families_of_one_name_apart(tmp_path: Path) -> None:
     config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "pretrained_cfg": {"tag": "mae"}}
-    card = read_sidecars(put(tmp_path, {"config.json": config}))
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
     assert card is not None
     assert card.name == "mae_cls_b16"
     assert not card.config.prop_attn
@@ -162,7 +164,7 @@ def test_a_tag_tells_families_of_one_name_apart(tmp_path: Path) -> None:
 def test_one_level_as_timm_once_wrote(tmp_path: Path) -> None:
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "input_size": [3, 224, 224], "crop_pct": 0.9}
     config |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "labels": ["a", "b", "c"]}
-    card = read_sidecars(put(tmp_path, {"config.json": config}))
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
     assert card is not None
     assert (card.config.num_classes, card.class_names) == (3, ("a", "b", "c"))
     assert card.preprocess == Preprocess(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
@@ -171,14 +173,14 @@ def test_one_level_as_timm_once_wrote(tmp_path: Path) -> None:
 def test_positions_that_timm_resamples_at_run_time_are_the_models_own(tmp_path: Path) -> None:
     cfg = {"input_size": [3, 288, 288], "fixed_input_size": False}
     config = {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": cfg, "model_args": {"dynamic_img_size": True}}
-    card = read_sidecars(put(tmp_path, {"config.json": config}))
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
     assert card is not None
     assert card.config.img_size == (224, 224)
 
 
 def test_names_for_another_number_of_classes_are_no_names(tmp_path: Path) -> None:
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 5, "label_names": ["a", "b"], "pretrained_cfg": {}}
-    card = read_sidecars(put(tmp_path, {"config.json": config}))
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
     assert card is not None
     assert (card.config.num_classes, card.class_names) == (5, ())
 
@@ -186,13 +188,13 @@ def test_names_for_another_number_of_classes_are_no_names(tmp_path: Path) -> Non
 def test_the_nearest_architectures_are_named(tmp_path: Path) -> None:
     files = put(tmp_path, {"config.json": {"architecture": "vit_base_patch16_225", "pretrained_cfg": {}}})
     with pytest.raises(CheckpointError, match=r"config\.json: .*vit_base_patch16_224"):
-        read_sidecars(files)
+        card_from_configs(files)
 
 
 def test_every_card_of_the_zoo_survives_timm(tmp_path: Path) -> None:
     for name in tomevit.list_models(weights=True):
         card = tomevit.card(name)
-        found = read_sidecars(put(tmp_path, write_sidecars(card, "timm")))
+        found = card_from_configs(put(tmp_path, configs_from_card(card, "timm")))
         assert_same(found, card)
         assert found is not None
         assert found.licence == card.licence
@@ -220,7 +222,7 @@ HF: dict[str, tuple[str, Card]] = {
 def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
     kind, card = HF[name]
     model = tiny(**architecture(card.config))
-    files = put(tmp_path, write_sidecars(card, kind))
+    files = put(tmp_path, configs_from_card(card, kind))
     tensors = rules.from_native(FORMATS[kind], model.state_dict(), card.config)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
 
@@ -239,7 +241,7 @@ def test_transformers_loads_what_we_write(name: str, tmp_path: Path) -> None:
     if headed:
         assert theirs.config.id2label == dict(enumerate(NAMES))
 
-    assert_same(read_sidecars(files), card)
+    assert_same(card_from_configs(files), card)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -256,7 +258,7 @@ def test_images_are_prepared_as_transformers_does(
     name: str, size: tuple[int, int], backend: str, tmp_path: Path
 ) -> None:
     kind, card = HF[name]
-    put(tmp_path, write_sidecars(card, kind))
+    put(tmp_path, configs_from_card(card, kind))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
     image = picture(*size)
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
@@ -279,7 +281,7 @@ def test_we_read_what_transformers_writes(tmp_path: Path) -> None:
     config.architectures = ["ViTForImageClassification"]
     config.save_pretrained(tmp_path)
     transformers.ViTImageProcessor(size={"height": 384, "width": 384}).save_pretrained(tmp_path)
-    card = read_sidecars({path.name: path for path in tmp_path.iterdir()})
+    card = card_from_configs({path.name: path for path in tmp_path.iterdir()})
     assert card is not None
     assert card.name == "vit_768x12_p16"  # tanh and no bias of queries: no model of the zoo's
     assert card.config == Config(img_size=(384, 384), num_classes=2, act="gelu_tanh", qkv_bias=False, norm_eps=1e-12)
@@ -353,7 +355,7 @@ def test_configs_of_the_hub(
     preprocess: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    card = read_sidecars(put(tmp_path, {"config.json": config, "preprocessor_config.json": processor}))
+    card = card_from_configs(put(tmp_path, {"config.json": config, "preprocessor_config.json": processor}))
     assert card is not None
     assert (card.name, card.class_names) == (name, ())
     assert fields.items() <= asdict(card.config).items()
@@ -361,7 +363,7 @@ def test_configs_of_the_hub(
 
 
 def test_without_a_preprocessor_the_models_own_default_holds(tmp_path: Path) -> None:
-    card = read_sidecars(put(tmp_path, {"config.json": {"model_type": "vit", "image_size": 384}}))
+    card = card_from_configs(put(tmp_path, {"config.json": {"model_type": "vit", "image_size": 384}}))
     assert card is not None
     theirs = transformers.ViTImageProcessor()
     assert list(card.preprocess.mean) == list(theirs.image_mean)
@@ -372,7 +374,7 @@ def test_without_a_preprocessor_the_models_own_default_holds(tmp_path: Path) -> 
 @pytest.mark.parametrize(("name", "kind"), [("plain", "Bit"), ("squash", "ViT"), ("squash and crop", "DeiT")])
 def test_processors_do_as_told_in_transformers_4_too(name: str, kind: str) -> None:
     """There each class reads its own fields alone: ViT's crops nothing, and DeiT's has no shorter edge."""
-    content = write_sidecars(HF[name][1], "hf_vit")["preprocessor_config.json"]
+    content = configs_from_card(HF[name][1], "hf_vit")["preprocessor_config.json"]
     assert content["image_processor_type"] == f"{kind}ImageProcessor"
 
 
@@ -383,10 +385,10 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
     for name in tomevit.list_models(weights=True):
         card = tomevit.card(name)
         try:
-            files = write_sidecars(card, kind)
+            files = configs_from_card(card, kind)
         except ValueError:
             continue
-        found = read_sidecars(put(tmp_path, files))
+        found = card_from_configs(put(tmp_path, files))
         assert found is not None
         edges = _edges(card.config.img_size, card.preprocess.crop_pct)
         assert _edges(found.config.img_size, found.preprocess.crop_pct) == edges
@@ -401,7 +403,7 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
 def test_the_edge_before_the_crop_survives(crop: int, margin: int) -> None:
     """crop_pct is a quotient, and its rounding must not cost a pixel."""
     edges = (crop + margin, crop + margin)
-    assert _edges((crop, crop), _share((crop, crop), edges, "")) == edges
+    assert _edges((crop, crop), _share((crop, crop), edges)) == edges
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096))
@@ -433,25 +435,25 @@ CANNOT: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("kind", "fields", "said"), CANNOT)
 def test_what_a_library_cannot_do_is_not_written(kind: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        write_sidecars(described(**fields), kind)
+        configs_from_card(described(**fields), kind)
 
 
 def test_r_and_proportional_attention_change_nothing_without_merging() -> None:
     card = described()
     merging = replace(card, r=4, config=replace(card.config, prop_attn=False))
     for kind in ("timm", "hf_vit"):
-        assert write_sidecars(merging, kind) == write_sidecars(card, kind)
+        assert configs_from_card(merging, kind) == configs_from_card(card, kind)
 
 
 @pytest.mark.parametrize("kind", ["torchvision", "swag", "mae", "vit_jax", "tomevit"])
 def test_other_formats_have_none(kind: str) -> None:
-    assert write_sidecars(described(), kind) == {}
+    assert configs_from_card(described(), kind) == {}
 
 
 def test_other_files_are_not_described(tmp_path: Path) -> None:
-    assert read_sidecars({}) is None
-    assert read_sidecars(put(tmp_path, {"preprocessor_config.json": {"size": 224}})) is None
-    assert read_sidecars(put(tmp_path, {"config.json": {"hello": "world"}})) is None
+    assert card_from_configs({}) is None
+    assert card_from_configs(put(tmp_path, {"preprocessor_config.json": {"size": 224}})) is None
+    assert card_from_configs(put(tmp_path, {"config.json": {"hello": "world"}})) is None
 
 
 VIT = {"model_type": "vit"}
@@ -496,11 +498,54 @@ MALFORMED: list[tuple[Any, Any, str]] = [
 ]
 
 
+SAID = [
+    (VIT | {"hidden_size": "x"}, {}, "hidden_size is 'x', and must be an int"),
+    (VIT | {"hidden_size": 0}, {}, "hidden_size is 0, and must be from 1 to 65536"),
+    (VIT | {"image_size": [224, 2**15]}, {}, "image_size is [224, 32768], and must be from 1 to 16384"),
+    (VIT | {"image_size": "large"}, {}, "image_size is 'large', and must be an int"),
+    (VIT | {"qkv_bias": 1}, {}, "qkv_bias is 1, and must be True or False"),
+    (VIT | {"patch_size": [16, 8]}, {}, "patch_size is [16, 8], and must be the same along height and width"),
+    (VIT, {"size": {"longest_edge": 224}}, "size is {'longest_edge': 224}, and must be an int"),
+    (VIT, {"image_mean": [0.5]}, "image_mean is [0.5], and must have 3 values"),
+    (VIT, {"image_std": [0.5, 0.5, 0]}, "image_std is [0.5, 0.5, 0], and must be from 1e-06 to 65536"),
+    (VIT, {"resample": True}, "resample is True, and must be one of 2, 3"),
+    (TIMMS | {"pretrained_cfg": {"crop_pct": 1.5}}, {}, "crop_pct is 1.5, and must be a share above 0, up to 1"),
+    (TIMMS | {"model_args": {"depth": 1e3}}, {}, "model_args.depth is 1000.0, and must be an int"),
+    (
+        TIMMS | {"model_args": {"no_embed_class": 1}},
+        {},
+        "model_args.no_embed_class is 1, and must be one of False, True",
+    ),
+    (TIMMS | {"model_args": {"mlp": 3}}, {}, "model_args.mlp is 3, and must be left out: tomevit has nothing like it"),
+    (TIMMS | {"pretrained_cfg": {"input_size": [3, 224]}}, {}, "pretrained_cfg.input_size is [3, 224]"),
+    (TIMMS | {"pretrained_cfg": {"input_size": [0, 224, 224]}}, {}, "in_chans is 0, and must be from 1 to 4096"),
+]
+
+
+@pytest.mark.parametrize(("config", "processor", "said"), SAID)
+def test_messages_say_file_field_value_and_what_it_must_be(
+    config: Any, processor: Any, said: str, tmp_path: Path
+) -> None:
+    files = put(tmp_path, {"config.json": config, "preprocessor_config.json": processor})
+    with pytest.raises(CheckpointError, match=re.escape(said)) as error:
+        card_from_configs(files)
+    assert str(error.value).startswith(str(files["preprocessor_config.json" if processor else "config.json"]) + ": ")
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\nb", "\u202e"], ids=ascii)
+@pytest.mark.parametrize("name", ["architecture", "model_args"])
+def test_no_text_of_a_file_steers_the_terminal(name: str, text: str, tmp_path: Path) -> None:
+    config = TIMMS | {name: {text: 1} if name == "model_args" else text}
+    with pytest.raises(CheckpointError) as error:
+        card_from_configs(put(tmp_path, {"config.json": config}))
+    assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize(("config", "processor", "said"), MALFORMED)
 def test_malformed_files_are_refused_in_one_sentence(config: Any, processor: Any, said: str, tmp_path: Path) -> None:
     files = put(tmp_path, {"config.json": config, "preprocessor_config.json": processor})
     with pytest.raises(CheckpointError, match=said) as error:
-        read_sidecars(files)
+        card_from_configs(files)
     assert str(tmp_path) in str(error.value)
     assert len(str(error.value)) < 600 + len(str(tmp_path))
 
@@ -510,7 +555,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(MOST_BYTES + 1)
     with pytest.raises(CheckpointError, match=str(MOST_BYTES + 1)):
-        read_sidecars({"config.json": path})
+        card_from_configs({"config.json": path})
 
 
 ANYTHING = st.recursive(
@@ -519,7 +564,7 @@ ANYTHING = st.recursive(
     max_leaves=6,
 )
 SOUND = [
-    {"files": write_sidecars(card, kind)}
+    {"files": configs_from_card(card, kind)}
     for kind, card in [("timm", TIMM["average"]), ("hf_vit", HF["plain"][1]), ("hf_deit", HF["distilled"][1])]
 ]
 
@@ -535,7 +580,7 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
     content[data.draw(st.sampled_from([*content, "num_labels", "labels"]))] = data.draw(ANYTHING)
     paths = put(tmp_path_factory.mktemp("fuzz"), files)
     try:
-        card = read_sidecars(paths)
+        card = card_from_configs(paths)
     except CheckpointError:
         return
     if card is not None:
@@ -549,6 +594,39 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
     [
         ("---\nlicense: apache-2.0\ntags: [vision]\n---\n# A model\n", "apache-2.0"),
         ("---\nlicense: other\nlicense_name: fair-noncommercial\n---\n", "fair-noncommercial"),
+        ("---\nlicense_name: fair-noncommercial\nlicense: other\n---\n", "fair-noncommercial"),
+        ("---\r\nlicense: mit\r\n---\r\n# A model\r\n", "mit"),
+        ("\ufeff--- \nlicense:   mit  \n--- \n", "mit"),
+        ("---\nlicense: 'mit'\n---\n", "mit"),
+        ('---\nlicense: "mit" # as upstream\n---\n', "mit"),
+        ("---\nlicense: mit  # as upstream\n---\n", "mit"),
+        ("---\n# license: gpl\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense_name: 'Ours: # 3.1'\n---\n", "Ours: # 3.1"),
+        ("---\nlicense_name: Their Community License 3.1\n---\n", "Their Community License 3.1"),
+        ("---\nlicense: 0bsd\n---\n", "0bsd"),
+        ("---\nlicense_name: https://example.com/licence\n---\n", "https://example.com/licence"),
+        ("---\nlicense: gpl\nlicense: mit\n---\n", "mit"),
+        ("---\nnote: |\n  license: gpl\n---\n", None),
+        ("---\nlicense_link: mit\n---\n", None),
+        ("---\nlicense:\n- mit\n---\n", None),
+        ("---\nlicense:\n  - mit\n---\n", None),
+        ("---\nlicense: # none yet\n---\n", None),
+        ("---\nlicense: null\n---\n", None),
+        ("---\nlicense: no # licence\n---\n", None),
+        ("---\nlicense: 2.0\n---\n", None),
+        ("---\nlicense: {mit: yes}\n---\n", None),
+        ("---\nlicense: >-\n  mit\n---\n", None),
+        ("---\nlicense: mit: x\n---\n", None),
+        ("---\nlicense_name: fair\n  noncommercial\nlicense: other\n---\n", "other"),
+        ("---\r\nlicense: mit\r\n\r\ntags: x\r\n---\r\n", "mit"),
+        ('---\nlicense: "mit\n---\n', None),
+        ('---\nlicense: "a\\nb"\n---\n', None),
+        ("---\nlicense: mit\x1b[2J\n---\n", None),
+        (f"---\nlicense: {'a' * 300}\n---\n", None),
+        ("---\na: &a [x, x]\nlicense: *a\n---\n", None),
+        ("---\nlicense: mit\n", None),
+        ("---\n---\nlicense: mit\n---\n", None),
+        ("\n---\nlicense: mit\n---\n", None),
         ("---\ntags: [vision]\n---\n", None),
         ("---\nlicense: [a, b]\n---\n", None),
         ("---\n: : {[\n---\n", None),
@@ -559,7 +637,44 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
 )
 def test_the_licence_is_in_the_readme(tmp_path: Path, readme: str, licence: str | None) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    (tmp_path / "README.md").write_text(readme)
-    card = read_sidecars({name: tmp_path / name for name in ("config.json", "README.md")})
+    (tmp_path / "README.md").write_text(readme, encoding="utf-8", newline="")
+    card = card_from_configs({name: tmp_path / name for name in ("config.json", "README.md")})
     assert card is not None
     assert card.licence == licence
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "readme",
+    [
+        f"---\n{BOMB}license: mit\n---\n",
+        f"---\n{'x: ' + 'a' * 2**20}\nlicense: mit\n---\n{'z' * MOST_BYTES}",
+        f"---\nlicense: mit{' ' * 100}\n---\n",
+    ],
+    ids=["aliases", "huge", "blanks"],
+)
+def test_no_readme_takes_long(tmp_path: Path, readme: str) -> None:
+    """Aliases that stand for 9^40 values are not followed, and of a huge file the beginning is read."""
+    (tmp_path / "README.md").write_text(readme)
+    assert licence_of(tmp_path) == "mit"
+
+
+@pytest.mark.parametrize(
+    "piece", ["\n", "---\n", "license: ", " ", "license: a", "#", "license: :", "\r", "---"], ids=repr
+)
+def test_no_readme_of_one_piece_over_and_over_takes_long(tmp_path: Path, piece: str) -> None:
+    for end in ("", "\n---\n"):
+        (tmp_path / "README.md").write_text(f"---\nlicense: {piece * 2**18}{end}", newline="")
+        before = time.process_time()
+        assert licence_of(tmp_path) is None
+        assert time.process_time() - before < 5
+
+
+def licence_of(directory: Path) -> str | None:
+    card = card_from_configs(
+        put(directory, {"config.json": {"model_type": "vit"}}) | {"README.md": directory / "README.md"}
+    )
+    assert card is not None
+    return card.licence

@@ -4,7 +4,7 @@ On the way in, `convert` goes through these in order:
 
     hub        from a name, URL or repository to a verified file; the cache of converted ones
     files      from a file in any container to names and tensors; pickles looks at a pickle before torch reads it
-    recognise  from names and shapes to a format and an architecture; sidecars reads the config.json beside a checkpoint
+    recognise  from names and shapes to a format and an architecture; foreign_configs reads the config.json beside it
     formats    the tables, one per format; rules is the engine that reads them forwards and backwards
     adapt      the lossy steps: positions for another grid, image channels, new heads
     native     our own file

@@ -16,7 +16,7 @@ from tomevit.config import Card
 from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.weights import checkpoint, rules
 from tomevit.weights.convert import weights_of
-from tomevit.weights.foreign_configs import write_sidecars
+from tomevit.weights.foreign_configs import configs_from_card
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
 
@@ -68,7 +68,7 @@ def export(
         raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
     card, named, _ = weights_of(model)
     tensors = rules.from_native(table, {name: tensor.cpu() for name, tensor in named.items()}, card.config)
-    sidecars = write_sidecars(card, format) if as_directory else {}
+    sidecars = configs_from_card(card, format) if as_directory else {}
     if as_directory and not sidecars:
         raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
 
@@ -78,7 +78,7 @@ def export(
             with explain_os_errors(out):
                 out.mkdir(parents=True)
         with contextlib.ExitStack() as files:  # none is put in place before all are written
-            for name, content in sidecars.items():
+            for name, content in configs.items():
                 draft = files.enter_context(new_file(out / name, inputs=inputs))
                 draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             draft = files.enter_context(new_file(file, inputs=inputs))
@@ -88,7 +88,7 @@ def export(
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
-    return Exported([file, *(out / name for name in sidecars)], _list_unsaid(card, format))
+    return Exported([file, *(out / name for name in configs)], _list_unsaid(card, format))
 
 
 def _write_safetensors(path: Path, tensors: dict[str, Tensor], _key: str) -> None:

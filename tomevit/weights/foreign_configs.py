@@ -3,6 +3,8 @@
 timm (`timm/models/_hub.py`) has config.json: an architecture's name, arguments that differ, the images' preparation.
 transformers (`models/vit`, `models/deit`, `models/vit_mae`) has config.json for the architecture, in numbers, and
 preprocessor_config.json for the images. The licence is often in README.md alone, the model card.
+
+Each library has tables of `Row`, read in both directions. What no row can say is a function beside them.
 """
 
 from __future__ import annotations
@@ -12,32 +14,223 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from types import GenericAlias
+from typing import Any, NamedTuple, get_args, get_origin
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, CHOICES, Card, Config, Preprocess
-from tomevit.errors import CheckpointError
+from tomevit.config import ARCHITECTURE, CHOICES, LEAST, Card, Config, Preprocess
+from tomevit.errors import CheckpointError, printable
+from tomevit.typed import conform
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
 README = "README.md"
-SIDECARS = (CONFIG, PREPROCESSOR, README)
+CONFIG_FILES = (CONFIG, PREPROCESSOR, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
-#: No file says more than this of a model that anyone could run.
+#: No file says more than this of a model that anyone could run; of what is not named here, 65536.
 MOST = {"patch_size": 2**12, "in_chans": 2**12, "embed_dim": 2**16, "depth": 2**10, "num_heads": 2**12}
-MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "pixels": 2**14, "mlp_hidden": 2**20}
+MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "img_size": 2**14, "mlp_hidden": 2**20}
+_LEAST: Mapping[str, float] = LEAST | {"img_size": 1, "mlp_hidden": 1, "mean": -(2**16), "std": 1e-6}
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+PAIR = tuple[int, int]  # height and width: a list, one int for both, or an object with these names
+PER_CHANNEL = tuple[float, ...]  # a list of as many as there are channels, or one for all
+
+
+class Row(NamedTuple):
+    """A field of a library's file, and the field of `Config` or `Preprocess` that it stands for.
+
+    Attributes:
+        kind: what the file has: as `tomevit.typed.conform` takes it; or its choices, each with what it is here, of
+            which the first is written.
+        default: what the library takes where the file is silent; None: what the caller of `_Object.read` knows.
+    """
+
+    theirs: str
+    ours: str
+    kind: Any
+    default: Any = None
+
+
+# The arguments of timm's VisionTransformer.
+_TIMM = (
+    *(Row(name, name, int) for name in ("in_chans", "num_classes", "patch_size", "embed_dim", "depth", "num_heads")),
+    *(Row(name, name, bool) for name in ("qkv_bias", "qk_norm", "class_token", "pre_norm")),
+    Row("img_size", "img_size", PAIR),
+    Row("reg_tokens", "reg_tokens", int),
+    Row("mlp_ratio", "mlp_ratio", float),
+    Row("init_values", "layer_scale", float),
+    Row("no_embed_class", "pos_embed_prefix", {False: True, True: False}),
+    Row("act_layer", "act", {act: act for act in CHOICES["act"]}),
+    Row("global_pool", "pool", {"token": "token", "avg": "avg", "": "token"}),
+    Row("fc_norm", "pool_norm", {False: "before", True: "after"}),
+)
+_TIMM_IMAGES = (
+    Row("interpolation", "interpolation", {"bilinear": "bilinear", "bicubic": "bicubic"}),
+    Row("crop_pct", "crop_pct", float),
+    Row("crop_mode", "resize", {"center": "shorter", "squash": "squash"}),
+    Row("mean", "mean", PER_CHANNEL),
+    Row("std", "std", PER_CHANNEL),
+)
+# How a model trains and starts, and which sizes it takes at run time: no weights depend on these.
+_TIMM_IDLE = re.compile(r"(\w+_)?drop_rate|weight_init|fix_init|dynamic_img_(size|pad)|strict_img_size|device|dtype")
+_TIMM_ONLY = {"pos_embed": "learn", "final_norm": True, "pool_include_prefix": False}
+
+_ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_ACTS |= {"gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+_TRANSFORMERS = (
+    Row("hidden_size", "embed_dim", int, 768),
+    Row("num_hidden_layers", "depth", int, 12),
+    Row("num_attention_heads", "num_heads", int, 12),
+    Row("intermediate_size", "mlp_hidden", int, 3072),
+    Row("hidden_act", "act", _ACTS, "gelu"),
+    Row("layer_norm_eps", "norm_eps", float, 1e-12),
+    Row("image_size", "img_size", PAIR, 224),
+    Row("patch_size", "patch_size", PAIR, 16),
+    Row("num_channels", "in_chans", int, 3),
+    Row("qkv_bias", "qkv_bias", bool, True),
+)
+_TRANSFORMERS_IMAGES = (
+    Row("resample", "interpolation", {2: "bilinear", 3: "bicubic"}),
+    Row("image_mean", "mean", PER_CHANNEL),
+    Row("image_std", "std", PER_CHANNEL),
+)
+# What every class of transformers' fixes of ours, but where `_CLASSES` has it otherwise.
+_FIXED: dict[str, Any] = {
+    "pool": "token",
+    "pool_norm": "before",
+    "class_token": True,
+    "reg_tokens": 0,
+    "pos_embed_prefix": True,
+}
+_FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False}
+# transformers' classes, and what each fixes of ours.
+_CLASSES: dict[str, dict[str, Any]] = {
+    "ViTForImageClassification": {},
+    "ViTModel": {"num_classes": 0},
+    "ViTForMaskedImageModeling": {"num_classes": 0},
+    "DeiTForImageClassificationWithTeacher": {"dist_token": True},
+    # Its one head reads the class token alone: to it, the distillation token is a register.
+    "DeiTForImageClassification": {"reg_tokens": 1},
+    "DeiTModel": {"dist_token": True, "num_classes": 0},
+    "DeiTForMaskedImageModeling": {"dist_token": True, "num_classes": 0},
+    "ViTMAEModel": {"num_classes": 0},
+    "ViTMAEForPreTraining": {"num_classes": 0},
+}
+# By model_type: how the names of such models begin in the zoo, and the usual classes with and without a head.
+_FAMILIES = {
+    "vit": ("vit_", "ViTForImageClassification", "ViTModel"),
+    "deit": ("deit_distilled_", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
+    "vit_mae": ("mae_cls_", "ViTMAEModel", "ViTMAEModel"),
+}
+# What transformers' image processors do where preprocessor_config.json is silent.
+_HALF: dict[str, Any] = {"image_mean": 0.5, "image_std": 0.5}
+_CLIP: dict[str, Any] = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+_PROCESSORS = {
+    "ViT": _HALF | {"resample": 2, "do_center_crop": False},
+    "DeiT": _HALF | {"resample": 3, "do_center_crop": True},
+    "Bit": _CLIP | {"resample": 3, "do_center_crop": True},
+    "CLIP": _CLIP | {"resample": 3, "do_center_crop": True},
+}
+_PROCESSOR_NAME = re.compile(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
+
+
+class _Object(dict[str, Any]):
+    """A JSON object of which nothing is trusted: null counts as missing, and each value is asked for by its kind.
+
+    All methods raise ValueError where the file is wrong.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        super().__init__({name: value for name, value in values.items() if value is not None})
+        self.where = where  # before a field's name, in messages
+
+    @classmethod
+    def of(cls, path: Path) -> _Object:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"it has {size} bytes, and is no description of a model")
+        try:
+            values = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {reprlib.repr(values)}, and should hold an object")
+        return cls(values)
+
+    def refuse(self, name: str, wanted: str) -> ValueError:
+        shown = f"{self.where}{name[:MOST_CHARACTERS]} is {reprlib.repr(self.get(name))}"
+        return ValueError(f"{shown}, and must be {wanted}")
+
+    def part(self, name: str) -> _Object:
+        """An object within this one, empty where there is none."""
+        value = self.get(name, {})
+        if not isinstance(value, dict):
+            raise self.refuse(name, "an object")
+        return _Object(value, f"{self.where}{name}.")
+
+    def take(self, name: str, kind: Any, default: Any = None, ours: str = "") -> Any:
+        """One value, of a `Row.kind`, within the limits of a field of ours; None where file and default have none."""
+        value = self.get(name, default)
+        if value is None:
+            return None
+        if isinstance(kind, dict):
+            for theirs, found in kind.items():
+                if theirs == value and isinstance(value, bool) == isinstance(theirs, bool):
+                    return found
+            raise self.refuse(name, f"one of {', '.join(map(str, kind))}")
+        where = f"{self.where}{name}"
+        if kind == PAIR and isinstance(value, dict) and {"height", "width"} <= value.keys():
+            value = [value["height"], value["width"]]
+        elif get_origin(kind) is tuple and not isinstance(value, list):
+            value = [conform(get_args(kind)[0], value, where)] * len(get_args(kind))
+        value = conform(kind, value, where)
+        if kind is str and len(value) > MOST_CHARACTERS:
+            raise self.refuse(name, f"a text of at most {MOST_CHARACTERS} characters")
+        least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
+        if kind is not str and not all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,))):
+            raise self.refuse(name, f"from {least} to {most}")
+        return value
+
+    def read(self, rows: Iterable[Row], known: Mapping[str, Any], channels: int = 0) -> dict[str, Any]:
+        """Our fields of a table; of those that neither the file nor a default has, what is known of them beforehand."""
+        fields = dict(known)
+        for row in rows:
+            kind = GenericAlias(tuple, (float,) * channels) if row.kind == PER_CHANNEL else row.kind
+            value = self.take(row.theirs, kind, row.default, row.ours)
+            if value is not None:
+                fields[row.ours] = value
+        return fields
+
+
+def _write(rows: Iterable[Row], fields: Mapping[str, Any], known: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """The inverse of `_Object.read`: what a file says of our fields, but for those that are as known beforehand."""
+    said = {}
+    for row in rows:
+        value = fields[row.ours]
+        if row.ours in known and known[row.ours] == value:
+            continue
+        if isinstance(row.kind, dict):
+            value = next(theirs for theirs, ours in row.kind.items() if ours == value)
+        elif isinstance(value, tuple):
+            value = value[0] if row.kind == PAIR and value[0] == value[1] else list(value)
+        said[row.theirs] = value
+    return said
+
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_sidecars(files: Mapping[str, Path]) -> Card | None:
+def card_from_configs(files: Mapping[str, Path]) -> Card | None:
     """The card that a repository's JSON files describe.
 
     The card says what the files say, and no more: a fine-tuned model's config.json still has the tag of the weights it
@@ -45,7 +238,7 @@ def read_sidecars(files: Mapping[str, Path]) -> Card | None:
     is one.
 
     Args:
-        files: paths by their names in the repository, of `SIDECARS`.
+        files: paths by their names in the repository, of `CONFIG_FILES`.
 
     Returns:
         None: there is no config.json, or it is neither timm's nor transformers'.
@@ -55,345 +248,149 @@ def read_sidecars(files: Mapping[str, Path]) -> Card | None:
     """
     if CONFIG not in files:
         return None
-    config = _Fields.of(files[CONFIG])
-    processor = _Fields.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Fields({}, PREPROCESSOR)
-    card = None
-    if "architecture" in config:
-        card = _read_timm(config)
-    elif "model_type" in config:
-        card = _read_transformers(config, processor)
-    if card is not None and card.licence is None and README in files:
+    with _naming(files[CONFIG]):
+        config = _Object.of(files[CONFIG])
+        if "architecture" in config:
+            card = _read_timm(config)
+        elif "model_type" in config:
+            card = _read_transformers(config)
+        else:
+            return None
+    if "architecture" not in config:
+        with _naming(files.get(PREPROCESSOR, PREPROCESSOR)):
+            processor = _Object.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Object({})
+            card = replace(card, preprocess=_read_processor(processor, config["model_type"], card.config))
+    if card.licence is None and README in files:
         return replace(card, licence=_read_licence(files[README]))
     return card
 
 
-def _read_licence(readme: Path) -> str | None:
-    """The licence in a model card's metadata, where it states one."""
-    with readme.open("rb") as file:
-        found = re.match(rb"---\s*\n(.*?)\n---", file.read(MOST_BYTES), re.DOTALL)
+@contextmanager
+def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
+    """What is wrong in a file is told with its name."""
     try:
-        metadata = yaml.safe_load(found[1]) if found else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # it is written for people, and may be anything
-        return None
-    licence = metadata.get("license_name", metadata.get("license")) if isinstance(metadata, dict) else None
-    return licence if isinstance(licence, str) else None
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{os.fspath(file)}: {printable(str(error))}") from error
 
 
-class _Fields(dict[str, Any]):
-    """A JSON object of which nothing is trusted: null counts as missing, and each value is asked for by its type."""
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?$(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.{,512})$(?!\n[ \t]+\S)", re.MULTILINE)
+# What YAML takes for a text on one line: quoted without escapes, or plain. Lists, aliases, blocks, numbers are none.
+_NO_TEXT = r"(?:null|true|false|yes|no|on|off|[\d.:-]+)\s*(?:\s#|$)"
+_TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^#:]|:(?=\S))*))\s*(?:(?<=\s)#.*)?""")
 
-    def __init__(self, values: dict[str, Any], where: str) -> None:
-        super().__init__({name: value for name, value in values.items() if value is not None})
-        self.where = where
 
-    @classmethod
-    def of(cls, path: Path) -> _Fields:
-        where = os.fspath(path)
-        if path.stat().st_size > MOST_BYTES:
-            raise CheckpointError(f"{where} has {path.stat().st_size} bytes, and is no description of a model")
-        try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{where} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{where} holds {reprlib.repr(values)}, and should hold an object")
-        return cls(values, where)
-
-    def refuse(self, name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name} is {reprlib.repr(self[name])}, and must be {wanted}")
-
-    def integer(self, name: str, default: int, most: int, least: int = 1) -> int:
-        value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise self.refuse(name, f"an int from {least} to {most}")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**16:
-            raise self.refuse(name, "a number from 0 to 65536")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise self.refuse(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        value = self.get(name, default)
-        if not isinstance(value, str) or len(value) > MOST_CHARACTERS:
-            raise self.refuse(name, f"a text of at most {MOST_CHARACTERS} characters")
-        return value
-
-    def choice(self, name: str, default: Any, choices: Mapping[Any, Any]) -> Any:
-        value = self.get(name, default)
-        if isinstance(value, dict | list) or value not in choices:
-            raise self.refuse(name, f"one of {', '.join(map(str, choices))}")
-        return choices[value]
-
-    def table(self, name: str) -> _Fields:
-        value = self.get(name, {})
-        if not isinstance(value, dict):
-            raise self.refuse(name, "an object")
-        return _Fields(value, f"{self.where}, {name}")
-
-    def statistics(self, name: str, default: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
-        """One number per channel; one number stands for all."""
-        value = self.get(name, default)
-        values = list(value) if isinstance(value, list | tuple) else [value] * channels
-        if len(values) != channels or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2**16 for x in values
-        ):
-            raise CheckpointError(
-                f"{self.where}: {name} is {reprlib.repr(value)}, and must be numbers for {channels} channels"
-            )
-        return tuple(map(float, values))
-
-    def pair(self, name: str, default: tuple[int, int], most: int) -> tuple[int, int]:
-        """An int for height and width, or both: as a list, or by name."""
-        value = self.get(name, default)
-        if isinstance(value, dict):
-            value = [value.get("height"), value.get("width")]
-        height, width = value if isinstance(value, list | tuple) and len(value) == 2 else (value, value)
-        for pixels in (height, width):
-            if not isinstance(pixels, int) or isinstance(pixels, bool) or not 1 <= pixels <= most:
-                raise self.refuse(name, f"one or two ints from 1 to {most}")
-        return height, width
+def _read_licence(readme: Path) -> str | None:
+    """The licence in a model card's metadata, where it is stated plainly: people write it, and it may be anything."""
+    with readme.open("rb") as file:
+        front = _FRONT_MATTER.match(file.read(MOST_BYTES).decode("utf-8-sig", "replace"))
+    stated: dict[str, str] = dict(_LICENCE.findall(front[1])) if front else {}
+    match = _TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
+    licence = (match[1] or match[2] or match[3] or "").strip() if match else ""
+    return licence if 0 < len(licence) <= MOST_CHARACTERS and licence.isprintable() else None
 
 
 # Architectures differ in no other field from models of one name: these have each user's own values.
 _OPEN = ("img_size", "in_chans", "num_classes", "norm_eps")
 
 
-def _card(where: str, fields: dict[str, Any], kin: str, preprocess: Preprocess, **rest: Any) -> Card:
+def _card(config: Config, kin: str, **rest: Any) -> Card:
     """A card with the zoo's name for the architecture; of several, one that begins as `kin` does."""
-    try:
-        config = Config(**fields)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
     same = [
         card
         for card in map(zoo.card, zoo.list_models())
         if all(getattr(card.config, f) == getattr(config, f) for f in ARCHITECTURE if f not in _OPEN)
     ]
-    if not same:
+    if same:
+        near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
+        config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
+    else:
         family = "deit_distilled" if config.dist_token else "vit"
         name = f"{family}_{config.embed_dim}x{config.depth}_p{config.patch_size}"
-        return Card(name=name, title="Vision Transformer", config=config, preprocess=preprocess, **rest)
-    near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
-    config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
-    return Card(
-        name=near.name,
-        timm=near.timm,
-        title=near.title,
-        papers=near.papers,
-        config=config,
-        preprocess=preprocess,
-        **rest,
-    )
+        near = Card(name=name, title="Vision Transformer")
+    return Card(name=near.name, timm=near.timm, title=near.title, papers=near.papers, config=config, **rest)
 
 
-def _check_crop_pct(share: float, where: str) -> float:
-    if not 0 < share <= 1:
-        raise CheckpointError(f"{where}: crop_pct is {share}, and must be a share above 0, up to 1")
-    return share
-
-
-# ----------------------------------------------------------------------------------------------------------------- timm
-
-_TIMM_INTEGERS = ("patch_size", "embed_dim", "depth", "num_heads", "reg_tokens")
-_TIMM_FLAGS = {"qkv_bias": True, "qk_norm": False, "class_token": True, "pre_norm": False}
-_TIMM_READ = {
-    *(*_TIMM_INTEGERS, *_TIMM_FLAGS),
-    *("img_size", "in_chans", "num_classes", "mlp_ratio", "init_values", "no_embed_class", "act_layer"),
-    *("global_pool", "fc_norm"),
-}
-# How a model trains and starts, and which sizes it takes at run time: no weights depend on these.
-_TIMM_IDLE = re.compile(r"(\w+_)?drop_rate|weight_init|fix_init|dynamic_img_(size|pad)|strict_img_size|device|dtype")
-_TIMM_ONLY = {"pos_embed": "learn", "final_norm": True, "pool_include_prefix": False}
-
-
-def _read_timm(config: _Fields) -> Card:
+def _read_timm(config: _Object) -> Card:
     # Before timm 0.8 there was one level.
-    cfg = config.table("pretrained_cfg") if "pretrained_cfg" in config else config
-    args = config.table("model_args")
-    base = _timm_architecture(config.text("architecture", ""), cfg.text("tag", ""), config.where)
-
+    cfg = config.part("pretrained_cfg") if "pretrained_cfg" in config else config
+    args = config.part("model_args")
+    base = _timm_base(config.take("architecture", str), cfg.take("tag", str, ""))
+    kinds = {row.theirs: row.kind for row in _TIMM}
     for name, value in args.items():
-        if name in _TIMM_ONLY and value == _TIMM_ONLY[name]:
-            continue
-        if name not in _TIMM_READ and not _TIMM_IDLE.fullmatch(name):
-            raise CheckpointError(
-                f"{args.where}: tomevit has nothing like {name[:MOST_CHARACTERS]}={reprlib.repr(value)}"
-            )
+        if name not in kinds and not _TIMM_IDLE.fullmatch(name) and (name, value) not in _TIMM_ONLY.items():
+            raise args.refuse(name, "left out: tomevit has nothing like it")
 
-    fields: dict[str, Any] = {field: getattr(base.config, field) for field in ARCHITECTURE}
-    channels, height, width = _timm_input(cfg, base.config)
-    fields["in_chans"] = args.integer("in_chans", channels, MOST["in_chans"])
-    fields["img_size"] = args.pair("img_size", (height, width), MOST["pixels"])
-    classes = cfg.integer("num_classes", fields["num_classes"], MOST["num_classes"], 0)
-    classes = config.integer("num_classes", classes, MOST["num_classes"], 0)
-    fields["num_classes"] = args.integer("num_classes", classes, MOST["num_classes"], 0)
-    for name in _TIMM_INTEGERS:
-        fields[name] = args.integer(name, fields[name], MOST[name], 0 if name == "reg_tokens" else 1)
-    for name in _TIMM_FLAGS:
-        fields[name] = args.flag(name, fields[name])
-    fields["mlp_ratio"] = args.number("mlp_ratio", fields["mlp_ratio"])
-    if "init_values" in args:
-        fields["layer_scale"] = args.number("init_values", 0.0)
-    fields["pos_embed_prefix"] = not args.flag("no_embed_class", not fields["pos_embed_prefix"])
-    fields["act"] = args.choice("act_layer", fields["act"], {act: act for act in CHOICES["act"]})
-    pools = {"token": "token", "avg": "avg", "": "token"}
+    fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
+    size = cfg.get("input_size", [fields["in_chans"], *fields["img_size"]])
+    if not isinstance(size, list) or len(size) != 3:
+        raise cfg.refuse("input_size", "channels, height and width")
+    size = _Object({"in_chans": size[0], "img_size": size[1:]}, f"{cfg.where}input_size, as ")
+    fields["in_chans"] = size.take("in_chans", int, fields["in_chans"], "in_chans")
+    if cfg.take("fixed_input_size", bool, True):  # else the positions are the architecture's own
+        fields["img_size"] = size.take("img_size", PAIR, None, "img_size")
+    for source in (cfg, config):
+        fields["num_classes"] = source.take("num_classes", int, fields["num_classes"], "num_classes")
     # The last says how the model was built, though timm itself builds by the others.
-    fields["pool"] = next(
-        (source.choice("global_pool", None, pools) for source in (args, cfg, config) if "global_pool" in source),
-        fields["pool"],
-    )
-    fields["pool_norm"] = "after" if args.flag("fc_norm", fields["pool"] == "avg") else "before"
+    pooled = next((source for source in (args, cfg) if "global_pool" in source), config)
+    fields["pool"] = pooled.take("global_pool", kinds["global_pool"]) or fields["pool"]
+    fields["pool_norm"] = "after" if fields["pool"] == "avg" else "before"
+    fields = args.read(_TIMM, fields)
 
-    channels = fields["in_chans"]
-    imagenet = Preprocess()  # timm's defaults too
-    preprocess = Preprocess(
-        mean=cfg.statistics("mean", imagenet.mean if channels == 3 else 0.5, channels),
-        std=_positive(cfg, "std", imagenet.std if channels == 3 else 0.5, channels),
-        interpolation=cfg.choice("interpolation", "bicubic", {"bilinear": "bilinear", "bicubic": "bicubic"}),
-        crop_pct=_check_crop_pct(cfg.number("crop_pct", imagenet.crop_pct), cfg.where),
-        resize=cfg.choice("crop_mode", "center", {"center": "shorter", "squash": "squash"}),
-    )
+    channels, images = fields["in_chans"], Preprocess()  # timm's defaults too
+    if channels != 3:
+        images = replace(images, mean=(0.5,) * channels, std=(0.5,) * channels)
     return _card(
-        config.where,
-        fields,
+        Config(**fields),
         base.name,
-        preprocess,
-        licence=cfg.text("license", "") or None,
+        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), channels)),
+        licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
     )
 
 
-def _timm_architecture(name: str, tag: str, where: str) -> Card:
-    try:
+def _timm_base(name: str, tag: str) -> Card:
+    with suppress(ValueError):
         return zoo.card(f"{name}.{tag}")  # timm has one name for vit_b16 and mae_cls_b16
-    except ValueError:
-        pass
-    try:
-        return zoo.card(name)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+    return zoo.card(name)
 
 
-def _timm_input(cfg: _Fields, config: Config) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the positions stand for."""
-    size = cfg.get("input_size", [config.in_chans, *config.img_size])
-    if not isinstance(size, list) or len(size) != 3:
-        raise cfg.refuse("input_size", "channels, height and width")
-    three = _Fields({"channels": size[0], "pixels": size[1:]}, f"{cfg.where}, input_size")
-    channels = three.integer("channels", 3, MOST["in_chans"])
-    pixels = three.pair("pixels", config.img_size, MOST["pixels"])
-    return channels, *(pixels if cfg.flag("fixed_input_size", True) else config.img_size)
-
-
-def _timm_labels(names: _Fields, config: _Fields, classes: int) -> tuple[str, ...]:
+def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ...]:
     labels = names.get("label_names", names.get("labels", []))
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         return ()  # timm's also may be a table with gaps
-    described = config.table("label_descriptions")
+    described = config.part("label_descriptions")
     found = tuple(str(described.get(label, label)) for label in labels)
     return found if len(found) == classes else ()
 
 
-def _positive(fields: _Fields, name: str, default: float | tuple[float, ...], channels: int) -> tuple[float, ...]:
-    values = fields.statistics(name, default, channels)
-    if min(values) <= 0:
-        raise fields.refuse(name, "above 0")
-    return values
-
-
-# --------------------------------------------------------------------------------------------------------- transformers
-
-
-class _Head(NamedTuple):
-    """What stands on a model of transformers, by the name of its class."""
-
-    model_type: str
-    classes: bool
-    fields: Mapping[str, Any] = {}
-
-
-_DISTILLED = {"dist_token": True}
-_HEADS = {
-    "ViTForImageClassification": _Head("vit", True),
-    "ViTModel": _Head("vit", False),
-    "ViTForMaskedImageModeling": _Head("vit", False),
-    "DeiTForImageClassificationWithTeacher": _Head("deit", True, _DISTILLED),
-    # Its one head reads the class token alone: to it, the distillation token is a register.
-    "DeiTForImageClassification": _Head("deit", True, {"reg_tokens": 1}),
-    "DeiTModel": _Head("deit", False, _DISTILLED),
-    "DeiTForMaskedImageModeling": _Head("deit", False, _DISTILLED),
-    "ViTMAEForPreTraining": _Head("vit_mae", False),
-    "ViTMAEModel": _Head("vit_mae", False),
-}
-_KIN = {"vit": "vit_", "deit": "deit_distilled_", "vit_mae": "mae_cls_"}
-_ACTS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-}
-_ACTS_OUT = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
-
-
-def _read_transformers(config: _Fields, processor: _Fields) -> Card:
-    model_type = config.choice("model_type", None, {name: name for name in _KIN})
-    head = _read_head(config, model_type)
-    dim = config.integer("hidden_size", 768, MOST["embed_dim"])
-    hidden = config.integer("intermediate_size", 3072, MOST["mlp_hidden"])
-    patch = config.pair("patch_size", (16, 16), MOST["patch_size"])
-    if patch[0] != patch[1]:
-        raise config.refuse("patch_size", "the same along height and width")
-    labels = _read_labels(config) if head.classes else ()
-    fields = {
-        "img_size": config.pair("image_size", (224, 224), MOST["pixels"]),
-        "patch_size": patch[0],
-        "in_chans": config.integer("num_channels", 3, MOST["in_chans"]),
-        "num_classes": len(labels),
-        "embed_dim": dim,
-        "depth": config.integer("num_hidden_layers", 12, MOST["depth"]),
-        "num_heads": config.integer("num_attention_heads", 12, MOST["num_heads"]),
-        "mlp_ratio": _mlp_ratio(dim, hidden),
-        "act": config.choice("hidden_act", "gelu", _ACTS),
-        "norm_eps": config.number("layer_norm_eps", 1e-12),
-        "qkv_bias": config.flag("qkv_bias", True),
-        **head.fields,
-    }
-    generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
-    preprocess = _read_processor(processor, model_type, fields["img_size"], fields["in_chans"])
-    return _card(config.where, fields, _KIN[model_type], preprocess, class_names=() if generic else labels)
-
-
-def _read_head(config: _Fields, model_type: str) -> _Head:
-    named = config.get("architectures")
-    if not named:
-        heads = [head for head in _HEADS.values() if head.model_type == model_type]
-        labelled = "id2label" in config or "num_labels" in config
-        return next((head for head in heads if head.classes == labelled), heads[0])
+def _read_transformers(config: _Object) -> Card:
+    kin, headed, bare = config.take("model_type", _FAMILIES)
+    classes = config.get("architectures") or [headed if "id2label" in config or "num_labels" in config else bare]
     # Not only the model_type's own: users' encoders of ViTMAE are called ViTModel too.
-    if not isinstance(named, list) or not isinstance(named[0], str) or named[0] not in _HEADS:
-        raise config.refuse("architectures", f"one of {', '.join(_HEADS)}")
-    return _HEADS[named[0]]
+    if not isinstance(classes, list) or not isinstance(classes[0], str) or classes[0] not in _CLASSES:
+        raise config.refuse("architectures", f"a list of one of {', '.join(_CLASSES)}")
+    fixed = _CLASSES[classes[0]]
+    labels = () if "num_classes" in fixed else _read_labels(config)
+    fields = config.read(_TRANSFORMERS, {"num_classes": len(labels), **fixed})
+    height, width = fields["patch_size"]
+    if height != width:
+        raise config.refuse("patch_size", "the same along height and width")
+    fields |= {"patch_size": height, "mlp_ratio": _mlp_ratio(fields["embed_dim"], fields.pop("mlp_hidden"))}
+    generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
+    return _card(Config(**fields), kin, class_names=() if generic else labels)
 
 
-def _read_labels(config: _Fields) -> tuple[str, ...]:
+def _read_labels(config: _Object) -> tuple[str, ...]:
     """One name per class; LABEL_0 and so on where there are none, as transformers has it."""
     if "id2label" not in config:
-        return tuple(f"LABEL_{i}" for i in range(config.integer("num_labels", 2, MOST["num_classes"], 0)))
-    labels = config.table("id2label")
+        return tuple(f"LABEL_{i}" for i in range(config.take("num_labels", int, 2, "num_classes")))
+    labels = config.part("id2label")
     try:
         return tuple(str(labels[str(i)]) for i in range(len(labels)))
     except KeyError as error:
-        raise CheckpointError(f"{labels.where}: of {len(labels)} classes number {error} has no name") from None
+        raise ValueError(f"id2label has {len(labels)} classes, and no name for number {error}") from None
 
 
 def _mlp_ratio(dim: int, hidden: int) -> float:
@@ -401,77 +398,44 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-class _Processor(NamedTuple):
-    """What a class of transformers' does where preprocessor_config.json is silent."""
-
-    mean: tuple[float, ...] | float
-    std: tuple[float, ...] | float
-    resample: int
-    square: bool  # one number as size means both edges, or the shorter
-    crop: bool
-    edge: float = 1.0  # the size after the resize, relative to the crop
-
-
-_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-_PROCESSORS = {
-    "ViT": _Processor(0.5, 0.5, 2, square=True, crop=False),
-    "DeiT": _Processor(0.5, 0.5, 3, square=True, crop=True, edge=256 / 224),
-    "Bit": _Processor(_CLIP_MEAN, _CLIP_STD, 3, square=False, crop=True),
-    "CLIP": _Processor(_CLIP_MEAN, _CLIP_STD, 3, square=False, crop=True),
-}
-_PROCESSOR_NAME = re.compile(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
-
-
-def _read_processor(fields: _Fields, model_type: str, image: tuple[int, int], channels: int) -> Preprocess:
+def _read_processor(fields: _Object, model_type: str, config: Config) -> Preprocess:
     # do_resize and do_rescale say who does it, the caller or the processor, and not that nobody does.
-    unstated = "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor"
+    image, unstated = config.img_size, "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor"
     key = "image_processor_type" if "image_processor_type" in fields else "feature_extractor_type"
-    match = _PROCESSOR_NAME.fullmatch(fields.text(key, unstated))
+    match = _PROCESSOR_NAME.fullmatch(fields.take(key, str, unstated))
     if match is None:
         raise fields.refuse(key, f"an image processor of {', '.join(_PROCESSORS)}")
-    default = _PROCESSORS[match[1]]
+    fields = _Object({**_PROCESSORS[match[1]], **fields})
 
-    normalise = fields.flag("do_normalize", True)
-    mean = fields.statistics("image_mean", default.mean, channels) if normalise else (0.0,) * channels
-    std = _positive(fields, "image_std", default.std, channels) if normalise else (1.0,) * channels
-    interpolation = fields.choice("resample", default.resample, {2: "bilinear", 3: "bicubic"})
-
+    # One number as size means both edges, or the shorter.
     size = fields.get("size")
-    square = "shortest_edge" not in size if isinstance(size, dict) else default.square
-    if size is None:
-        edges = round(default.edge * image[0]), round(default.edge * image[1])
-    elif square:
-        edges = fields.pair("size", image, MOST["pixels"])
+    shorter = "shortest_edge" in size if isinstance(size, dict) else match[1] in ("Bit", "CLIP")
+    before = [round(pixels * (256 / 224 if match[1] == "DeiT" else 1)) for pixels in image]
+    if shorter and isinstance(size, dict):
+        edges = fields.part("size").take("shortest_edge", PAIR, before, "img_size")
     else:
-        shorter = fields.table("size") if isinstance(size, dict) else _Fields({"shortest_edge": size}, fields.where)
-        edges = shorter.pair("shortest_edge", image, MOST["pixels"])
-    made = fields.pair("crop_size", image, MOST["pixels"]) if fields.flag("do_center_crop", default.crop) else edges
+        edges = fields.take("size", PAIR, before, "img_size")
+    crop = fields.take("do_center_crop", bool)
+    made = fields.take("crop_size", PAIR, list(image), "img_size") if crop else edges
     if made != image:
-        raise CheckpointError(
-            f"{fields.where} makes images of {made[0]}x{made[1]}, and the model takes {image[0]}x{image[1]}"
-        )
-    if not square and image[0] != image[1]:
-        raise CheckpointError(f"{fields.where}: tomevit resizes the shorter edge for square images alone")
-    return Preprocess(
-        mean=mean,
-        std=std,
-        interpolation=interpolation,
-        crop_pct=_share(image, edges, fields.where),
-        resize="squash" if square else "shorter",
-    )
+        raise ValueError(f"it makes images of {made[0]}x{made[1]}, and the model takes {image[0]}x{image[1]}")
+    if shorter and image[0] != image[1]:
+        raise ValueError("it resizes the shorter edge, and tomevit does so for square images alone")
+
+    found = {"crop_pct": _share(image, edges), "resize": "shorter" if shorter else "squash"}
+    if not fields.take("do_normalize", bool, True):
+        fields |= {"image_mean": 0, "image_std": 1}
+    return Preprocess(**fields.read(_TRANSFORMERS_IMAGES, found, config.in_chans))
 
 
-def _share(image: tuple[int, int], edges: tuple[int, int], where: str) -> float:
+def _share(image: tuple[int, int], edges: tuple[int, int]) -> float:
     """The crop's share of the resized edges: the `crop_pct` from which these edges follow."""
     share = min(1.0, *(have / edge for have, edge in zip(image, edges, strict=True)))
-    if _edges(image, share) != edges:
-        share = math.nextafter(share, 0)  # the division was rounded up
-    if _edges(image, share) != edges:
-        raise CheckpointError(
-            f"{where} resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}, "
-            f"and tomevit crops the same share of both edges"
-        )
-    return share
+    for exact in (share, math.nextafter(share, 0)):  # the division may have been rounded up
+        if _edges(image, exact) == edges:
+            return exact
+    shown = f"it resizes to {edges[0]}x{edges[1]} before it crops {image[0]}x{image[1]}"
+    raise ValueError(f"{shown}, and tomevit crops the same share of both edges")
 
 
 def _edges(image: tuple[int, int], crop_pct: float) -> tuple[int, int]:
@@ -482,7 +446,7 @@ def _edges(image: tuple[int, int], crop_pct: float) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_sidecars(card: Card, format: str) -> dict[str, dict[str, Any]]:  # noqa: A002 - the word that users know
+def configs_from_card(card: Card, format: str) -> dict[str, dict[str, Any]]:  # noqa: A002 - the word that users know
     """The JSON files to put beside a model.safetensors of a format, so that its library loads the directory.
 
     r and proportional attention have no place in them: without merging they change nothing.
@@ -495,148 +459,75 @@ def write_sidecars(card: Card, format: str) -> dict[str, dict[str, Any]]:  # noq
     """
     if format == "timm":
         return {CONFIG: _write_timm(card)}
-    if format in _WRITTEN:
-        return {CONFIG: _write_transformers(card, format), PREPROCESSOR: _write_processor(card)}
+    model_type = format.removeprefix("hf_")
+    if format.startswith("hf_") and model_type in _FAMILIES:
+        return {CONFIG: _write_transformers(card, model_type), PREPROCESSOR: _write_processor(card)}
     return {}
 
 
-def _refuse(library: str, name: str, value: object, wanted: object) -> ValueError:
-    return ValueError(f"{library} cannot hold {name}={value!r}, only {name}={wanted!r}")
+def _require(config: Config, library: str, fixed: Mapping[str, Any]) -> None:
+    for name, wanted in fixed.items():
+        if (value := getattr(config, name)) != wanted:
+            raise ValueError(f"{library} cannot hold {name}={value!r}, only {name}={wanted!r}")
 
 
 def _write_timm(card: Card) -> dict[str, Any]:
-    config, preprocess = card.config, card.preprocess
-    if config.norm_eps != 1e-6:
-        raise _refuse("timm's config.json", "norm_eps", config.norm_eps, 1e-6)
+    config = card.config
+    _require(config, "timm's config.json", {"norm_eps": 1e-6})
     if config.dist_token and (config.reg_tokens or not config.pos_embed_prefix):
         raise ValueError("timm's distilled models have no registers, and positions for both tokens")
     architecture = card.timm or ""
     if not architecture or zoo.card(architecture).config.dist_token != config.dist_token:
         architecture = "deit_base_distilled_patch16_224" if config.dist_token else "vit_base_patch16_224"
-    base = zoo.card(architecture).config
-
-    args: dict[str, Any] = {
-        name: getattr(config, name)
-        for name in (*_TIMM_INTEGERS, *_TIMM_FLAGS, "mlp_ratio")
-        if getattr(config, name) != getattr(base, name)
-    }
-    if config.img_size != base.img_size:
-        args["img_size"] = list(config.img_size)
-    if config.layer_scale != base.layer_scale:
-        args["init_values"] = config.layer_scale
-    if config.pos_embed_prefix != base.pos_embed_prefix:
-        args["no_embed_class"] = not config.pos_embed_prefix
-    if config.act != base.act:
-        args["act_layer"] = config.act
-    if config.pool != base.pool:
-        args["global_pool"] = config.pool
-    if (config.pool_norm == "after") != (config.pool == "avg"):
-        args["fc_norm"] = config.pool_norm == "after"
-    return {
-        "architecture": architecture,
-        "num_classes": config.num_classes,
-        "num_features": config.embed_dim,
-        "global_pool": config.pool,
-        **({"label_names": list(card.class_names)} if card.class_names else {}),
-        **({"model_args": args} if args else {}),
-        "pretrained_cfg": {
-            "custom_load": False,
-            "input_size": [config.in_chans, *config.img_size],
-            "fixed_input_size": True,
-            "interpolation": preprocess.interpolation,
-            "crop_pct": preprocess.crop_pct,
-            "crop_mode": {"shorter": "center", "squash": "squash"}[preprocess.resize],
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
-            "num_classes": config.num_classes,
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if config.dist_token else "head",
-            **({"license": card.licence} if card.licence else {}),
-        },
-    }
+    known = vars(zoo.card(architecture).config) | {"pool_norm": "after" if config.pool == "avg" else "before"}
+    known |= {"in_chans": config.in_chans, "num_classes": config.num_classes}  # which are said beside the arguments
+    args = _write(_TIMM, vars(config), known)
+    said: dict[str, Any] = {"architecture": architecture, "num_classes": config.num_classes}
+    said |= {"num_features": config.embed_dim, "global_pool": config.pool}
+    if card.class_names:
+        said["label_names"] = list(card.class_names)
+    if args:
+        said["model_args"] = args
+    cfg = {"custom_load": False, "input_size": [config.in_chans, *config.img_size], "fixed_input_size": True}
+    cfg |= _write(_TIMM_IMAGES, vars(card.preprocess)) | {"num_classes": config.num_classes}
+    cfg |= {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if config.dist_token else "head"}
+    if card.licence:
+        cfg["license"] = card.licence
+    return said | {"pretrained_cfg": cfg}
 
 
-class _Written(NamedTuple):
-    """A format of transformers': its model_type, and its classes with and without a head."""
-
-    model_type: str
-    headed: str | None
-    bare: str
-
-
-_WRITTEN = {
-    "hf_vit": _Written("vit", "ViTForImageClassification", "ViTModel"),
-    "hf_deit": _Written("deit", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
-    "hf_vit_mae": _Written("vit_mae", None, "ViTMAEModel"),
-}
-_FIXED = {
-    "pool": "token",
-    "pool_norm": "before",
-    "class_token": True,
-    "reg_tokens": 0,
-    "pos_embed_prefix": True,
-    "qk_norm": False,
-    "layer_scale": None,
-    "pre_norm": False,
-}
-
-
-def _write_transformers(card: Card, name: str) -> dict[str, Any]:
-    config, written = card.config, _WRITTEN[name]
-    fixed = _FIXED | {"dist_token": written.model_type == "deit"} | ({} if written.headed else {"num_classes": 0})
-    for field, wanted in fixed.items():
-        if getattr(config, field) != wanted:
-            raise _refuse(f"transformers' {written.model_type}", field, getattr(config, field), wanted)
-    names = card.class_names or [f"LABEL_{i}" for i in range(config.num_classes)]
-    height, width = config.img_size
-    return {
-        "architectures": [written.headed if config.num_classes else written.bare],
-        "model_type": written.model_type,
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
-        "hidden_act": _ACTS_OUT[config.act],
-        "layer_norm_eps": config.norm_eps,
-        "image_size": height if height == width else [height, width],
-        "patch_size": config.patch_size,
-        "num_channels": config.in_chans,
-        "qkv_bias": config.qkv_bias,
-        **({"mask_ratio": 0.0} if written.model_type == "vit_mae" else {}),  # else three patches in four are dropped
-        **(
-            {
-                "id2label": {str(i): label for i, label in enumerate(names)},
-                "label2id": {label: i for i, label in enumerate(names)},
-            }
-            if config.num_classes
-            else {}
-        ),
-    }
+def _write_transformers(card: Card, model_type: str) -> dict[str, Any]:
+    config, (_, headed, bare) = card.config, _FAMILIES[model_type]
+    name = headed if config.num_classes else bare
+    _require(config, f"transformers' {model_type}", _FIXED | _CLASSES[name])
+    said: dict[str, Any] = {"architectures": [name], "model_type": model_type}
+    said |= _write(_TRANSFORMERS, vars(config) | {"mlp_hidden": int(config.embed_dim * config.mlp_ratio)})
+    if model_type == "vit_mae":
+        said["mask_ratio"] = 0.0  # else three patches in four are dropped
+    if config.num_classes:
+        names = card.class_names or [f"LABEL_{i}" for i in range(config.num_classes)]
+        said["id2label"] = {str(i): label for i, label in enumerate(names)}
+        said["label2id"] = {label: i for i, label in enumerate(names)}
+    return said
 
 
 def _write_processor(card: Card) -> dict[str, Any]:
     image, preprocess = card.config.img_size, card.preprocess
-    if preprocess.resize == "shorter" and image[0] != image[1]:
+    squash = preprocess.resize == "squash"
+    if not squash and image[0] != image[1]:
         raise ValueError(
             f"transformers cannot resize the shorter edge and crop {image[0]}x{image[1]}: "
             f"it does so for square images alone, and others take resize='squash'"
         )
     height, width = _edges(image, preprocess.crop_pct)
-    squash = preprocess.resize == "squash"
     crop = not squash or (height, width) != image
     # Classes that did so in transformers 4 too, where each read its own fields alone.
     kind = ("DeiT" if crop else "ViT") if squash else "Bit"
-    return {
-        "image_processor_type": f"{kind}ImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
-        "resample": {"bilinear": 2, "bicubic": 3}[preprocess.interpolation],
-        "do_center_crop": crop,
-        **({"crop_size": {"height": image[0], "width": image[1]}} if crop else {}),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(preprocess.mean),
-        "image_std": list(preprocess.std),
-        **({"do_convert_rgb": True} if card.config.in_chans == 3 else {}),
-    }
+    said = {"image_processor_type": f"{kind}ImageProcessor", "do_resize": True, "do_center_crop": crop}
+    said["size"] = {"height": height, "width": width} if squash else {"shortest_edge": height}
+    if crop:
+        said["crop_size"] = {"height": image[0], "width": image[1]}
+    if card.config.in_chans == 3:
+        said["do_convert_rgb"] = True
+    said |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    return said | _write(_TRANSFORMERS_IMAGES, vars(preprocess))

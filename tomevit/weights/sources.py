@@ -15,7 +15,7 @@ from tomevit.cards import is_ours
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError
 from tomevit.weights import cache, files
-from tomevit.weights.foreign_configs import SIDECARS, read_sidecars
+from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
 
 ADDRESSES = ("http://", "https://", "hf-hub:")
 
@@ -73,7 +73,7 @@ def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
     """What was fetched for a card of `card_of_source`: as the zoo knows it if it is published, else by what it is."""
     if card.weights:
         return Located(fetched.path, fetched.source, zoo.card(card.full_name), fetched.source.format, downloaded=True)
-    beside = cache.beside(fetched.source, SIDECARS) if fetched.source.hub else {}
+    beside = cache.beside(fetched.source, CONFIG_FILES) if fetched.source.hub else {}
     return _identify(fetched.path, fetched.source, beside, downloaded=True)
 
 
@@ -123,7 +123,7 @@ def _local_source(path: Path) -> Source:
 
 
 def _files_beside(directory: Path) -> dict[str, Path]:
-    return {name: directory / name for name in SIDECARS if (directory / name).is_file()}
+    return {name: directory / name for name in CONFIG_FILES if (directory / name).is_file()}
 
 
 def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
@@ -133,4 +133,4 @@ def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloa
         if source.sha256 is not None and origin.sha256.startswith(source.sha256):
             origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
             return Located(path, origin, card, source.format, downloaded)
-    return Located(path, origin, read_sidecars(beside) if beside else None, None, downloaded)
+    return Located(path, origin, card_from_configs(beside) if beside else None, None, downloaded)
