@@ -68,8 +68,8 @@ def export(
         raise ValueError(f"{out.name} must end in {', '.join(CONTAINERS)}, or be a directory")
     card, named, _ = weights_of(model)
     tensors = rules.from_native(table, {name: tensor.cpu() for name, tensor in named.items()}, card.config)
-    sidecars = configs_from_card(card, format) if as_directory else {}
-    if as_directory and not sidecars:
+    configs = configs_from_card(card, format) if as_directory else {}
+    if as_directory and not configs:
         raise ValueError(f"{format} has no directories of its own: name a file, as in {out / 'model.pth'}")
 
     made = [folder for folder in (out, *out.parents) if as_directory and not folder.exists()]
