@@ -67,7 +67,7 @@ class OtherProcessError(ValueError):
     """What is wrong, in one of several processes that need not say so: another does."""
 
 
-def either(names: Iterable[str]) -> str:
+def join_with_or(names: Iterable[str]) -> str:
     """Names as "a, b or c"; there must be one at least."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
@@ -82,4 +82,4 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
     """The known names that a wrong one may have meant, whatever its case, as a question; or what to say instead."""
     by_lower = {one.lower(): one for one in reversed(list(known))}
     near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    return f"did you mean {either(by_lower[one] for one in near)}?" if near else otherwise
+    return f"did you mean {join_with_or(by_lower[one] for one in near)}?" if near else otherwise

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from tomevit.errors import OutputError, either
+from tomevit.errors import OutputError, join_with_or
 
 #: What an ending promises, everywhere.
 ENDINGS = {
@@ -72,7 +72,7 @@ def check_output(
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; name the file to write")
     if endings and path.suffix.lower() in ENDINGS.keys() - set(endings):
-        raise ValueError(f"{path} would hold something else than its name says: it must end in {either(endings)}")
+        raise ValueError(f"{path} would hold something else than its name says: it must end in {join_with_or(endings)}")
     target = _target(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {path.parent} to write {path.name} into")

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tomevit.config import Card, Config, Figure, Preprocess, Source
-from tomevit.errors import either, nearest
+from tomevit.errors import join_with_or, nearest
 
 #: How the names of checkpoints end.
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz", ".msgpack", ".onnx", ".pt2")
@@ -168,7 +168,7 @@ def card(name: str) -> Card:
         if found.weights == tag:
             return found
     tags = [found.weights for found in zoo.cards[model] if found.weights]
-    raise ValueError(f"{model} has no weights {tag!r}; it has {either(tags) if tags else 'none'}")
+    raise ValueError(f"{model} has no weights {tag!r}; it has {join_with_or(tags) if tags else 'none'}")
 
 
 def card_of_no_file(name: str) -> Card:
@@ -200,7 +200,7 @@ def architectures() -> tuple[Card, ...]:
     return tuple(_zoo().architectures.values())
 
 
-def published() -> Iterator[tuple[Card, Source]]:
+def published_sources() -> Iterator[tuple[Card, Source]]:
     """Every source of every set of weights."""
     for found in itertools.chain.from_iterable(_zoo().cards.values()):
         for source in found.sources:

@@ -10,12 +10,12 @@ import click
 
 from tomevit.cli.options import R
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
-from tomevit.errors import either, nearest
+from tomevit.errors import join_with_or, nearest
 from tomevit.weights.export import export as export_weights
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
 
-FORMAT_HELP = f"A program: {either(PROGRAMS)}. Or weights: {', '.join(FORMATS)}."
+FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORMATS)}."
 
 
 @click.command()

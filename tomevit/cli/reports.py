@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,7 +55,7 @@ def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> s
     """
     if flag is not None and flag not in forms:
         flags = [f"--{form}" for form in NAMES if form in forms]
-        raise ValueError(f"this command has no --{flag}, but {either(flags)}")
+        raise ValueError(f"this command has no --{flag}, but {join_with_or(flags)}")
     if out is None:
         return flag or "text"
     check_output(out, endings=[SUFFIXES[form] for form in forms])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tomevit.data.images import SUFFIXES, find
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 
 #: Where the images to evaluate lie, below a set's folder: as Kaggle has ILSVRC, as torchvision has it, or right there.
 PLACES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val", "validation", ".")
@@ -201,8 +201,8 @@ def _classes(
     nearest, _ = max(known, key=lambda pair: sum(name in pair[0] for name in names))
     strange = next(name for name in names if name not in nearest)
     raise ValueError(
-        f"{what} should be {either(expected)}, and {strange!r} is not; if the model has such a class, a file with its "
-        f"classes in order (--classes) would say which"
+        f"{what} should be {join_with_or(expected)}, and {strange!r} is not; if the model has such a class, a file with "
+        f"its classes in order (--classes) would say which"
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tomevit import private
 from tomevit.config import Config, Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 from tomevit.flops import flops
 from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
 from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
@@ -367,7 +367,7 @@ def sweep(
     if "tf32" in dtypes and device.type != "cuda":
         raise ValueError("tf32 is a precision of NVIDIA's GPUs: name a CUDA device, or float32")
     if wrong := sorted({*modes} - MODES.keys()):
-        raise ValueError(f"there is no mode {wrong[0]!r}; there is {either(MODES)}")
+        raise ValueError(f"there is no mode {wrong[0]!r}; there is {join_with_or(MODES)}")
     for r in r_values:
         model.schedule(r)  # before the first minute is spent
     for dtype in dtypes:

@@ -14,7 +14,7 @@ from tomevit import zoo
 from tomevit.config import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import find, stream
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import seconds
@@ -157,7 +157,7 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
     r = check_schedule(card.r if r is None else r, config.depth)
     if compare and token_counts(r, config.depth, config.num_tokens, config.num_prefix)[-1] == config.num_tokens:
-        others = either(map(format_schedule, default_r(card)))
+        others = join_with_or(map(format_schedule, default_r(card)))
         raise ValueError(
             f"r = {format_schedule(r)} merges nothing, and would be compared with itself: give an r such as {others}"
         )

@@ -34,7 +34,7 @@ from tomevit.config import ARCHITECTURE, Config
 from tomevit.data import images, shards
 from tomevit.data.distributed import broadcast_from_rank0, fail_together, processes, require_same, wait_for_all
 from tomevit.data.images import Strings
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 from tomevit.layers.pool import mean_patch
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
@@ -77,7 +77,7 @@ def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..
         ValueError: there is no such pooling, or no class token.
     """
     if pool not in (None, *get_args(Pool)):
-        raise ValueError(f"pool is {pool!r}, and must be {either(get_args(Pool))}")
+        raise ValueError(f"pool is {pool!r}, and must be {join_with_or(get_args(Pool))}")
     if pool == "cls" and not model.config.class_token:
         raise ValueError("this model has no class token: pool must be mean")
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -203,14 +203,14 @@ def _vectors(
 def check_suffix(out: Path) -> None:
     """Raise ValueError if no such file can be written."""
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out} ends in {out.suffix or 'no suffix'}, and must end in {either(SUFFIXES)}")
+        raise ValueError(f"{out} ends in {out.suffix or 'no suffix'}, and must end in {join_with_or(SUFFIXES)}")
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ValueError("parquet needs pyarrow: pip install 'tomevit[parquet]'")
 
 
 def _check_arguments(dtype: torch.dtype, batch: int, workers: int) -> None:
     if dtype not in (known for known, _ in DTYPES.values()):
-        raise ValueError(f"dtype is {dtype}, and must be torch.{either(DTYPES)}")
+        raise ValueError(f"dtype is {dtype}, and must be torch.{join_with_or(DTYPES)}")
     if batch < 1:
         raise ValueError(f"batch is {batch}, and must be at least 1")
     if workers < 0:

@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Literal
 
 from tomevit import zoo
-from tomevit.errors import either, nearest
+from tomevit.errors import join_with_or, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +105,7 @@ def recipe(name: str) -> Recipe:
         ValueError: no such recipe; the message has the nearest names.
     """
     if name not in _recipes():
-        raise ValueError(f"there is no recipe {name!r}; {nearest(name, _recipes(), f'there are {either(_recipes())}')}")
+        raise ValueError(
+            f"there is no recipe {name!r}; {nearest(name, _recipes(), f'there are {join_with_or(_recipes())}')}"
+        )
     return _recipes()[name]

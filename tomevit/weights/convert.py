@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tomevit import zoo
 from tomevit.cards import Contents, is_ours
 from tomevit.config import Card, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, rules, sources
@@ -377,7 +377,7 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """
     if integers := [name for name, tensor in tensors.items() if tensor.dtype not in checkpoint.DTYPES]:
         kinds = {dtype_name(tensors[name].dtype) for name in integers}
-        raise CheckpointError(f"weights must be floating point: {enumerate_names(integers)} are {either(kinds)}")
+        raise CheckpointError(f"weights must be floating point: {enumerate_names(integers)} are {join_with_or(kinds)}")
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         raise CheckpointError(f"it holds NaN or infinity, in {enumerate_names(bad)}")
@@ -387,9 +387,8 @@ def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     for name, tensor in tensors.items():
         tensors[name] = tensor.to(widest)
-    return (
-        f"a mixture of {either(sorted(map(dtype_name, dtypes)))} made {dtype_name(widest)} throughout, without loss",
-    )
+    mixture = join_with_or(sorted(map(dtype_name, dtypes)))
+    return (f"a mixture of {mixture} made {dtype_name(widest)} throughout, without loss",)
 
 
 def is_finite(tensor: Tensor) -> bool:

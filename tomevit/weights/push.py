@@ -109,7 +109,7 @@ def find_base(card: Card, repo: str = "") -> Base | None:
             return Base(source.hub, source.hub)
     if (origin := card.origin) is None:
         return None
-    for known, source in zoo.published():
+    for known, source in zoo.published_sources():
         if (origin.hub and origin.hub == source.hub) or (origin.url and origin.url == source.url):
             return Base(known.full_name, origin.hub or next((other.hub for other in known.sources if other.hub), None))
     return Base(origin.hub or origin.url or origin.file or "a file", origin.hub)

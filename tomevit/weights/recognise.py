@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tomevit import zoo
 from tomevit.config import Card, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, either
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names
 
@@ -191,7 +191,7 @@ def choose_card(
         return _choose_fitting(observed, form, file)
     if wrong := differences(observed, card.config, headless=not observed["num_classes"]):
         fits = _find_fitting(observed)
-        instead = f"It fits {either(card.name for card in fits)}" if fits else _describe_nearest(observed)
+        instead = f"It fits {join_with_or(card.name for card in fits)}" if fits else _describe_nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
     return card
 
@@ -233,7 +233,7 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
 
 def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None) -> Card:
     """The one architecture that was observed, of the families that are published in this format."""
-    published = {(card.title, source.format) for card, source in zoo.published()}
+    published = {(card.title, source.format) for card, source in zoo.published_sources()}
     fits = [
         card for card in _find_fitting(observed) if {(card.title, form.name), (card.title, form.variant_of)} & published
     ] or _find_fitting(observed)
@@ -246,14 +246,14 @@ def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None)
     families |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
     same_file = [
         card.full_name
-        for card, source in zoo.published()
+        for card, source in zoo.published_sources()
         if file and (source.url or "").endswith(f"/{file}") and not source.sha256
     ]
     choices = [*same_file, *sorted(card.name for card in families.values())]
     if len(choices) > 1:
         named = " (by its name it is the first)" if same_file else ""
         raise AmbiguousCheckpointError(
-            f"it fits {either(choices)}{named}, which differ in preprocessing, merging or licence: "
+            f"it fits {join_with_or(choices)}{named}, which differ in preprocessing, merging or licence: "
             f"say which it is with model=, or --model",
             "model",
             choices,

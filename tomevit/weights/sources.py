@@ -93,7 +93,7 @@ def card_of_source(name: str) -> Card:
         return zoo.card_of_no_file(name)
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     on_hub = name.startswith("hf-hub:")
-    for card, source in zoo.published():
+    for card, source in zoo.published_sources():
         if (on_hub and repo == source.hub and revision in ("", source.revision)) or name == source.url:
             return replace(card, sources=(source,))
     if not on_hub:
@@ -129,7 +129,7 @@ def _files_beside(directory: Path) -> dict[str, Path]:
 def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
     """What the zoo knows of a file by its hash, or else what the files beside it say."""
     assert origin.sha256 is not None
-    for card, source in zoo.published():
+    for card, source in zoo.published_sources():
         if source.sha256 is not None and origin.sha256.startswith(source.sha256):
             origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
             return Located(path, origin, card, source.format, downloaded)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from tomevit.config import Card
 from tomevit.deploy.programs import archive, onnx
 from tomevit.deploy.programs.trace import from_pixels, trace
-from tomevit.errors import either
+from tomevit.errors import join_with_or
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output
 from tomevit.schedule import Schedule, check_schedule, schedule_to_json
@@ -52,8 +52,8 @@ class Kind(NamedTuple):
 
 
 PROGRAMS = {
-    "onnx": Kind(".onnx", ("float32", "float16", "int8"), onnx.check, onnx.write, onnx.load),
-    "pt2": Kind(".pt2", tuple(DTYPES), archive.check, archive.write_exported, archive.load_exported),
+    "onnx": Kind(".onnx", ("float32", "float16", "int8"), onnx.check_packages, onnx.write_onnx, onnx.load_onnx),
+    "pt2": Kind(".pt2", tuple(DTYPES), archive.check_nothing, archive.write_exported, archive.load_exported),
     "aoti": Kind(".pt2", tuple(DTYPES), archive.check_compiler, archive.write_compiled, archive.load_compiled),
 }
 
@@ -117,7 +117,7 @@ def export_program(
     if out.suffix != kind.suffix:
         raise ValueError(f"{out.name} must end in {kind.suffix}, as a program of format {format} does")
     if dtype not in kind.dtypes:
-        raise ValueError(f"dtype is {dtype!r}, and a program of format {format} is of {either(kind.dtypes)}")
+        raise ValueError(f"dtype is {dtype!r}, and a program of format {format} is of {join_with_or(kind.dtypes)}")
     if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}, and must be a number of images, or None for any")
     if opset is not None and format != "onnx":
@@ -147,7 +147,7 @@ def export_program(
             kept = DTYPES.get(dtype, torch.float32)
             exact = checkpoint.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, source)
             runs = from_pixels(exact) if raw else exact
-            metadata = describe(reference, dtype, batch, raw)
+            metadata = describe_program(reference, dtype, batch, raw)
             images = _images(card, batch or 2, raw).to(exact.pos_embed.device, None if raw else kept)
             now("tracing")
             program = trace(runs, images, dynamic=batch is None)
@@ -159,7 +159,7 @@ def export_program(
     return Program(written, metadata, parity)
 
 
-def describe(model: VisionTransformer, dtype: str, batch: int | None, raw: bool) -> dict[str, str]:
+def describe_program(model: VisionTransformer, dtype: str, batch: int | None, raw: bool) -> dict[str, str]:
     """What a program says of itself: flat, each value a text or JSON."""
     card, config, preprocess = model.card, model.config, model.card.preprocess
     count = "batch" if batch is None else str(batch)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 METADATA = "tomevit.json"  # the file within an archive
 
 
-def check(opset: int | None) -> None:
+def check_nothing(opset: int | None) -> None:
     """Nothing but torch is needed."""
 
 

@@ -28,7 +28,7 @@ FATAL = 4  # of onnxruntime's severities: it would print its errors besides rais
 ONE_FILE = 2**31 - 2**27
 
 
-def check(opset: int | None) -> None:
+def check_packages(opset: int | None) -> None:
     """Raises ValueError if a package is missing, or does not know the opset."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
@@ -39,7 +39,9 @@ def check(opset: int | None) -> None:
         raise ValueError(f"opset is {opset}, and must be from {LEAST_OPSET} to {onnx_opset_version()}")
 
 
-def write(program: ExportedProgram, path: Path, metadata: dict[str, str], *, dtype: str, opset: int | None) -> None:
+def write_onnx(
+    program: ExportedProgram, path: Path, metadata: dict[str, str], *, dtype: str, opset: int | None
+) -> None:
     """Write one ONNX file, with OUT.data beside it if it would be too large, and check it."""
     import onnx
 
@@ -75,7 +77,7 @@ def write(program: ExportedProgram, path: Path, metadata: dict[str, str], *, dty
     onnx.checker.check_model(path, full_check=True)
 
 
-def load(path: Path) -> tuple[str, Callable[[Tensor], Tensor]] | None:
+def load_onnx(path: Path) -> tuple[str, Callable[[Tensor], Tensor]] | None:
     """What runs the file here: onnxruntime on the CPU, if it is installed. Both raise ValueError if it cannot."""
     if find_spec("onnxruntime") is None:
         return None
