@@ -183,7 +183,7 @@ def test_published_weights_are_known_by_their_hash(
         (known, replace(source, sha256=prefix) if known.full_name == "deit_ti16.fb_in1k" and source.url else source)
         for known, source in tomevit.zoo.published_sources()  # type: ignore[attr-defined]
     ]
-    monkeypatch.setattr("tomevit.zoo.published", lambda: iter(published))
+    monkeypatch.setattr("tomevit.zoo.published_sources", lambda: iter(published))
     report = tomevit.convert(path, tmp_path / "out.safetensors")
     assert report.source == str(path)
     model = tomevit.load(tmp_path / "out.safetensors")

@@ -220,7 +220,7 @@ def given_digits(folder: Path, publishers: Server) -> dict[str, Any]:
     program = onnx.helper.make_model(
         onnx.helper.make_graph(nodes, "digits", ends[:1], ends[1:], [weights]), ir_version=10
     )
-    onnx.helper.set_model_props(program, programs.describe(model, "float32", None, raw=False))
+    onnx.helper.set_model_props(program, programs.describe_program(model, "float32", None, raw=False))
     onnx.save(program, folder / "mine.onnx")
     return {}
 

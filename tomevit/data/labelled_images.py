@@ -201,8 +201,8 @@ def _classes(
     nearest, _ = max(known, key=lambda pair: sum(name in pair[0] for name in names))
     strange = next(name for name in names if name not in nearest)
     raise ValueError(
-        f"{what} should be {join_with_or(expected)}, and {strange!r} is not; if the model has such a class, a file with "
-        f"its classes in order (--classes) would say which"
+        f"{what} should be {join_with_or(expected)}, and {strange!r} is not; if the model has such a class, a file "
+        f"with its classes in order (--classes) would say which"
     )
 
 
