@@ -416,6 +416,13 @@ def test_refused_in_one_sentence(what: str, open_bytes: Opener) -> None:
     refused(open_bytes, content(), message)
 
 
+def test_a_python_without_its_unpickler_refuses_pickles(open_bytes: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pickle._Unpickler.dispatch  # type: ignore[attr-defined]
+    monkeypatch.setattr("tomevit.weights.pickles._Steps.dispatch", {})
+    refused(open_bytes, saved({"model": TENSORS}), "is a pickle, which this Python cannot look into")
+    assert open_bytes(save(TENSORS)).container == "safetensors"
+
+
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"there is no file {tmp_path}/nope"):
         open_checkpoint(tmp_path / "nope")

@@ -10,12 +10,17 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import struct
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from tomevit.errors import CheckpointError
+
+#: The standard library's unpickler as it is written in Python, with a method for each instruction. Its name is private:
+#: in a Python without it, pickles are refused, and safetensors are read as ever.
+Unpickler: Any = getattr(pickle, "_Unpickler", object)
 
 
 class Stream(Protocol):
@@ -45,27 +50,6 @@ STORAGES = {
 DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
 NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-#: Everything that a pickle may name, beside storages and dtypes.
-KNOWN = frozenset(
-    {
-        "argparse.Namespace",
-        "builtins.complex",
-        "builtins.set",
-        "_codecs.encode",  # how protocol 2 writes bytes
-        "collections.Counter",
-        "collections.OrderedDict",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        *NUMPY_SCALAR,
-        *NUMPY_ARRAY,
-    }
-)
 #: Harmless, but nothing that a vision transformer's weights are.
 UNUSUAL = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -77,27 +61,6 @@ UNUSUAL = {
     "torch._utils._rebuild_tensor_v3": "a tensor of an unusual dtype (float8, or unsigned of 16 bits or more)",
 }
 SCALARS = (str, int, float, bool, bytes, complex, type(None))
-NUMBERS = {
-    pickle.BININT: "<i",
-    pickle.BININT1: "<B",
-    pickle.BININT2: "<H",
-    pickle.BINFLOAT: ">d",
-}
-INDICES = {
-    pickle.BINGET: "<B",
-    pickle.LONG_BINGET: "<I",
-    pickle.BINPUT: "<B",
-    pickle.LONG_BINPUT: "<I",
-}
-STRINGS = {
-    pickle.BINUNICODE: "<I",
-    pickle.SHORT_BINSTRING: "<B",
-    # Later protocols are followed as well, only to say what they want to run.
-    pickle.SHORT_BINUNICODE: "<B",
-    pickle.BINUNICODE8: "<Q",
-}
-BYTES = {pickle.SHORT_BINBYTES: "<B", pickle.BINBYTES: "<I", pickle.BINBYTES8: "<Q"}
-CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
 
 
 class Storage(NamedTuple):
@@ -157,228 +120,236 @@ class Walk:
         Raises:
             CheckpointError: it wants to run something, asks for too much, or is damaged; without the file's name.
         """
+        if not _Steps.dispatch:
+            raise CheckpointError(
+                "is a pickle, which this Python cannot look into: save it as safetensors"
+            )
         try:
-            return self._load(stream)
-        except (AttributeError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
+            return _Steps(self, stream).load()
+        except CheckpointError:
+            raise
+        # Also what instructions raise that no checkpoint has, since the table below lacks them.
+        except (AttributeError, EOFError, LookupError, TypeError, ValueError, pickle.PickleError) as error:
             raise CheckpointError(f"is damaged or truncated: its pickle makes no sense ({error})") from error
 
-    def _load(self, stream: Stream) -> Any:
-        stack: list[Any] = []
-        below: list[list[Any]] = []  # the stacks under each mark
-        memo: dict[int, Any] = {}
-        protocol = 0
-        while True:
-            self._spend(STEP)
-            op = _exactly(stream, 1)
-            if op == pickle.PROTO:
-                protocol = max(protocol, _exactly(stream, 1)[0])
-            elif op == pickle.STOP:
-                if protocol != 2:
-                    raise CheckpointError(
-                        f"is a pickle of protocol {protocol}; torch's safe reader takes torch.save's default, 2"
-                    )
-                return stack.pop()
-            elif op == pickle.MARK:
-                below.append(stack)
-                stack = []
-            elif op in CONSTANTS:
-                stack.append(CONSTANTS[op])
-            elif op in NUMBERS:
-                stack.append(_number(stream, NUMBERS[op]))
-            elif op == pickle.LONG1:
-                stack.append(pickle.decode_long(_exactly(stream, _number(stream, "<B"))))
-            elif op in STRINGS:
-                stack.append(self._bytes(stream, _number(stream, STRINGS[op])).decode("utf-8", "surrogatepass"))
-            elif op in BYTES:
-                stack.append(self._bytes(stream, _number(stream, BYTES[op])))
-            elif op == pickle.EMPTY_TUPLE:
-                stack.append(())
-            elif op == pickle.EMPTY_LIST:
-                stack.append([])
-            elif op == pickle.EMPTY_DICT:
-                stack.append({})
-            elif op == pickle.EMPTY_SET:
-                stack.append(set())
-            elif op in (pickle.BINGET, pickle.LONG_BINGET):
-                stack.append(memo[_number(stream, INDICES[op])])
-            elif op in (pickle.BINPUT, pickle.LONG_BINPUT):
-                memo[_number(stream, INDICES[op])] = stack[-1]
-            elif op in (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-                count = 1 + (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3).index(op)
-                stack[-count:] = [tuple(stack[-count:])]
-            elif op in (pickle.TUPLE, pickle.APPENDS, pickle.SETITEMS):
-                items, stack = stack, below.pop()
-                if op == pickle.TUPLE:
-                    stack.append(tuple(items))
-                elif op == pickle.APPENDS:
-                    _expect(stack[-1], list).extend(items)
-                else:
-                    self._fill(stack[-1], zip(items[::2], items[1::2], strict=True))
-            elif op == pickle.APPEND:
-                item = stack.pop()
-                _expect(stack[-1], list).append(item)
-            elif op == pickle.SETITEM:
-                item, key = stack.pop(), stack.pop()
-                self._fill(stack[-1], [(key, item)])
-            elif op == pickle.GLOBAL:
-                stack.append(self._name(_line(stream), _line(stream)))
-            elif op == pickle.STACK_GLOBAL:
-                name, module = _expect(stack.pop(), str), _expect(stack.pop(), str)
-                stack.append(self._name(module, name))
-            elif op == pickle.MEMOIZE:
-                memo[len(memo)] = stack[-1]
-            elif op == pickle.FRAME:
-                _exactly(stream, 8)
-            elif op == pickle.BINPERSID:
-                stack.append(self._storage(*_expect(stack.pop(), tuple)))
-            elif op in (pickle.REDUCE, pickle.NEWOBJ):
-                args, function = _expect(stack.pop(), tuple), _expect(stack.pop(), _Name)
-                stack.append(self._call(function.full, args, new=op == pickle.NEWOBJ))
-            elif op == pickle.BUILD:
-                state = stack.pop()
-                self._set_state(stack[-1], state)
-            else:
-                raise ValueError(f"instruction {op!r}")
-
-    def _spend(self, size: int) -> None:
+    def spend(self, size: int) -> None:
+        """Charge memory, before it is taken: the one place where a pickle is held to its limit."""
         self.left -= size
         if self.left < 0:
             raise CheckpointError(f"asks for more than {self.limit:,} bytes of memory, far beyond the file's own size")
 
-    def _bytes(self, stream: Stream, size: int) -> bytes:
-        self._spend(size)
-        return _exactly(stream, size)
+    def add_storage(self, tag: str, kind: _Name, key: str, location: str, numel: int, view: None = None) -> Storage:
+        if (tag, type(key), type(location), view) != ("storage", str, str, None):
+            raise TypeError("not a storage")
+        storage = Storage(key, _count(numel), STORAGES[kind.full])
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"storage {key[:40]!r} described in two ways")
+        return storage
 
-    def _fill(self, target: Any, items: Any) -> None:
-        if type(target) not in (dict, _OrderedDict):
-            raise TypeError(f"items for a {type(target).__name__}")
-        for key, value in items:
-            target[_hashable(key)] = value
+    def tensor(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> _Tensor:
+        storage, size, stride = _only(Storage, storage), _only(tuple, size), _only(tuple, stride)
+        numel = self.count_elements(size)
+        last = _count(offset) + sum((n - 1) * _count(step) for n, step in zip(size, stride, strict=True))
+        if numel and last >= storage.numel:
+            raise CheckpointError(f"holds a tensor of shape {size} that reaches beyond its {storage.numel} values")
+        self.spend(TENSOR + numel * storage.itemsize)
+        return _Tensor()
 
-    def _name(self, module: str, name: str) -> _Name:
+    def count_elements(self, shape: tuple[int, ...]) -> int:
+        # Beside a dimension of 0, torch would take any other.
+        if len(shape) > MAX_DIMS or any(_count(n) > self.limit for n in shape):
+            raise CheckpointError("holds a tensor of an absurd shape")
+        return math.prod(shape)
+
+    def sized(self, items: Any, kind: type[Any]) -> Any:
+        """A collection of this very type, of which a copy is charged."""
+        self.spend(STEP * len(_only(kind, items)))
+        return items
+
+    def set_state(self, target: Any, state: Any) -> None:
+        match target, state:
+            case ((_Namespace() | _OrderedDict()), dict()):
+                _check_attributes(self.sized(state, dict))
+            case _Dtype(), (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
+                pass
+            case _Array(), (1, tuple(shape), _Dtype(itemsize), bool(), bytes(data)):
+                if self.count_elements(shape) * itemsize != len(data):
+                    raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
+                self.spend(TENSOR + len(data))
+            case _:
+                raise TypeError(f"state for a {type(target).__name__}")
+
+
+def _parameter(walk: Walk, tensor: _Tensor, grad: bool, _: Any, state: Any = None) -> _Tensor:
+    _only(bool, grad)
+    if state is not None:
+        _check_attributes(walk.sized(state, dict))
+    return _only(_Tensor, tensor)
+
+
+def _ordered_dict(walk: Walk, pairs: Any = ()) -> _OrderedDict:  # with pairs as Python 2 wrote it
+    return _OrderedDict({_hashable(key): value for key, value in (walk.sized(pairs, list) if pairs != () else ())})
+
+
+def _numpy_dtype(_: Walk, code: str, align: bool, copy: bool) -> _Dtype:
+    if not re.fullmatch("[biuf][1248]", code) or (type(align), type(copy)) != (bool, bool):
+        raise TypeError(code)
+    return _Dtype(int(code[1]))
+
+
+def _numpy_scalar(_: Walk, dtype: _Dtype, value: bytes) -> bytes:
+    if len(_only(bytes, value)) != _only(_Dtype, dtype).itemsize:
+        raise TypeError("its size")
+    return value
+
+
+def _numpy_array(_: Walk, kind: _Name, shape: tuple[int], code: bytes) -> _Array:
+    if (kind, shape, code) != (_Name("numpy.ndarray"), (0,), b"b"):
+        raise TypeError("no array")
+    return _Array()
+
+
+def _encoded(walk: Walk, text: str, encoding: str) -> bytes:  # how protocol 2 writes bytes
+    if encoding != "latin1":
+        raise TypeError(encoding)
+    walk.spend(len(_only(str, text)))
+    return text.encode("latin1")
+
+
+#: Everything that a pickle may name, beside storages and dtypes; what it may call, with what stands in for that.
+KNOWN: dict[str, Callable[..., Any] | None] = {
+    "argparse.Namespace": None,
+    "builtins.complex": lambda _, real, imaginary: complex(_only(float, real), _only(float, imaginary)),
+    "builtins.set": lambda walk, items: {_hashable(item) for item in walk.sized(items, list)},
+    "_codecs.encode": _encoded,
+    "collections.Counter": lambda walk, counts: _OrderedDict(walk.sized(counts, dict)),
+    "collections.OrderedDict": _ordered_dict,
+    "numpy.dtype": _numpy_dtype,
+    "numpy.ndarray": None,
+    "torch.Size": lambda _, sizes: tuple(map(_count, _only(tuple, sizes))),
+    "torch.device": lambda _, kind, *index: _Name(_only(str, kind)),  # noqa: ARG005
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_tensor": Walk.tensor,
+    "torch._utils._rebuild_tensor_v2": Walk.tensor,
+    **dict.fromkeys(NUMPY_SCALAR, _numpy_scalar),
+    **dict.fromkeys(NUMPY_ARRAY, _numpy_array),
+}
+
+
+class _Steps(Unpickler):  # type: ignore[misc]
+    """One pickle's instructions: plain data as the standard library makes it, the rest by Walk."""
+
+    def __init__(self, walk: Walk, stream: Stream) -> None:
+        self.walk, self.stream = walk, stream
+        super().__init__(self, encoding="utf-8", errors="surrogatepass")
+
+    def read(self, size: int) -> bytes:
+        """So many bytes of the stream, charged before they are read."""
+        self.walk.spend(size)
+        data = self.stream.read(size)
+        if len(data) != size:
+            raise EOFError("it ends in the middle")
+        return data
+
+    def readline(self) -> bytes:
+        line = b""
+        while not line.endswith(b"\n"):
+            if len(line) > 500:
+                raise ValueError("a name without an end")
+            line += self.read(1)
+        return line
+
+    def find_class(self, module: str, name: str) -> _Name:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in UNUSUAL:
             raise CheckpointError(f"holds {UNUSUAL[full]}; tomevit reads plain ones")
         if full not in KNOWN and full not in STORAGES and full not in DTYPES:
             raise CheckpointError(f"wants to run {full}; tomevit reads only tensors and plain data")
-        self.numpy |= module.startswith("numpy")
+        self.walk.numpy |= module.startswith("numpy")
         return _Name(full)
 
-    def _storage(self, tag: str, kind: _Name, key: str, location: str, numel: int, view: None = None) -> Storage:
-        if (tag, type(key), type(location), view) != ("storage", str, str, None):
-            raise TypeError("not a storage")
-        storage = Storage(key, _size(numel), STORAGES[kind.full])
-        if self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"storage {key[:40]!r} described in two ways")
-        return storage
+    def persistent_load(self, pid: Any) -> Storage:
+        return self.walk.add_storage(*_only(tuple, pid))
 
-    def _call(self, name: str, args: tuple[Any, ...], *, new: bool) -> Any:
-        match name, args:
-            case "argparse.Namespace", () if new:
-                return _Namespace()
-            case _ if new:
-                raise CheckpointError(f"wants to make a {name}; tomevit reads only tensors and plain data")
-            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (
-                storage,
-                offset,
-                size,
-                stride,
-                *_,
-            ):
-                return self._tensor(_expect(storage, Storage), offset, _expect(size, tuple), _expect(stride, tuple))
-            case "torch._utils._rebuild_parameter", (_Tensor() as tensor, bool(), _):
-                return tensor
-            case "torch._utils._rebuild_parameter_with_state", (_Tensor() as tensor, bool(), _, dict(state)):
-                _check_attributes(state)
-                self._spend(STEP * len(state))
-                return tensor
-            case "collections.OrderedDict", ():
-                return _OrderedDict()
-            case "collections.OrderedDict", (list(pairs),):  # as Python 2 wrote it
-                self._spend(STEP * len(pairs))
-                return _OrderedDict({_hashable(key): value for key, value in pairs})
-            case "collections.Counter", (dict(counts),):
-                self._spend(STEP * len(counts))
-                return _OrderedDict(counts)
-            case "builtins.set", (list(items),):
-                self._spend(STEP * len(items))
-                return {_hashable(item) for item in items}
-            case "builtins.complex", (float(real), float(imaginary)):
-                return complex(real, imaginary)
-            case "torch.Size", (tuple(sizes),):
-                return tuple(map(_size, sizes))
-            case "torch.device", (str(), *_):
-                return _Name(name)
-            case "_codecs.encode", (str(text), "latin1"):
-                self._spend(len(text))
-                return text.encode("latin1")
-            case "numpy.dtype", (str(code), bool(), bool()) if re.fullmatch("[biuf][1248]", code):
-                return _Dtype(int(code[1]))
-            case _, (_Dtype(itemsize), bytes(value)) if name in NUMPY_SCALAR and len(value) == itemsize:
-                return value
-            case _, (_Name("numpy.ndarray"), (0,), b"b") if name in NUMPY_ARRAY:
-                return _Array()
-        kinds = ", ".join(type(arg).__name__ for arg in args)
-        raise CheckpointError(f"holds a {name} of ({kinds}), which tomevit does not read")
+    def load_stop(self) -> None:
+        if self.proto != 2:
+            raise CheckpointError(
+                f"is a pickle of protocol {self.proto}; torch's safe reader takes torch.save's default, 2"
+            )
+        super().load_stop()
 
-    def _tensor(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> _Tensor:
-        numel = self._numel(size)
-        last = _size(offset) + sum((n - 1) * _size(step) for n, step in zip(size, stride, strict=True))
-        if numel and last >= storage.numel:
-            raise CheckpointError(f"holds a tensor of shape {size} that reaches beyond its {storage.numel} values")
-        self._spend(TENSOR + numel * storage.itemsize)
-        return _Tensor()
+    def load_frame(self) -> None:  # of later protocols, followed only to say what they want to run
+        self.read(8)
 
-    def _numel(self, shape: tuple[int, ...]) -> int:
-        # Beside a dimension of 0, torch would take any other.
-        if len(shape) > MAX_DIMS or any(_size(n) > self.limit for n in shape):
-            raise CheckpointError("holds a tensor of an absurd shape")
-        return math.prod(shape)
+    def load_setitem(self) -> None:
+        item, key = self.stack.pop(), self.stack.pop()
+        self._fill([(key, item)])
 
-    def _set_state(self, target: Any, state: Any) -> None:
-        match target, state:
-            case ((_Namespace() | _OrderedDict()), dict()):
-                _check_attributes(state)
-                self._spend(STEP * len(state))
-            case _Dtype(), (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
-                pass
-            case _Array(), (1, tuple(shape), _Dtype(itemsize), bool(), bytes(data)):
-                if self._numel(shape) * itemsize != len(data):
-                    raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
-                self._spend(TENSOR + len(data))
-            case _:
-                raise TypeError(f"state for a {type(target).__name__}")
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._fill(zip(items[::2], items[1::2], strict=True))
+
+    def _fill(self, items: Iterable[tuple[Any, Any]]) -> None:
+        target = self.stack[-1]
+        if type(target) not in (dict, _OrderedDict):
+            raise TypeError(f"items for a {type(target).__name__}")
+        for key, value in items:
+            target[_hashable(key)] = value
+
+    def load_reduce(self) -> None:
+        args, name = _only(tuple, self.stack.pop()), _only(_Name, self.stack.pop()).full
+        call = KNOWN.get(name)
+        try:
+            if call is None:
+                raise TypeError(name)
+            self.append(call(self.walk, *args))
+        except TypeError as error:
+            kinds = ", ".join(type(arg).__name__ for arg in args)
+            raise CheckpointError(f"holds a {name} of ({kinds}), which tomevit does not read") from error
+
+    def load_newobj(self) -> None:
+        args, name = _only(tuple, self.stack.pop()), _only(_Name, self.stack.pop()).full
+        if name != "argparse.Namespace" or args:
+            raise CheckpointError(f"wants to make a {name}; tomevit reads only tensors and plain data")
+        self.append(_Namespace())
+
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        self.walk.set_state(self.stack[-1], state)
 
 
-def _exactly(stream: Stream, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise EOFError("it ends in the middle")
-    return data
+#: The instructions that checkpoints have, each charged as it runs.
+INSTRUCTIONS = (
+    *("proto", "frame", "stop", "mark", "memoize", "binget", "long_binget", "binput", "long_binput"),
+    *("none", "true", "false", "binint", "binint1", "binint2", "binfloat", "long1"),
+    *("binunicode", "short_binstring", "short_binunicode", "binunicode8", "short_binbytes", "binbytes", "binbytes8"),
+    *("empty_tuple", "tuple1", "tuple2", "tuple3", "tuple", "empty_list", "append", "appends"),
+    *("empty_dictionary", "setitem", "setitems", "empty_set"),
+    *("global", "stack_global", "reduce", "newobj", "build", "binpersid"),
+)
 
 
-def _number(stream: Stream, form: str) -> Any:
-    return struct.unpack(form, _exactly(stream, struct.calcsize(form)))[0]
+def _run_charged(step: Callable[[_Steps], None], steps: _Steps) -> None:
+    steps.walk.spend(STEP)
+    step(steps)
 
 
-def _line(stream: Stream) -> str:
-    line = b""
-    while not line.endswith(b"\n"):
-        if len(line) > 500:
-            raise ValueError("a name without an end")
-        line += _exactly(stream, 1)
-    return line[:-1].decode()
+_Steps.dispatch = {
+    code: partial(_run_charged, getattr(_Steps, step.__name__))
+    for code, step in getattr(Unpickler, "dispatch", {}).items()
+    if step.__name__.removeprefix("load_") in INSTRUCTIONS
+}
 
 
-def _expect(value: Any, kind: type[Any]) -> Any:
+def _only(kind: type[Any], value: Any) -> Any:
+    """A value of this very type."""
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__} in place of a {kind.__name__.strip('_')}")
     return value
 
 
-def _size(value: Any) -> int:
+def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         # Never the values: of nested lists, a few bytes in a pickle, repr can make terabytes.
         raise ValueError("a size that is no count")
