@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,69 +13,45 @@ import torch
 
 from tomevit.cli import main
 from tomevit.cli.running import own_device
-from tomevit.data import distributed as processes
 from tomevit.data.distributed import OtherProcessError, broadcast_from_rank0, fail_together, require_same
 
+ROOT = Path(__file__).parents[2]
 
-def as_process(monkeypatch: pytest.MonkeyPatch, rank: int, others: str | None = None, first: Any = None) -> None:
-    """This one is one of two; what goes wrong in the other, and what the first one sends."""
 
-    def gather(into: list[Any], value: Any) -> None:
-        into[rank], into[1 - rank] = value, others
-
-    def broadcast(values: list[Any], src: int) -> None:
-        assert src == 0
-        if rank:
-            values[0] = first
-
-    monkeypatch.setattr(processes, "processes", lambda: (rank, 2))
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What two processes under torchrun got (tests/agreeing.py)."""
+    folder = tmp_path_factory.mktemp("agreeing")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*torchrun, "-m", "tests.agreeing", str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("of", ["no folder", ""])
-@pytest.mark.parametrize(
-    ("rank", "fails", "others", "raises", "says"),
-    [
-        (0, True, None, ValueError, "{}"),
-        (0, True, "no folder", ValueError, "{}"),
-        (1, True, None, OtherProcessError, "{}"),
-        (1, True, "no GPU", OtherProcessError, "no GPU"),
-        (0, False, "no GPU", ValueError, "process 1: no GPU"),
-        (1, False, "no folder", OtherProcessError, "no folder"),
-    ],
-)
-def test_of_several_processes_the_first_says_what_is_wrong(
-    of: str, rank: int, fails: bool, others: str | None, raises: Any, says: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def call() -> str:
-        if fails:
-            raise ValueError(of)
-        return "ready"
-
-    as_process(monkeypatch, rank, others)
-    with pytest.raises(raises) as caught:
-        fail_together(call)
-    assert type(caught.value) is raises
-    assert str(caught.value) == says.format(of)
+def test_of_several_processes_the_first_says_what_is_wrong(of: str, found: list[dict[str, Any]]) -> None:
+    first, second = found
+    assert (first[f"none {of}"], second[f"none {of}"]) == (["", "ready 0"], ["", "ready 1"])
+    for which, said in (("first", of), ("both", of), ("second", f"process 1: {of}")):
+        assert first[f"{which} {of}"] == ["ValueError", said]
+        assert second[f"{which} {of}"] == ["OtherProcessError", of]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_what_each_has_and_what_the_first_has(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_process(monkeypatch, rank, first="of the first")
-    assert fail_together(lambda: "mine") == "mine"
-    calls: list[int] = []
-    assert broadcast_from_rank0(lambda: calls.append(rank) or "of the first") == "of the first"
-    assert calls == [0] * (rank == 0)
+def test_what_the_first_has_is_made_there_alone(found: list[dict[str, Any]]) -> None:
+    assert [each["broadcast"] for each in found] == [["", "of the first"]] * 2
+    assert [each["calls"] for each in found] == [[0], []]
+    assert [each["world"] for each in found] == [2, 2]
 
 
-def test_settings_must_be_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"weights": "abc", "r": 8, "data": "x"}
-    require_same(settings)  # alone
-    as_process(monkeypatch, 1, first=settings)
-    require_same(settings)
-    with pytest.raises(OtherProcessError, match=r"^other weights and data than in the first process$"):
-        require_same({"weights": "abd", "r": 8, "data": "y"})
+def test_settings_must_be_the_same(found: list[dict[str, Any]]) -> None:
+    said = "other weights and data than in the first process"
+    assert [each["same"] for each in found] == [["", None]] * 2
+    assert found[0]["other"] == ["ValueError", f"process 1: {said}"]
+    assert found[1]["other"] == ["OtherProcessError", said]
+
+
+def test_a_process_alone_agrees_with_itself() -> None:
+    assert fail_together(lambda: "mine") == broadcast_from_rank0(lambda: "mine") == "mine"
+    require_same({"weights": "abc"})
 
 
 def test_what_another_says_is_not_said_again(
