@@ -186,6 +186,13 @@ def card_of_no_file(name: str) -> Card:
         raise ValueError(f"there is no file {name}, and {str(error).removeprefix('there is ')}") from error
 
 
+def names_weights(name: str) -> bool:
+    """Whether a name of `card` is that of one set of weights, rather than of an architecture."""
+    zoo = _zoo()
+    known = zoo.repositories.get(name, name)
+    return "." in zoo.aliases.get(known, known)
+
+
 def architecture(name: str) -> Card:
     """The card of an architecture alone, whatever weights there are.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import click
 
-from tomevit.errors import OtherProcessError
+from tomevit.errors import OtherProcessError, printable
 from tomevit.version import __version__
 
 
@@ -127,7 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    click.echo(f"tomevit: {message}", err=True)
+    lines = message.split("\n")  # what files say must not move the terminal's cursor
+    click.echo("\n".join(["tomevit: " + printable(lines[0]), *map(printable, lines[1:])]), err=True)
     return status
 
 

@@ -45,7 +45,10 @@ def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | N
 
 def untrained(model: str, img_size: tuple[int, int] | None = None) -> VisionTransformer:
     """A model to measure the speed of: the zoo's have fresh weights, which cost no download; a file's has its own."""
-    return create(model, img_size=img_size) if is_elsewhere(model) else trained(model, img_size=img_size)
+    if not is_elsewhere(model):
+        return trained(model, img_size=img_size)
+    card_of_source(model)  # which says what is wrong with a name that looks like a file's
+    return create(model, img_size=img_size)
 
 
 def device_of(name: str) -> torch.device:

@@ -110,11 +110,13 @@ def info(
         _draw(picture, card, config, schedules)
     weights = []
     if contents is None:
-        weights = [other for other in zoo.cards(name) if other.weights and ("." not in name or other == card)]
+        one = zoo.names_weights(name)
+        weights = [other for other in zoo.cards(name) if other.weights and (other == card or not one)]
     if as_json:
         click.echo(json.dumps(_as_json(card, config, schedules, weights, contents), indent=2))
         return
-    for line in (*_architecture(card, config), *_costs(config, schedules), *_preparation(card, config)):
+    name = card.name if contents is None else card.full_name
+    for line in (*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config)):
         click.echo(line)
     for line in _weights(weights) if contents is None else _file(contents):
         click.echo(line)
@@ -167,9 +169,9 @@ def _as_json(
     return described
 
 
-def _architecture(card: Card, config: Config) -> Iterator[str]:
+def _architecture(name: str, card: Card, config: Config) -> Iterator[str]:
     title = f": {printable(card.title)}" if card.title else ""
-    yield f"{printable(card.full_name or 'a model without a name')}{title}" + (
+    yield f"{printable(name or 'a model without a name')}{title}" + (
         f" ({printable(card.timm)} in timm)" if card.timm else ""
     )
     for paper in card.papers:

@@ -121,9 +121,7 @@ class Walk:
             CheckpointError: it wants to run something, asks for too much, or is damaged; without the file's name.
         """
         if not _Steps.dispatch:
-            raise CheckpointError(
-                "is a pickle, which this Python cannot look into: save it as safetensors"
-            )
+            raise CheckpointError("is a pickle, which this Python cannot look into: save it as safetensors")
         try:
             return _Steps(self, stream).load()
         except CheckpointError:
