@@ -601,6 +601,7 @@ def test_only_our_own_error_comes_out(data: st.DataObject, tmp_path_factory: pyt
         ('---\nlicense: "mit" # as upstream\n---\n', "mit"),
         ("---\nlicense: mit  # as upstream\n---\n", "mit"),
         ("---\n# license: gpl\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: mit\n  # as upstream\n---\n", "mit"),
         ("---\nlicense_name: 'Ours: # 3.1'\n---\n", "Ours: # 3.1"),
         ("---\nlicense_name: Their Community License 3.1\n---\n", "Their Community License 3.1"),
         ("---\nlicense: 0bsd\n---\n", "0bsd"),

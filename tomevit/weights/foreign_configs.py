@@ -275,7 +275,7 @@ def _naming(file: str | os.PathLike[str]) -> Iterator[None]:
 
 
 _FRONT_MATTER = re.compile(r"---[ \t]*\r?$(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
-_LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.{,512})$(?!\n[ \t]+\S)", re.MULTILINE)
+_LICENCE = re.compile(r"^(license(?:_name)?):(?=\s)(.{,512})$(?!\n[ \t]+[^\s#])", re.MULTILINE)
 # What YAML takes for a text on one line: quoted without escapes, or plain. Lists, aliases, blocks, numbers are none.
 _NO_TEXT = r"(?:null|true|false|yes|no|on|off|[\d.:-]+)\s*(?:\s#|$)"
 _TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^#:]|:(?=\S))*))\s*(?:(?<=\s)#.*)?""")
