@@ -362,8 +362,11 @@ def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: st
 
 
 def _read_torch_legacy(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        walk = Walk(_limit(len(stream)))
+    if True:
+        size = os.fstat(file.fileno()).st_size
+        stream = file
+        file.seek(0)
+        walk = Walk(_limit(size))
         for _ in range(4):  # magic number, protocol version, system, object
             walk.load(stream)
         keys = walk.load(stream)
@@ -374,10 +377,8 @@ def _read_torch_legacy(path: str, file: BinaryIO, key: str | None) -> Checkpoint
             if (count := stream.read(8)) and count != struct.pack("<q", storage.numel):
                 raise CheckpointError(f"is damaged: storage {name!r} has not the {storage.numel} values it should have")
             end = stream.tell() + storage.numel * storage.itemsize
-            if not count or end > len(stream):
-                raise CheckpointError(
-                    f"is truncated: it has {len(stream):,} bytes, and storage {name!r} ends at {end:,}"
-                )
+            if not count or end > size:
+                raise CheckpointError(f"is truncated: it has {size:,} bytes, and storage {name!r} ends at {end:,}")
             stream.seek(end)
     with _NoDescriptor(io.FileIO(path)) as source:
         return _select(path, _torch_load(source, walk, mapped=False), key)

@@ -10,62 +10,40 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import struct
-from typing import Any, NamedTuple, Protocol
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
 from tomevit.errors import CheckpointError
 
-
-class Stream(Protocol):
-    """Bytes to read in order: a BytesIO, an mmap."""
-
-    def read(self, size: int, /) -> bytes: ...
-
+# The standard library's reader in Python: not documented, but a method for every instruction, found by a table, so that
+# a subclass can replace some and leave out others. The documented one, in C, can be limited only in what it imports.
+_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+#: What torch.save uses; later protocols are followed as well, only to say what they want to run.
+INSTRUCTIONS = """
+PROTO FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT LONG1
+BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8
+EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET
+BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
+"""
 
 #: What one step of a pickle may cost in memory, at most: an empty set is 216 bytes.
 STEP = 256
-MAX_DIMS = 64
 #: A tensor's own size, without its data.
 TENSOR = 1024
+MAX_DIMS = 64
+MAX_NAME = 500
+SCALARS = (str, int, float, bool, bytes, complex, type(None))
 
+_STORAGES = {1: "Byte Char Bool", 2: "Half BFloat16 Short", 4: "Float Int", 8: "Double Long ComplexFloat"}
 #: Bytes per element.
 STORAGES = {
     f"torch.{name}Storage": size
-    for size, names in {
-        1: ("Byte", "Char", "Bool"),
-        2: ("Half", "BFloat16", "Short"),
-        4: ("Float", "Int"),
-        8: ("Double", "Long", "ComplexFloat"),
-        16: ("ComplexDouble",),
-    }.items()
-    for name in names
+    for size, names in (_STORAGES | {16: "ComplexDouble"}).items()
+    for name in names.split()
 }
-DTYPES = frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
-NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-#: Everything that a pickle may name, beside storages and dtypes.
-KNOWN = frozenset(
-    {
-        "argparse.Namespace",
-        "builtins.complex",
-        "builtins.set",
-        "_codecs.encode",  # how protocol 2 writes bytes
-        "collections.Counter",
-        "collections.OrderedDict",
-        "numpy.dtype",
-        "numpy.ndarray",
-        "torch.Size",
-        "torch.device",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        *NUMPY_SCALAR,
-        *NUMPY_ARRAY,
-    }
-)
 #: Harmless, but nothing that a vision transformer's weights are.
 UNUSUAL = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
@@ -76,28 +54,6 @@ UNUSUAL = {
     "torch._tensor._rebuild_from_type_v2": "a tensor of a special class",
     "torch._utils._rebuild_tensor_v3": "a tensor of an unusual dtype (float8, or unsigned of 16 bits or more)",
 }
-SCALARS = (str, int, float, bool, bytes, complex, type(None))
-NUMBERS = {
-    pickle.BININT: "<i",
-    pickle.BININT1: "<B",
-    pickle.BININT2: "<H",
-    pickle.BINFLOAT: ">d",
-}
-INDICES = {
-    pickle.BINGET: "<B",
-    pickle.LONG_BINGET: "<I",
-    pickle.BINPUT: "<B",
-    pickle.LONG_BINPUT: "<I",
-}
-STRINGS = {
-    pickle.BINUNICODE: "<I",
-    pickle.SHORT_BINSTRING: "<B",
-    # Later protocols are followed as well, only to say what they want to run.
-    pickle.SHORT_BINUNICODE: "<B",
-    pickle.BINUNICODE8: "<Q",
-}
-BYTES = {pickle.SHORT_BINBYTES: "<B", pickle.BINBYTES: "<I", pickle.BINBYTES8: "<Q"}
-CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
 
 
 class Storage(NamedTuple):
@@ -116,23 +72,18 @@ class _Dtype(NamedTuple):
     itemsize: int
 
 
-class _Tensor:
-    pass
+class _Tensor: ...
 
 
-class _Array:
-    pass
+class _Array: ...
 
 
-class _Namespace:
-    pass
+class _Dict(dict[Any, Any]):
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_check_key(key), value)
 
 
-class _OrderedDict(dict[Any, Any]):
-    pass
-
-
-class Walk:
+class Walk(_PythonUnpickler):  # type: ignore[misc]
     """Follows the pickles of one file within one limit.
 
     Args:
@@ -143,12 +94,14 @@ class Walk:
         numpy: whether numpy's scalars or arrays occur.
     """
 
+    encoding, errors = "utf-8", "surrogatepass"
+
     def __init__(self, limit: int) -> None:
         self.left = self.limit = limit
         self.storages: dict[str, Storage] = {}
         self.numpy = False
 
-    def load(self, stream: Stream) -> Any:
+    def load(self, stream: BinaryIO) -> Any:
         """Walk one pickle; the stream is then behind it.
 
         Returns:
@@ -157,219 +110,145 @@ class Walk:
         Raises:
             CheckpointError: it wants to run something, asks for too much, or is damaged; without the file's name.
         """
+        self.stream, self.proto, self.memo, self.stack, self.metastack = stream, 0, {}, [], []
+        self.append = self.stack.append
         try:
-            return self._load(stream)
-        except (AttributeError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
+            while (code := self.read(1)) != pickle.STOP:
+                self.charge(STEP)
+                if code not in _METHODS:
+                    raise ValueError(f"instruction {code!r}")
+                _METHODS[code](self)
+            result = self.stack.pop()
+        except (AttributeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"is damaged or truncated: its pickle makes no sense ({error})") from error
+        if self.proto != 2:
+            raise CheckpointError(
+                f"is a pickle of protocol {self.proto}; torch's safe reader takes torch.save's default, 2"
+            )
+        return result
 
-    def _load(self, stream: Stream) -> Any:
-        stack: list[Any] = []
-        below: list[list[Any]] = []  # the stacks under each mark
-        memo: dict[int, Any] = {}
-        protocol = 0
-        while True:
-            self._spend(STEP)
-            op = _exactly(stream, 1)
-            if op == pickle.PROTO:
-                protocol = max(protocol, _exactly(stream, 1)[0])
-            elif op == pickle.STOP:
-                if protocol != 2:
-                    raise CheckpointError(
-                        f"is a pickle of protocol {protocol}; torch's safe reader takes torch.save's default, 2"
-                    )
-                return stack.pop()
-            elif op == pickle.MARK:
-                below.append(stack)
-                stack = []
-            elif op in CONSTANTS:
-                stack.append(CONSTANTS[op])
-            elif op in NUMBERS:
-                stack.append(_number(stream, NUMBERS[op]))
-            elif op == pickle.LONG1:
-                stack.append(pickle.decode_long(_exactly(stream, _number(stream, "<B"))))
-            elif op in STRINGS:
-                stack.append(self._bytes(stream, _number(stream, STRINGS[op])).decode("utf-8", "surrogatepass"))
-            elif op in BYTES:
-                stack.append(self._bytes(stream, _number(stream, BYTES[op])))
-            elif op == pickle.EMPTY_TUPLE:
-                stack.append(())
-            elif op == pickle.EMPTY_LIST:
-                stack.append([])
-            elif op == pickle.EMPTY_DICT:
-                stack.append({})
-            elif op == pickle.EMPTY_SET:
-                stack.append(set())
-            elif op in (pickle.BINGET, pickle.LONG_BINGET):
-                stack.append(memo[_number(stream, INDICES[op])])
-            elif op in (pickle.BINPUT, pickle.LONG_BINPUT):
-                memo[_number(stream, INDICES[op])] = stack[-1]
-            elif op in (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
-                count = 1 + (pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3).index(op)
-                stack[-count:] = [tuple(stack[-count:])]
-            elif op in (pickle.TUPLE, pickle.APPENDS, pickle.SETITEMS):
-                items, stack = stack, below.pop()
-                if op == pickle.TUPLE:
-                    stack.append(tuple(items))
-                elif op == pickle.APPENDS:
-                    _expect(stack[-1], list).extend(items)
-                else:
-                    self._fill(stack[-1], zip(items[::2], items[1::2], strict=True))
-            elif op == pickle.APPEND:
-                item = stack.pop()
-                _expect(stack[-1], list).append(item)
-            elif op == pickle.SETITEM:
-                item, key = stack.pop(), stack.pop()
-                self._fill(stack[-1], [(key, item)])
-            elif op == pickle.GLOBAL:
-                stack.append(self._name(_line(stream), _line(stream)))
-            elif op == pickle.STACK_GLOBAL:
-                name, module = _expect(stack.pop(), str), _expect(stack.pop(), str)
-                stack.append(self._name(module, name))
-            elif op == pickle.MEMOIZE:
-                memo[len(memo)] = stack[-1]
-            elif op == pickle.FRAME:
-                _exactly(stream, 8)
-            elif op == pickle.BINPERSID:
-                stack.append(self._storage(*_expect(stack.pop(), tuple)))
-            elif op in (pickle.REDUCE, pickle.NEWOBJ):
-                args, function = _expect(stack.pop(), tuple), _expect(stack.pop(), _Name)
-                stack.append(self._call(function.full, args, new=op == pickle.NEWOBJ))
-            elif op == pickle.BUILD:
-                state = stack.pop()
-                self._set_state(stack[-1], state)
-            else:
-                raise ValueError(f"instruction {op!r}")
-
-    def _spend(self, size: int) -> None:
+    def charge(self, size: int) -> None:
+        """Count bytes of memory, before they are taken."""
         self.left -= size
         if self.left < 0:
             raise CheckpointError(f"asks for more than {self.limit:,} bytes of memory, far beyond the file's own size")
 
-    def _bytes(self, stream: Stream, size: int) -> bytes:
-        self._spend(size)
-        return _exactly(stream, size)
+    # What the standard library's methods for the instructions call, or would do otherwise: under its names.
 
-    def _fill(self, target: Any, items: Any) -> None:
-        if type(target) not in (dict, _OrderedDict):
-            raise TypeError(f"items for a {type(target).__name__}")
-        for key, value in items:
-            target[_hashable(key)] = value
+    def read(self, size: int) -> bytes:
+        self.charge(size)
+        data = self.stream.read(size)
+        if len(data) != size:
+            raise EOFError("it ends in the middle")
+        return data
 
-    def _name(self, module: str, name: str) -> _Name:
+    def readline(self) -> bytes:
+        line = self.stream.readline(MAX_NAME)
+        if not line.endswith(b"\n"):
+            raise EOFError("a name without an end")
+        return line
+
+    def load_proto(self) -> None:
+        self.proto = max(self.proto, self.read(1)[0])
+
+    def load_frame(self) -> None:
+        self.read(8)  # its size: what is in it can as well be read piece by piece
+
+    def load_empty_dictionary(self) -> None:
+        self.append(_Dict())
+
+    def find_class(self, module: str, name: str) -> _Name:
         full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in UNUSUAL:
             raise CheckpointError(f"holds {UNUSUAL[full]}; tomevit reads plain ones")
-        if full not in KNOWN and full not in STORAGES and full not in DTYPES:
+        if full not in ALLOWED:
             raise CheckpointError(f"wants to run {full}; tomevit reads only tensors and plain data")
         self.numpy |= module.startswith("numpy")
         return _Name(full)
 
-    def _storage(self, tag: str, kind: _Name, key: str, location: str, numel: int, view: None = None) -> Storage:
-        if (tag, type(key), type(location), view) != ("storage", str, str, None):
+    def persistent_load(self, pid: Any) -> Storage:
+        tag, kind, key, location, numel, *view = _expect(pid, tuple)
+        if (tag, type(key), type(location)) != ("storage", str, str) or view not in ([], [None]):
             raise TypeError("not a storage")
-        storage = Storage(key, _size(numel), STORAGES[kind.full])
+        storage = Storage(key, _check_size(numel), STORAGES[_expect(kind, _Name).full])
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"storage {key[:40]!r} described in two ways")
         return storage
 
-    def _call(self, name: str, args: tuple[Any, ...], *, new: bool) -> Any:
-        match name, args:
-            case "argparse.Namespace", () if new:
-                return _Namespace()
-            case _ if new:
-                raise CheckpointError(f"wants to make a {name}; tomevit reads only tensors and plain data")
-            case "torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2", (
-                storage,
-                offset,
-                size,
-                stride,
-                *_,
-            ):
-                return self._tensor(_expect(storage, Storage), offset, _expect(size, tuple), _expect(stride, tuple))
-            case "torch._utils._rebuild_parameter", (_Tensor() as tensor, bool(), _):
-                return tensor
-            case "torch._utils._rebuild_parameter_with_state", (_Tensor() as tensor, bool(), _, dict(state)):
-                _check_attributes(state)
-                self._spend(STEP * len(state))
-                return tensor
-            case "collections.OrderedDict", ():
-                return _OrderedDict()
-            case "collections.OrderedDict", (list(pairs),):  # as Python 2 wrote it
-                self._spend(STEP * len(pairs))
-                return _OrderedDict({_hashable(key): value for key, value in pairs})
-            case "collections.Counter", (dict(counts),):
-                self._spend(STEP * len(counts))
-                return _OrderedDict(counts)
-            case "builtins.set", (list(items),):
-                self._spend(STEP * len(items))
-                return {_hashable(item) for item in items}
-            case "builtins.complex", (float(real), float(imaginary)):
-                return complex(real, imaginary)
-            case "torch.Size", (tuple(sizes),):
-                return tuple(map(_size, sizes))
-            case "torch.device", (str(), *_):
-                return _Name(name)
-            case "_codecs.encode", (str(text), "latin1"):
-                self._spend(len(text))
-                return text.encode("latin1")
-            case "numpy.dtype", (str(code), bool(), bool()) if re.fullmatch("[biuf][1248]", code):
-                return _Dtype(int(code[1]))
-            case _, (_Dtype(itemsize), bytes(value)) if name in NUMPY_SCALAR and len(value) == itemsize:
-                return value
-            case _, (_Name("numpy.ndarray"), (0,), b"b") if name in NUMPY_ARRAY:
-                return _Array()
-        kinds = ", ".join(type(arg).__name__ for arg in args)
-        raise CheckpointError(f"holds a {name} of ({kinds}), which tomevit does not read")
+    def load_reduce(self) -> None:
+        args, name = _expect(self.stack.pop(), tuple), _expect(self.stack.pop(), _Name).full
+        make, *kinds = ALLOWED[name] or (None,)
+        if make is None or not all(map(_fits, args, kinds)):
+            given = ", ".join(type(arg).__name__ for arg in args)
+            raise CheckpointError(f"holds a {name} of ({given}), which tomevit does not read")
+        self.append(make(self, *args))
 
-    def _tensor(self, storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> _Tensor:
-        numel = self._numel(size)
-        last = _size(offset) + sum((n - 1) * _size(step) for n, step in zip(size, stride, strict=True))
-        if numel and last >= storage.numel:
-            raise CheckpointError(f"holds a tensor of shape {size} that reaches beyond its {storage.numel} values")
-        self._spend(TENSOR + numel * storage.itemsize)
-        return _Tensor()
+    def load_newobj(self) -> None:
+        args, name = _expect(self.stack.pop(), tuple), _expect(self.stack.pop(), _Name).full
+        if (name, args) != ("argparse.Namespace", ()):
+            raise CheckpointError(f"wants to make a {name}; tomevit reads only tensors and plain data")
+        self.append(Namespace())
 
-    def _numel(self, shape: tuple[int, ...]) -> int:
-        # Beside a dimension of 0, torch would take any other.
-        if len(shape) > MAX_DIMS or any(_size(n) > self.limit for n in shape):
-            raise CheckpointError("holds a tensor of an absurd shape")
-        return math.prod(shape)
-
-    def _set_state(self, target: Any, state: Any) -> None:
-        match target, state:
-            case ((_Namespace() | _OrderedDict()), dict()):
-                _check_attributes(state)
-                self._spend(STEP * len(state))
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        match self.stack[-1], state:
+            case ((Namespace() | _Dict()), _Dict()):
+                self._charge_attributes(state)
             case _Dtype(), (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
                 pass
             case _Array(), (1, tuple(shape), _Dtype(itemsize), bool(), bytes(data)):
-                if self._numel(shape) * itemsize != len(data):
+                if self._count_elements(shape) * itemsize != len(data):
                     raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
-                self._spend(TENSOR + len(data))
-            case _:
+                self.charge(TENSOR + len(data))
+            case target, _:
                 raise TypeError(f"state for a {type(target).__name__}")
 
+    # What stands in for the results of the calls that a pickle may make.
 
-def _exactly(stream: Stream, size: int) -> bytes:
-    data = stream.read(size)
-    if len(data) != size:
-        raise EOFError("it ends in the middle")
-    return data
+    def _tensor(self, storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+        numel = self._count_elements(size)
+        last = _check_size(offset) + sum((n - 1) * _check_size(step) for n, step in zip(size, stride, strict=True))
+        if numel and last >= storage.numel:
+            raise CheckpointError(f"holds a tensor of shape {size} that reaches beyond its {storage.numel} values")
+        self.charge(TENSOR + numel * storage.itemsize)
+        return _Tensor()
 
+    def _parameter(self, tensor: _Tensor, _grad: bool, _hooks: Any, state: Mapping[Any, Any] = {}) -> _Tensor:
+        self._charge_attributes(state)
+        return tensor
 
-def _number(stream: Stream, form: str) -> Any:
-    return struct.unpack(form, _exactly(stream, struct.calcsize(form)))[0]
+    def _dict(self, pairs: Iterable[Any] = ()) -> _Dict:
+        made = _Dict()
+        for key, value in pairs:
+            self.charge(STEP)
+            made[key] = value
+        return made
 
+    def _set(self, items: list[Any]) -> set[Any]:
+        self.charge(STEP * len(items))
+        return {_check_key(item) for item in items}
 
-def _line(stream: Stream) -> str:
-    line = b""
-    while not line.endswith(b"\n"):
-        if len(line) > 500:
-            raise ValueError("a name without an end")
-        line += _exactly(stream, 1)
-    return line[:-1].decode()
+    def _bytes(self, text: str, _encoding: str) -> bytes:
+        self.charge(len(text))
+        return text.encode("latin1")
+
+    def _numpy_dtype(self, code: str, _align: bool, _copy: bool) -> _Dtype:
+        if not re.fullmatch("[biuf][1248]", code):
+            raise CheckpointError(f"holds numpy values of type {code[:20]!r}, which tomevit does not read")
+        return _Dtype(int(code[1]))
+
+    def _count_elements(self, shape: tuple[int, ...]) -> int:
+        # Beside a dimension of 0, torch would take any other.
+        if len(shape) > MAX_DIMS or any(_check_size(n) > self.limit for n in shape):
+            raise CheckpointError("holds a tensor of an absurd shape")
+        return math.prod(shape)
+
+    def _charge_attributes(self, state: Mapping[Any, Any]) -> None:
+        if any(type(name) is not str or name.startswith("__") for name in state):
+            raise TypeError("a wrong attribute")
+        self.charge(STEP * len(state))
 
 
 def _expect(value: Any, kind: type[Any]) -> Any:
@@ -378,21 +257,47 @@ def _expect(value: Any, kind: type[Any]) -> Any:
     return value
 
 
-def _size(value: Any) -> int:
+def _check_size(value: Any) -> int:
     if type(value) is not int or value < 0:
         # Never the values: of nested lists, a few bytes in a pickle, repr can make terabytes.
         raise ValueError("a size that is no count")
     return value
 
 
-def _hashable(key: Any) -> Any:
+def _check_key(key: Any) -> Any:
     # Nothing nested: hashing a tuple a million deep would overflow the interpreter's stack.
     if type(key) in SCALARS or (type(key) is tuple and all(type(part) in SCALARS for part in key)):
         return key
     raise TypeError(f"a {type(key).__name__} as a key")
 
 
-def _check_attributes(state: dict[Any, Any]) -> None:
-    for name in state:
-        if type(name) is not str or name.startswith("__"):
-            raise TypeError("a wrong attribute")
+def _fits(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) if isinstance(kind, type) else bool(value == kind)
+
+
+_METHODS: dict[bytes, Callable[[Walk], None]] = {
+    code: getattr(Walk, _PythonUnpickler.dispatch[code[0]].__name__)
+    for code in (getattr(pickle, name) for name in INSTRUCTIONS.split())
+}
+NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+_DTYPES = [str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)]
+#: Everything that a pickle may name: what makes a stand-in for the result of calling it, and the types or values of the
+#: first arguments. What has neither may be named, but not called.
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys((*STORAGES, *_DTYPES, "argparse.Namespace", "numpy.ndarray"), ()),
+    **dict.fromkeys(NUMPY_SCALAR, (lambda _, _dtype, value: value, _Dtype, bytes)),
+    **dict.fromkeys(NUMPY_ARRAY, (lambda _, _type, _shape, _code: _Array(), _Name("numpy.ndarray"), (0,), b"b")),
+    "_codecs.encode": (Walk._bytes, str, "latin1"),  # how protocol 2 writes bytes
+    "builtins.complex": (lambda _, real, imaginary: complex(real, imaginary), float, float),
+    "builtins.set": (Walk._set, list),
+    "collections.Counter": (lambda walk, counts: walk._dict(counts.items()), dict),
+    "collections.OrderedDict": (Walk._dict, list),  # empty, or as Python 2 wrote it
+    "numpy.dtype": (Walk._numpy_dtype, str, bool, bool),
+    "torch.Size": (lambda _, sizes: tuple(map(_check_size, sizes)), tuple),
+    "torch.device": (lambda _, _kind, _index=0: _Name("torch.device"), str, int),
+    "torch._utils._rebuild_parameter": (Walk._parameter, _Tensor, bool),
+    "torch._utils._rebuild_parameter_with_state": (Walk._parameter, _Tensor, bool, object, dict),
+    "torch._utils._rebuild_tensor": (Walk._tensor, Storage, int, tuple, tuple),
+    "torch._utils._rebuild_tensor_v2": (Walk._tensor, Storage, int, tuple, tuple),
+}
