@@ -35,11 +35,12 @@ from torch import Tensor
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights.pickles import MAX_DIMS, NUMPY_ARRAY, NUMPY_SCALAR, Walk
 
-#: Under these names a state dict lies in a torch checkpoint, also one in another; the second line are averages.
-STATE_DICTS = """
-model state_dict model_state model_state_dict module network teacher student
-model_ema model_ema_state_dict state_dict_ema ema ema_model ema_state_dict
-""".split()
+#: Under these names a state dict lies in a torch checkpoint, also one in another.
+STATE_DICTS = (
+    *("model", "state_dict", "model_state", "model_state_dict", "module", "network", "teacher", "student"),
+    # exponential moving averages
+    *("model_ema", "model_ema_state_dict", "state_dict_ema", "ema", "ema_model", "ema_state_dict"),
+)
 #: What wrappers put in front of every name: DataParallel, torch.compile, trainers.
 PREFIXES = ("module.", "model.", "_orig_mod.")
 #: Where the weights lie in a JAX archive. Other names are beside them: the optimizer, a text tower.

@@ -20,7 +20,7 @@ from tomevit.errors import CheckpointError
 
 # The standard library's reader in Python: not documented, but a method for every instruction, found by a table, so that
 # a subclass can replace some and leave out others. The documented one, in C, can be limited only in what it imports.
-_PythonUnpickler: Any = pickle._Unpickler  # type: ignore[attr-defined]
+_PythonUnpickler: Any = pickle._Unpickler
 #: What torch.save uses; later protocols are followed as well, only to say what they want to run.
 INSTRUCTIONS = """
 PROTO FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT LONG1
@@ -110,7 +110,10 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         Raises:
             CheckpointError: it wants to run something, asks for too much, or is damaged; without the file's name.
         """
-        self.stream, self.proto, self.memo, self.stack, self.metastack = stream, 0, {}, [], []
+        self.stream, self.proto = stream, 0
+        self.memo: dict[int, Any] = {}
+        self.stack: list[Any] = []
+        self.metastack: list[list[Any]] = []
         self.append = self.stack.append
         try:
             while (code := self.read(1)) != pickle.STOP:
