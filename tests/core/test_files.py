@@ -377,6 +377,18 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: torch_zip(hostile.state_dict(a=hostile.tensor((2, 2), (3, 1), 4))),
         r"holds a tensor of shape \(2, 2\) that reaches beyond its 4 values",
     ),
+    "bytearray8": (lambda: torch_zip(b"\x80\x02\x96" + struct.pack("<Q", 2**40)), r"no sense \(instruction b'\\x96'\)"),
+    "binunicode8": (lambda: torch_zip(b"\x80\x02\x8d" + struct.pack("<Q", 2**62)), "asks for more than .* bytes"),
+    "name without an end": (lambda: torch_zip(b"\x80\x02c" + b"a" * 10**5), "a name without an end"),
+    "two protocols": (lambda: torch_zip(b"\x80\x04\x80\x02}."), "is a pickle of protocol 4"),
+    "memo of nothing": (lambda: torch_zip(b"\x80\x02h\x07."), "makes no sense"),
+    "text to anything but bytes": (
+        lambda: torch_zip(
+            hostile.state_dict(a=hostile.call("_codecs", "encode", hostile.text("a"), hostile.text("x")))
+        ),
+        r"holds a _codecs\.encode of \(str, str\)",
+    ),
+    "npy of a deep literal": (lambda: zip_of({"a.npy": hostile.npy("-" * 9000 + "1\n")}), "no plain array of numbers"),
     "old file without its data": (
         lambda: hostile.legacy(PLAIN),
         "is damaged: its list of storages does not fit its tensors",
@@ -418,7 +430,7 @@ def test_refused_in_one_sentence(what: str, open_bytes: Opener) -> None:
 
 def test_a_python_without_its_unpickler_refuses_pickles(open_bytes: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pickle._Unpickler.dispatch  # type: ignore[attr-defined]
-    monkeypatch.setattr("tomevit.weights.pickles._Steps.dispatch", {})
+    monkeypatch.setattr("tomevit.weights.pickles._METHODS", {})
     refused(open_bytes, saved({"model": TENSORS}), "is a pickle, which this Python cannot look into")
     assert open_bytes(save(TENSORS)).container == "safetensors"
 

@@ -7,6 +7,7 @@ plain: names and dense tensors on the CPU.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import html
@@ -15,16 +16,18 @@ import math
 import mmap
 import os
 import re
+import shutil
 import stat
 import struct
 import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -34,43 +37,23 @@ from tomevit.weights.pickles import MAX_DIMS, NUMPY_ARRAY, NUMPY_SCALAR, Walk
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
 STATE_DICTS = (
-    "model",
-    "state_dict",
-    "model_state",
-    "model_state_dict",
-    "module",
-    "network",
-    "teacher",
-    "student",
+    *("model", "state_dict", "model_state", "model_state_dict", "module", "network", "teacher", "student"),
     # exponential moving averages
-    "model_ema",
-    "model_ema_state_dict",
-    "state_dict_ema",
-    "ema",
-    "ema_model",
-    "ema_state_dict",
+    *("model_ema", "model_ema_state_dict", "state_dict_ema", "ema", "ema_model", "ema_state_dict"),
 )
 #: What wrappers put in front of every name: DataParallel, torch.compile, trainers.
 PREFIXES = ("module.", "model.", "_orig_mod.")
 #: Where the weights lie in a JAX archive. Other names are beside them: the optimizer, a text tower.
 NPZ_PREFIXES = ("opt/target/", "params/img/", "params/")
 
-#: The element types of .npy files that hold weights. numpy has no bfloat16: JAX writes it as two bytes of anything.
-NPY_DTYPES = {
-    "b1": torch.bool,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-    "u1": torch.uint8,
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "V2": torch.bfloat16,
-}
-# numpy always writes the header in this form. Its own reader takes more, by evaluating Python literals.
+#: The element types of .npy files that hold weights. numpy has no bfloat16: JAX writes it as two bytes of anything, V2.
+NPY_TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "f2", "f4", "f8", "V2")
+# numpy always writes the header in this form. Its own reader takes more: it evaluates whatever Python literal is there,
+# which prints warnings for some, and raises MemoryError for others, as if the machine had no memory left.
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([<>|=])(\w{2,4})', 'fortran_order': (True|False), 'shape': \(((?:\d+, ?)*\d*)\), \}\s*"
+    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|=])(\w{2,4})', 'fortran_order': (True|False), "
+    rb"'shape': \(((?:\d+, ?)*\d*)\), \}\s*",
+    re.DOTALL,
 )
 
 #: Of one safetensors file; each reads the header again, which takes long where there are very many tensors.
@@ -93,7 +76,7 @@ OTHER_FILES = {
 }
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
 MAX_ENTRIES = 2**14  # of a zip archive
-HEADER = 30  # bytes in front of a zip entry, at least
+ZIP_HEADER = 30  # bytes in front of a zip entry, at least
 CHUNK = 2**20
 
 
@@ -130,18 +113,18 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
         AmbiguousCheckpointError: it has several state dicts, and `key` is None.
     """
     path = os.fspath(path)
-    with _open(path) as file:
+    with _open_regular_file(path) as file:
         try:
-            return _read(path, file, key)
+            return _check_and_strip_prefixes(_read_container(path, file, key))
         except AmbiguousCheckpointError as error:
-            raise AmbiguousCheckpointError(f"{path} {_sentence(error)}", error.option, error.choices) from None
+            raise AmbiguousCheckpointError(f"{path} {_printable_line(error)}", error.option, error.choices) from None
         except CheckpointError as error:
-            raise CheckpointError(f"{path} {_sentence(error)}") from error.__cause__
+            raise CheckpointError(f"{path} {_printable_line(error)}") from error.__cause__
         except MemoryError:  # what the file asks for is warranted, but not to be had
             raise
         # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
         except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {_sentence(error)}") from error
+            raise CheckpointError(f"{path} is damaged: {_printable_line(error)}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -156,7 +139,7 @@ def md5(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _open(path: str) -> BinaryIO:
+def _open_regular_file(path: str) -> BinaryIO:
     try:
         mode = Path(path).stat().st_mode
     except FileNotFoundError as error:
@@ -168,7 +151,7 @@ def _open(path: str) -> BinaryIO:
     return Path(path).open("rb")
 
 
-def _read(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+def _read_container(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
     head = file.read(2**16)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         with _open_zip(file) as archive:
@@ -181,15 +164,15 @@ def _read(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
                 )
             if any(name.endswith("/data.pkl") for name in names):
                 return _read_torch_zip(path, file, archive, key)
-            raise CheckpointError(f"is a zip archive of {_some(names)}: neither torch's nor numpy's")
+            raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
     if head.startswith(LEGACY):
         return _read_torch_legacy(path, file, key)
     if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
         return _read_safetensors(path, key)
-    raise CheckpointError(_describe(head))
+    raise CheckpointError(_describe_other_file(head))
 
 
-def _describe(head: bytes) -> str:
+def _describe_other_file(head: bytes) -> str:
     """What a file is that is no checkpoint."""
     if not head:
         return "is empty"
@@ -199,12 +182,12 @@ def _describe(head: bytes) -> str:
     if head[257:262] == b"ustar":
         return "is a tar archive: unpack it first"
     if head.startswith(b"\x80") or re.match(rb"c[\w.]+\n[\w.]+\n", head):
-        Walk(_limit(len(head))).load(io.BytesIO(head))  # says what it wants to run
+        Walk(_memory_limit(len(head))).load(io.BytesIO(head))  # says what it wants to run
         return "is a pickle, but not one of torch.save's"
     try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        text = head[: error.start].decode("utf-8-sig", "ignore") if error.start > len(head) - 4 else "\0"
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # may end within a character
+    except UnicodeDecodeError:
+        text = "\0"
     text = text.strip()[:4096]
     if text.startswith("<"):
         title = re.search(r"<title[^>]*>(.*?)</title|<message>(.*?)</message", text, re.IGNORECASE | re.DOTALL)
@@ -231,7 +214,7 @@ def _read_safetensors(path: str, key: str | None) -> Checkpoint:
                 tensors |= {name: file.get_tensor(name) for name in group}
     except SafetensorError as error:
         raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
-    return _checkpoint(path, "safetensors", "", tensors, (), metadata)
+    return Checkpoint(path, "safetensors", "", "", tensors, metadata=metadata)
 
 
 # zip archives
@@ -245,30 +228,24 @@ def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"is a damaged or truncated zip archive: {error}") from error
     with archive:
-        entries = archive.infolist()
+        entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         size = os.fstat(file.fileno()).st_size
         if len(entries) > MAX_ENTRIES:
             raise CheckpointError(f"is a zip archive of {len(entries):,} entries; weights have fewer")
         if len({entry.filename.lower() for entry in entries}) < len(entries):
             raise CheckpointError("is a zip archive that has an entry twice")
-        end = 0
-        for entry in sorted(entries, key=lambda entry: entry.header_offset):
-            # Readers of zip disagree about archives that begin later than their file.
-            if entry.header_offset < end or (end == 0 < entry.header_offset):
-                raise CheckpointError(
-                    f"is a damaged zip archive: entry {entry.filename!r} overlaps another, or the end"
-                )
-            end = entry.header_offset + HEADER + entry.compress_size
-            stored = entry.compress_type == zipfile.ZIP_STORED
-            if entry.flag_bits & 1 or not (stored or entry.compress_type == zipfile.ZIP_DEFLATED):
-                raise CheckpointError(
-                    f"is a zip archive whose entry {entry.filename!r} is encrypted, or packed unusually"
-                )
-            if stored and entry.compress_size != entry.file_size:
-                raise CheckpointError(f"is a damaged zip archive: entry {entry.filename!r} has two sizes")
-        if end > archive.start_dir:
-            raise CheckpointError("is a damaged zip archive: its entries overlap its directory")
-        if (total := sum(entry.file_size for entry in entries)) > _limit(size):
+        starts = [*(entry.header_offset for entry in entries), archive.start_dir]
+        ends = [0, *(entry.header_offset + ZIP_HEADER + entry.compress_size for entry in entries)]
+        # Readers of zip disagree about archives that begin later than their file.
+        if starts[0] or any(end > start for end, start in zip(ends, starts, strict=True)):
+            raise CheckpointError("is a damaged zip archive: its entries overlap, or something lies in front of them")
+        for entry in entries:
+            name, packing = repr(entry.filename), entry.compress_type
+            if entry.flag_bits & 1 or packing not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise CheckpointError(f"is a zip archive whose entry {name} is encrypted, or packed unusually")
+            if packing == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
+                raise CheckpointError(f"is a damaged zip archive: entry {name} has two sizes")
+        if (total := sum(entry.file_size for entry in entries)) > _memory_limit(size):
             raise CheckpointError(f"is an archive bomb: {total:,} bytes packed into {size:,}")
         if not any(entry.CRC for entry in entries):
             # torch.serialization.set_crc32_options(False) writes 0 for every entry: there is nothing to compare with.
@@ -277,7 +254,7 @@ def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
-def _limit(size: int) -> int:
+def _memory_limit(size: int) -> int:
     """Bytes of memory that a file of this size may ask for."""
     return 8 * size + 64 * 2**20
 
@@ -290,49 +267,36 @@ def _read_npz(path: str, archive: zipfile.ZipFile, key: str | None) -> Checkpoin
     prefixes = NPZ_PREFIXES if key is None else (f"{key.rstrip('/')}/" if key else "",)
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), "")
     if key and not prefix:
-        raise CheckpointError(f"has no weights at {key!r}; it has {_some(names)}")
+        raise CheckpointError(f"has no weights at {key!r}; it has {_list_names(names)}")
     chosen = [name for name in names if name.startswith(prefix)]
     # As much of the other names as tells them from ours: "opt/state", "params/txt".
     depth = prefix.count("/")
     beside = dict.fromkeys("/".join(name.split("/")[:depth]) for name in names if not name.startswith(prefix))
     tensors = {name.removeprefix(prefix): _read_npy(archive, f"{name}.npy") for name in chosen}
-    return _checkpoint(path, "npz", "", tensors, tuple(beside), {}, prefix)
+    return Checkpoint(path, "npz", "", prefix, tensors, tuple(beside))
 
 
 def _read_npy(archive: zipfile.ZipFile, name: str) -> Tensor:
     with archive.open(name) as file:
         start = file.read(10)
-        if start[:6] != b"\x93NUMPY" or len(start) < 10:
+        start += file.read(int.from_bytes(start[8:], "little"))
+        if not start.startswith(b"\x93NUMPY"):
             raise CheckpointError(f"is damaged: its entry {name!r} is no numpy array")
-        length = struct.unpack("<H", start[8:])[0]
-        header = NPY_HEADER.fullmatch(file.read(length))
-        if start[6:8] != b"\x01\x00" or header is None:
-            raise CheckpointError(
-                f"holds {name!r}, which is no plain array of numbers (tomevit reads no Python objects)"
-            )
+        if (header := NPY_HEADER.fullmatch(start)) is None:
+            raise CheckpointError(f"holds {name!r}, no plain array of numbers (tomevit reads no Python objects)")
         order, code, fortran, dims = (part.decode() for part in header.groups())
-        shape = tuple(int(n) for n in dims.split(",") if n.strip())
-        dtype = NPY_DTYPES.get(code)
-        if dtype is None or (order == ">" and dtype.itemsize > 1):
+        if code not in NPY_TYPES or (order == ">" and code[1] != "1"):
             raise CheckpointError(f"holds {name!r} of numpy's type {order + code!r}, which tomevit does not read")
-        size = math.prod(shape) * dtype.itemsize
-        absurd = len(shape) > MAX_DIMS or max(shape, default=0) > _limit(size)
-        if absurd or size != archive.getinfo(name).file_size - 10 - length:
-            raise CheckpointError(f"is damaged: {name!r} should be {dtype} of shape {shape}, but has another size")
-        data = _fill(file, size)
-    values = torch.frombuffer(data, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-    return values.view(shape[::-1]).permute(*reversed(range(len(shape)))) if fortran == "True" else values.view(shape)
-
-
-def _fill(file: Any, size: int) -> bytearray:
-    """The rest of an entry; reading to its end checks its sum."""
-    data = bytearray(size)
-    view, filled = memoryview(data), 0
-    while count := file.readinto(view[filled : filled + CHUNK] if filled < size else bytearray(1)):
-        filled += count
-    if filled != size:
-        raise CheckpointError(f"is truncated: {filled:,} of {size:,} bytes of {file.name!r}")
-    return data
+        shape = tuple(int(n) for n in dims.split(",") if n.strip())
+        size = math.prod(shape) * int(code[1])
+        absurd = len(shape) > MAX_DIMS or max(shape, default=0) > _memory_limit(size)
+        if absurd or size != archive.getinfo(name).file_size - len(start):
+            raise CheckpointError(f"is damaged: {name!r} should be {code} of shape {shape}, but has another size")
+        data = io.BytesIO()
+        shutil.copyfileobj(file, data, CHUNK)  # to the end: that checks the sum
+    dtype = np.dtype("i2" if code == "V2" else code)
+    values = torch.from_numpy(np.ndarray(shape, dtype, data.getbuffer(), order="F" if fortran == "True" else "C"))
+    return values.view(torch.bfloat16) if code == "V2" else values
 
 
 # torch
@@ -342,10 +306,10 @@ def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: st
     entries = {entry.filename: entry for entry in archive.infolist()}
     root = archive.namelist()[0].split("/")[0]  # torch takes the first entry's
     if f"{root}/data.pkl" not in entries:
-        raise CheckpointError(f"is a zip archive of {_some(entries)}, without {root}/data.pkl")
+        raise CheckpointError(f"is a zip archive of {_list_names(entries)}, without {root}/data.pkl")
     if packed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
         raise CheckpointError(f"was packed anew: torch.save stores, and {packed[0]!r} is compressed")
-    walk = Walk(_limit(os.fstat(file.fileno()).st_size))
+    walk = Walk(_memory_limit(os.fstat(file.fileno()).st_size))
     walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
     for storage in walk.storages.values():
         entry = entries.get(f"{root}/data/{storage.key}")
@@ -358,29 +322,28 @@ def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: st
     # By the name ".safetensors" torch.load would take it for another format.
     source, mapped = (file, False) if path.endswith(".safetensors") else (path, True)
     file.seek(0)
-    return _select(path, _torch_load(source, walk, mapped=mapped), key)
+    return _select_state_dict(path, _load_with_torch(source, walk, mapped=mapped), key)
 
 
 def _read_torch_legacy(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        walk = Walk(_limit(len(stream)))
-        for _ in range(4):  # magic number, protocol version, system, object
-            walk.load(stream)
-        keys = walk.load(stream)
-        if type(keys) is not list or sorted(map(str, keys)) != sorted(walk.storages):
-            raise CheckpointError("is damaged: its list of storages does not fit its tensors")
-        for name in keys:
-            storage = walk.storages[name]
-            if (count := stream.read(8)) and count != struct.pack("<q", storage.numel):
-                raise CheckpointError(f"is damaged: storage {name!r} has not the {storage.numel} values it should have")
-            end = stream.tell() + storage.numel * storage.itemsize
-            if not count or end > len(stream):
-                raise CheckpointError(
-                    f"is truncated: it has {len(stream):,} bytes, and storage {name!r} ends at {end:,}"
-                )
-            stream.seek(end)
+    size = os.fstat(file.fileno()).st_size
+    walk = Walk(_memory_limit(size))
+    file.seek(0)
+    for _ in range(4):  # magic number, protocol version, system, object
+        walk.load(file)
+    keys = walk.load(file)
+    if type(keys) is not list or sorted(map(str, keys)) != sorted(walk.storages):
+        raise CheckpointError("is damaged: its list of storages does not fit its tensors")
+    for name in keys:
+        storage = walk.storages[name]
+        if (count := file.read(8)) and count != struct.pack("<q", storage.numel):
+            raise CheckpointError(f"is damaged: storage {name!r} has not the {storage.numel} values it should have")
+        end = file.tell() + storage.numel * storage.itemsize
+        if not count or end > size:
+            raise CheckpointError(f"is truncated: it has {size:,} bytes, and storage {name!r} ends at {end:,}")
+        file.seek(end)
     with _NoDescriptor(io.FileIO(path)) as source:
-        return _select(path, _torch_load(source, walk, mapped=False), key)
+        return _select_state_dict(path, _load_with_torch(source, walk, mapped=False), key)
 
 
 class _NoDescriptor(io.BufferedReader):
@@ -393,7 +356,7 @@ class _NoDescriptor(io.BufferedReader):
 _LOCK = threading.Lock()
 
 
-def _torch_load(source: Any, walk: Walk, *, mapped: bool) -> Any:
+def _load_with_torch(source: Any, walk: Walk, *, mapped: bool) -> Any:
     """torch.load of a file that was walked; its settings, which are the process's, are left as found."""
     allowed = [Namespace, *(_numpy_globals() if walk.numpy else ())]
     with _LOCK, contextlib.ExitStack() as stack:
@@ -405,10 +368,6 @@ def _torch_load(source: Any, walk: Walk, *, mapped: bool) -> Any:
 
 
 def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    try:
-        import numpy as np
-    except ImportError as error:
-        raise CheckpointError("holds numpy values: install numpy to read it") from error
     # The functions, whatever module this numpy has them in, under the names that any numpy gave them.
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
@@ -416,43 +375,43 @@ def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]
     return [*names, np.ndarray, np.dtype, *dtypes]
 
 
-def _select(path: str, tree: Any, key: str | None) -> Checkpoint:
+def _select_state_dict(path: str, tree: Any, key: str | None) -> Checkpoint:
     """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
     if not isinstance(tree, Mapping):
         raise CheckpointError(f"holds a {type(tree).__name__}, not a state dict")
-    found = list(_find(tree))
+    found = list(_find_state_dicts(tree))
     if key is None:
         if not found:
             raise CheckpointError(
-                f"has no state dict where tomevit looks; it has {_some(tree)}: name one with key= (--key)"
+                f"has no state dict where tomevit looks; it has {_list_names(tree)}: name one with key= (--key)"
             )
         if len(found) > 1:
-            message = f"has several state dicts, {_some(found)}: name one with key= (--key)"
+            message = f"has several state dicts, {_list_names(found)}: name one with key= (--key)"
             raise AmbiguousCheckpointError(message, "key", found)
         key = found[0]
-    node, beside = _at(tree, key)
+    node, beside = _follow_key(tree, key)
     state = {name: _as_tensor(value) for name, value in node.items()} if isinstance(node, Mapping) else {}
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and value is not None}
     if not tensors:
-        raise CheckpointError(f"has no state dict at {key!r}; it has {_some(found or tree)}")
-    beside += [_join(key, name) for name in state if name not in tensors]
-    return _checkpoint(path, "torch", key, tensors, tuple(beside), {})
+        raise CheckpointError(f"has no state dict at {key!r}; it has {_list_names(found or tree)}")
+    beside += [_join_key(key, name) for name in state if name not in tensors]
+    return Checkpoint(path, "torch", key, "", tensors, tuple(beside))
 
 
-def _find(tree: Mapping[Any, Any], key: str = "", depth: int = 4) -> Iterator[str]:
+def _find_state_dicts(tree: Mapping[Any, Any], key: str = "", depth: int = 4) -> Iterator[str]:
     """The dotted paths of the state dicts; a dict that has some inside is none itself."""
     inside = [
         path
         for name in STATE_DICTS
         if depth and isinstance(tree.get(name), Mapping)  # no deeper: a pickle's dict can contain itself
-        for path in _find(tree[name], _join(key, name), depth - 1)
+        for path in _find_state_dicts(tree[name], _join_key(key, name), depth - 1)
     ]
     if not inside and any(isinstance(name, str) and _as_tensor(value) is not None for name, value in tree.items()):
         inside = [key]
     yield from inside
 
 
-def _at(tree: Any, key: str) -> tuple[Any, list[str]]:
+def _follow_key(tree: Any, key: str) -> tuple[Any, list[str]]:
     """What lies at a dotted path, and the paths beside it; names may have dots themselves."""
     above, beside = "", []
     while key:
@@ -460,12 +419,12 @@ def _at(tree: Any, key: str) -> tuple[Any, list[str]]:
         heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         head = next((head for head in heads if isinstance(tree, Mapping) and head in tree), None)
         if head is None:
-            there = _some(tree) if isinstance(tree, Mapping) else "a value"
+            there = _list_names(tree) if isinstance(tree, Mapping) else "a value"
             raise CheckpointError(
-                f"has nothing at {_join(above, key)!r}; {f'at {above!r} ' if above else ''}it has {there}"
+                f"has nothing at {_join_key(above, key)!r}; {f'at {above!r} ' if above else ''}it has {there}"
             )
-        beside += [_join(above, name) for name in tree if name != head]
-        above, tree, key = _join(above, head), tree[head], key[len(head) + 1 :]
+        beside += [_join_key(above, name) for name in tree if name != head]
+        above, tree, key = _join_key(above, head), tree[head], key[len(head) + 1 :]
     return tree, beside
 
 
@@ -480,41 +439,35 @@ def _as_tensor(value: Any) -> Tensor | None:
 # all containers
 
 
-def _checkpoint(
-    path: str,
-    container: str,
-    key: str,
-    tensors: dict[str, Tensor],
-    beside: tuple[str, ...],
-    metadata: dict[str, str],
-    prefix: str = "",
-) -> Checkpoint:
+def _check_and_strip_prefixes(checkpoint: Checkpoint) -> Checkpoint:
+    """Tensors that tomevit can use, under their own names: without what is in front of all of them."""
+    tensors, prefix, beside = checkpoint.tensors, checkpoint.prefix, checkpoint.beside
     if not tensors:
         raise CheckpointError("has no tensors")
     for name, tensor in tensors.items():
         if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"has {name!r} as {tensor.dtype}, {tensor.layout}; tomevit reads dense real tensors")
     # AveragedModel counts beside its module.
-    counter = {"n_averaged"} if container == "torch" and len(tensors) > 1 else set()
-    beside += tuple(_join(key, name) for name in tensors if name in counter)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in counter}
+    if checkpoint.container == "torch" and len(tensors) > 1 and "n_averaged" in tensors:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        beside += (_join_key(checkpoint.key, "n_averaged"),)
     while common := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), ""):
         tensors = {name.removeprefix(common): tensor for name, tensor in tensors.items()}
         prefix += common
-    return Checkpoint(path, container, key, prefix, tensors, beside, metadata)
+    return replace(checkpoint, tensors=tensors, prefix=prefix, beside=beside)
 
 
-def _join(key: str, name: Any) -> str:
+def _join_key(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def _some(names: Iterable[Any]) -> str:
-    texts = [repr(name) if len(repr(name)) < 80 else f"{repr(name)[:80]}…" for name in names]
+def _list_names(names: Iterable[Any]) -> str:
+    texts = [_shorten(repr(name), 80) for name in names]
     more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
     return (", ".join(texts[:8]) or "nothing") + more
 
 
-def _sentence(error: Exception) -> str:
+def _printable_line(error: Exception) -> str:
     """What an error says, in one line that a hostile file cannot make long or colourful."""
     lines = str(error).splitlines() or [type(error).__name__]
     return "".join(char if char.isprintable() else "?" for char in _shorten(lines[0], 600))
