@@ -192,7 +192,7 @@ def test_the_encoder_becomes_a_classifier(tmp_path: Path) -> None:
     assert torch.equal(probe.norm.weight, encoder.norm.weight)
     with pytest.raises(tomevit.CheckpointError, match="embed_dim 768 where the model has 1024"):
         tomevit.create("mae_l16", pretrained=encoder)
-    with pytest.raises(ValueError, match=r"pretrained is a MaskedAutoencoder.*: give its encoder"):
+    with pytest.raises(ValueError, match=r"model is a MaskedAutoencoder.*: give its encoder"):
         tomevit.create("mae_b16", pretrained=model)
     averaged = torch.optim.swa_utils.AveragedModel(encoder)
     assert torch.equal(tomevit.create("mae_cls_b16", pretrained=averaged).pos_embed, encoder.pos_embed)

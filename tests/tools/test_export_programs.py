@@ -28,7 +28,7 @@ import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import cli
 from tomevit.config import Preprocess
-from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, describe, export_program
+from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, describe_program, export_program
 from tomevit.deploy.programs import onnx as onnx_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
@@ -520,4 +520,4 @@ def test_the_source_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_program_says_its_r_as_every_file_does(r: Any, stored: Any) -> None:
     model = tiny(r)
     model.card = replace(model.card, r=r)
-    assert json.loads(describe(model, "float32", None, raw=False)["r"]) == stored
+    assert json.loads(describe_program(model, "float32", None, raw=False)["r"]) == stored
