@@ -330,8 +330,8 @@ def reshape(opset: int, path: Path) -> Path:
 def test_a_program_that_onnxruntime_does_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     says = rf"^onnxruntime {onnxruntime.__version__} cannot run this program, and nothing was written: .*"
     with pytest.raises(ValueError, match=says + "Opset 99 is under development"):
-        onnx_programs.load(reshape(99, tmp_path / "new.onnx"))
-    loaded = onnx_programs.load(reshape(18, tmp_path / "wrong.onnx"))
+        onnx_programs.load_onnx(reshape(99, tmp_path / "new.onnx"))
+    loaded = onnx_programs.load_onnx(reshape(18, tmp_path / "wrong.onnx"))
     assert loaded is not None
     _, run = loaded
     assert run(torch.ones(2, 3)).shape == (6,)
