@@ -151,6 +151,7 @@ def bombs() -> dict[str, bytes]:
     attributes = b"}q\x02(" + b"".join(text(f"{i}") + b"N" for i in range(2000)) + b"u"
     updates = name("collections", "OrderedDict") + b"q\x01" + attributes
     zeros = npy(npy_header((25 * 2**20,)), bytes(100 * 2**20))
+    sizes = name("torch", "Size") + b"q\x01" + tuple_of(*[b"K\x01"] * 20_000) + b"q\x02"
     # A list of ten times the list before, 60 times over: a few hundred bytes, 10^60 words when written out.
     laughs = b"]q\x00" + b"".join(b"](" + 10 * (b"h" + bytes([i])) + b"eq" + bytes([i + 1]) for i in range(60))
     return {
@@ -176,6 +177,7 @@ def bombs() -> dict[str, bytes]:
         "laughs as a storage": torch_zip(b"\x80\x02](" + laughs + b"h\x3c\x85Qe."),
         "text": torch_zip(b"\x80\x02X\xff\xff\xff\xff."),
         "memo": torch_zip(b"\x80\x02}r\xff\xff\xff\xff."),
+        "sizes": torch_zip(b"\x80\x02](" + sizes + b"h\x01h\x02\x85R" * 20_000 + b"e."),
         "deep": torch_zip(b"\x80\x02})" + b"\x85" * 250_000 + b"Ns."),
         "deflated": torch_zip(state_dict(a=tensor((4,), (1,), 4)), bytes(100 * 2**20), zipfile.ZIP_DEFLATED),
         "deflated npz": zip_of({"a.npy": zeros}, zipfile.ZIP_DEFLATED),

@@ -144,7 +144,7 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
     # What the standard library's methods for the instructions call, or would do otherwise: under its names.
 
     def read(self, size: int) -> bytes:
-        self.charge(size)
+        self.charge(4 * size)  # a text with one rare character takes four bytes for each
         data = self.stream.read(size)
         if len(data) != size:
             raise EOFError("it ends in the middle")
@@ -251,6 +251,10 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
             raise CheckpointError("holds a tensor of an absurd shape")
         return math.prod(shape)
 
+    def _torch_size(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        self.charge(8 * len(sizes))
+        return tuple(map(_check_size, sizes))
+
     def _charge_attributes(self, state: Mapping[Any, Any]) -> None:
         if any(type(name) is not str or name.startswith("__") for name in state):
             raise TypeError("a wrong attribute")
@@ -301,7 +305,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "collections.Counter": (lambda walk, counts: walk._dict(counts.items()), dict),
     "collections.OrderedDict": (Walk._dict, list),  # empty, or as Python 2 wrote it
     "numpy.dtype": (Walk._numpy_dtype, str, bool, bool),
-    "torch.Size": (lambda _, sizes: tuple(map(_check_size, sizes)), tuple),
+    "torch.Size": (Walk._torch_size, tuple),
     "torch.device": (lambda _, _kind, _index=0: _Name("torch.device"), str, int),
     "torch._utils._rebuild_parameter": (Walk._parameter, _Tensor, bool),
     "torch._utils._rebuild_parameter_with_state": (Walk._parameter, _Tensor, bool, object, dict),
