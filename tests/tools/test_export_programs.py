@@ -317,6 +317,14 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_to_a_program_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.pt2").symlink_to(tmp_path / "real" / "model.pt2")
+    export_program(tiny(depth=1), tmp_path / "link.pt2", "pt2", batch=1)
+    assert (tmp_path / "link.pt2").is_symlink()
+    assert (tmp_path / "real" / "model.pt2").stat().st_size > 0
+
+
 def reshape(opset: int, path: Path) -> Path:
     """A program that takes any batch, and can answer for one of two images only."""
     ends = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("images", "logits"))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from tomevit.deploy.programs import archive, onnx
 from tomevit.deploy.programs.trace import from_pixels, trace
 from tomevit.errors import join_with_or
 from tomevit.models import VisionTransformer
-from tomevit.output import check_output
+from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.schedule import Schedule, check_schedule, schedule_to_json
 from tomevit.version import __version__
 from tomevit.weights import checkpoint
@@ -110,22 +111,8 @@ def export_program(
             2.13, or a model that answers otherwise in this form or that onnxruntime does not run.
         FileNotFoundError, OSError: nothing to read, or no place to write. What was at `out` before stays, in any case.
     """
-    if format not in PROGRAMS:
-        raise ValueError(f"there is no program format {format!r}; there are {', '.join(PROGRAMS)}")
     inputs = [] if isinstance(model, nn.Module) else [model]
-    kind, out = PROGRAMS[format], check_output(out, inputs=inputs)
-    if out.suffix != kind.suffix:
-        raise ValueError(f"{out.name} must end in {kind.suffix}, as a program of format {format} does")
-    if dtype not in kind.dtypes:
-        raise ValueError(f"dtype is {dtype!r}, and a program of format {format} is of {join_with_or(kind.dtypes)}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch is {batch}, and must be a number of images, or None for any")
-    if opset is not None and format != "onnx":
-        raise ValueError(f"opset is ONNX's, and the format is {format}")
-    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
-        least = ".".join(map(str, LEAST_TORCH))
-        raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
-    kind.check(opset)
+    kind, out = _check_request(format, out, dtype, batch, opset, inputs)
     card, tensors, _ = weights_of(model)
     source = "the model" if isinstance(model, nn.Module) else os.fspath(model)  # as messages name it
     if r is not None:
@@ -137,7 +124,7 @@ def export_program(
             bar.set_description(what)
             bar.update()
 
-        with torch.no_grad(), _beside(out) as folder:
+        with torch.no_grad(), _folder_for(out) as folder:
             reference = checkpoint.assemble(card, {name: t.float() for name, t in tensors.items()}, source)
             if card.config.matching == "random" and any(reference.schedule()):
                 raise ValueError(
@@ -155,8 +142,35 @@ def export_program(
             kind.write(program, folder / out.name, metadata, dtype=dtype, opset=opset)
             now("comparing")
             parity = _compare(reference, kind, folder / out.name, dtype, batch, raw)
-            written = _move(folder, out)
+            written = _put_in_place(folder, out)
     return Program(written, metadata, parity)
+
+
+def _check_request(
+    format: str,  # noqa: A002
+    out: str | os.PathLike[str],
+    dtype: str,
+    batch: int | None,
+    opset: int | None,
+    inputs: Sequence[str | os.PathLike[str]],
+) -> tuple[Kind, Path]:
+    """What can be known to be wrong before anything is read, as `export_program` says it."""
+    if format not in PROGRAMS:
+        raise ValueError(f"there is no program format {format!r}; there are {', '.join(PROGRAMS)}")
+    kind, out = PROGRAMS[format], check_output(out, inputs=inputs, writable=True)
+    if out.suffix != kind.suffix:
+        raise ValueError(f"{out.name} must end in {kind.suffix}, as a program of format {format} does")
+    if dtype not in kind.dtypes:
+        raise ValueError(f"dtype is {dtype!r}, and a program of format {format} is of {join_with_or(kind.dtypes)}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch is {batch}, and must be a number of images, or None for any")
+    if opset is not None and format != "onnx":
+        raise ValueError(f"opset is ONNX's, and the format is {format}")
+    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
+        least = ".".join(map(str, LEAST_TORCH))
+        raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
+    kind.check(opset)
+    return kind, out
 
 
 def describe_program(model: VisionTransformer, dtype: str, batch: int | None, raw: bool) -> dict[str, str]:
@@ -237,20 +251,19 @@ def _compare(
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A directory beside a file, for files of the same name: gone afterwards, with what is still in it."""
-    try:
+def _folder_for(out: Path) -> Iterator[Path]:
+    """A directory for files of an output's name, on its disk: gone afterwards, with what is still in it."""
+    with explain_os_errors(out):
         folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        error.filename = os.fspath(out)
-        raise
-    with folder as name:
+    with folder as name, explain_os_errors(out, Path(name) / out.name):
         yield Path(name)
 
 
-def _move(folder: Path, out: Path) -> list[Path]:
-    """Put the finished files in their place, the one that is opened last."""
+def _put_in_place(folder: Path, out: Path) -> list[Path]:
+    """Put the finished files in their places, the one that is opened last."""
     written: list[Path] = []
     for file in sorted(folder.iterdir(), key=lambda file: file.name == out.name):
-        written.insert(0, file.replace(out.with_name(file.name)))
+        with new_file(out.with_name(file.name)) as draft:
+            shutil.move(file, draft)
+        written.insert(0, out.with_name(file.name))
     return written
