@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
     suffix: str
     dtypes: tuple[str, ...]
-    check: Callable[[int | None], None]  # raises ValueError if it cannot be written here, or not in this opset
+    check: Callable[[int | None, str], None]  # raises ValueError if it cannot be written here, in this opset and dtype
     write: Callable[..., None]
     load: Callable[[Path], tuple[str, Callable[[Tensor], Tensor]] | None]  # what runs it here, by name
 
@@ -169,7 +169,7 @@ def _check_request(
     if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST_TORCH:
         least = ".".join(map(str, LEAST_TORCH))
         raise ValueError(f"programs need torch {least} or later, and this is {torch.__version__}: pip install -U torch")
-    kind.check(opset)
+    kind.check(opset, dtype)
     return kind, out
 
 

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 METADATA = "tomevit.json"  # the file within an archive
 
 
-def check_nothing(opset: int | None) -> None:
+def check_nothing(opset: int | None, dtype: str) -> None:
     """Nothing but torch is needed."""
 
 
-def check_compiler(opset: int | None) -> None:  # noqa: ARG001
+def check_compiler(opset: int | None, dtype: str) -> None:  # noqa: ARG001
     """Raises ValueError if there is no C++ compiler."""
     if private.missing_compiler():
         raise ValueError("aoti compiles C++, and no compiler was found: install g++ or clang, or set CXX")

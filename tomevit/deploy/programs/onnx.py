@@ -28,11 +28,13 @@ FATAL = 4  # of onnxruntime's severities: it would print its errors besides rais
 ONE_FILE = 2**31 - 2**27
 
 
-def check_packages(opset: int | None) -> None:
+def check_packages(opset: int | None, dtype: str) -> None:
     """Raises ValueError if a package is missing, or does not know the opset."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise ValueError(f"writing ONNX needs {' and '.join(missing)}: pip install 'tomevit[export]'")
+    if dtype == "int8" and find_spec("onnxruntime") is None:
+        raise ValueError("quantising needs onnxruntime: pip install 'tomevit[export]'")
     from onnx.defs import onnx_opset_version
 
     if opset is not None and not LEAST_OPSET <= opset <= onnx_opset_version():
@@ -45,8 +47,6 @@ def write_onnx(
     """Write one ONNX file, with OUT.data beside it if it would be too large, and check it."""
     import onnx
 
-    if dtype == "int8" and find_spec("onnxruntime") is None:
-        raise ValueError("quantising needs onnxruntime: pip install 'tomevit[export]'")
     output = metadata["output"].partition(":")[0]
     with quiet():
         converted = torch.onnx.export(
