@@ -67,6 +67,7 @@ def main() -> None:
         model.r = options.r
         tomevit.save(model, options.out / "model.safetensors")
         common.report(options.out / "model.safetensors", data.test)
+    del parallel  # which must not outlive the process group: gloo could wait for ever
     dist.destroy_process_group()
 
 
