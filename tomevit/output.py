@@ -11,7 +11,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -213,10 +213,11 @@ def _sweep(target: Path) -> None:
     if os.name != "posix":  # elsewhere a signal to ask whether a process lives may end it
         return
     stem, host = _stem(target), _host()
-    for entry in os.scandir(target.parent):
-        found = _DRAFT.fullmatch(entry.name.removeprefix(stem)) if entry.name.startswith(stem) else None
-        if found is not None and found["host"] == host and not _is_alive(int(found["pid"])):
-            Path(entry.path).unlink(missing_ok=True)
+    with suppress(PermissionError), os.scandir(target.parent) as entries:  # a directory may be open to writing alone
+        for entry in entries:
+            found = _DRAFT.fullmatch(entry.name.removeprefix(stem)) if entry.name.startswith(stem) else None
+            if found is not None and found["host"] == host and not _is_alive(int(found["pid"])):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:
