@@ -126,9 +126,7 @@ def convert(
         path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        if path.exists() and path.samefile(located.path):
-            raise ValueError(f"{path} is the source itself: name another file to write")
-        checkpoint.write(path, card, tensors, dtype=dtype)
+        checkpoint.write(check_output(path, inputs=[located.path]), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
 
 
@@ -140,7 +138,7 @@ def _check_before_reading(
 ) -> None:
     """What can be known to be wrong before a download should be."""
     if out is not None:
-        check_output(out)
+        check_output(out, endings=(".safetensors",))
     if format is not None:
         check_format(format)
     if model is not None:
