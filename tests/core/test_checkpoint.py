@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -138,6 +140,23 @@ def test_a_loaded_model_does_not_change_its_file(path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_of_one_tensor_at_a_time_there_is_a_copy() -> None:
+    copies: list[weakref.ref[Any]] = []
+
+    def copy() -> torch.Tensor:
+        values = np.zeros(4, np.float32)
+        copies.append(weakref.ref(values))
+        return torch.from_numpy(values)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in "abc":
+            assert not any(each() is not None for each in copies)
+            yield name, copy()
+
+    checkpoint.digest(tensors())
+    assert len(copies) == 3
+
+
 def test_views_are_saved_as_what_they_show(path: Path) -> None:
     model = tiny()
     model.head.weight = torch.nn.Parameter(torch.randn(24, 7).T)
@@ -263,6 +282,8 @@ def test_undamaged_metadata_load(path: Path) -> None:
         damaged(config=asdict(tiny().config) | {"qkv_bias": 1}),
         damaged(preprocess={"mean": ["0.5"]}),
         damaged(preprocess={"resize": "no"}),
+        damaged(preprocess={"crop_pct": 1.5}),
+        damaged(preprocess={"std": [0, 1, 1]}),
         damaged(name=None),
         damaged(name=...),
         damaged(class_names=[1]),
@@ -279,6 +300,7 @@ def test_damaged_metadata_are_value_errors(path: Path, metadata: str) -> None:
     rewrite(path, metadata=metadata)
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         tomevit.load(path)
+    assert not tomevit.verify(path)[-1].passed
 
 
 def test_a_mismatch_shows_both_sides_sorted(path: Path) -> None:

@@ -63,7 +63,7 @@ def test_shipped_files_are_small_and_say_where_they_come_from(models, name):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_listed_card_is_the_files_card(name):
-    listed, filed = zoo.card(name), read(shipped_file(name)).card
+    listed, filed = zoo.card(name), read(shipped_file(name))[0].card
     for field in ("full_name", "config", "preprocess", "r", "licence", "class_names", "notes"):
         assert getattr(listed, field) == getattr(filed, field), field
 

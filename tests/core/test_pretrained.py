@@ -195,9 +195,9 @@ def test_convert_takes_names_urls_and_repositories(server: Server, tmp_path: Pat
     assert by_url.source == url
     assert (tmp_path / "name.safetensors").read_bytes() == (tmp_path / "repo.safetensors").read_bytes()
     for file in ("name", "url"):
-        found = read(tmp_path / f"{file}.safetensors")
-        assert found.card.licence == "apache-2.0"
-        assert all(torch.equal(tensor, tensors[key]) for key, tensor in found.tensors.items())
+        header, found = read(tmp_path / f"{file}.safetensors")
+        assert header.card.licence == "apache-2.0"
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in found.items())
 
 
 def test_repositories_of_other_libraries_describe_themselves(server: Server, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_a_model_made_from_a_shared_one(server: Server) -> None:
 def pushed_card(server: Server, repo: str = REPO) -> Card:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(files(server, repo)["model.safetensors"])
-        return checkpoint.read(file.name).card
+        return checkpoint.read(file.name)[0].card
 
 
 @pytest.mark.parametrize("licence", ["mit", "apache-2.0", "Mine"])

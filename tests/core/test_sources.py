@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +14,10 @@ import torch
 from torch import nn
 
 import tomevit
+from tests import foreign
 from tests.helpers import images_for, tiny
+from tests.server import Server
+from tomevit import zoo
 from tomevit.config import Preprocess
 from tomevit.models import build
 from tomevit.weights import checkpoint
@@ -89,3 +94,69 @@ def test_published_weights_have_the_card_of_today(monkeypatch: pytest.MonkeyPatc
     assert (model.config.prop_attn, model.config.act) == (today.config.prop_attn, today.config.act)
     assert (model.config.num_classes, model.card.origin) == (7, old.origin)
     assert (model.card.figures, model.card.class_names) == ((), ())  # they are not of seven classes
+
+
+@pytest.mark.usefixtures("set_environment")
+def test_a_copy_of_a_published_file_has_the_card_of_today(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card = tomevit.card("deit_ti16.fb_in1k")
+    tensors = foreign.fill(foreign.deit(foreign.sizes(card.config)))
+    file = foreign.write(tmp_path / "copy.pth", tensors, key="model").read_bytes()
+    server.put("/copy.pth", file)
+    found, (source,) = zoo._zoo(), (each for each in card.sources if each.url)
+    source = replace(source, sha256=hashlib.sha256(file).hexdigest()[:8])
+    for licence in ("of then", "of today"):
+        published = replace(card, licence=licence, sources=(source,))
+        cards = {**found.cards, card.name: (published,)}
+        monkeypatch.setattr(zoo, "_zoo", lambda cards=cards: found._replace(cards=cards))
+        weights = weights_of(f"{server.url}/copy.pth")
+        assert (weights.card.full_name, weights.card.licence) == (card.full_name, licence)
+    assert server.paths().count("/copy.pth") == 1
+
+
+def test_a_directory_of_results_does_not_hide_the_model_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits_p1", "results"):
+        (tmp_path / name).mkdir()
+    assert weights_of("digits_p1").card.name == "digits_p1"
+    with pytest.raises(FileNotFoundError, match=r"^results is a directory without model\.safetensors"):
+        weights_of("results")
+    tomevit.save(tiny(7), tmp_path / "digits_p1" / "model.safetensors")
+    assert weights_of("digits_p1").card.r == 7
+
+
+@pytest.mark.parametrize("call", [weights_of, lambda source: tomevit.export(source, "x.pth", "timm")])
+def test_what_is_no_file_and_no_name(
+    call: Callable[[object], object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match="the source's name is empty"):
+        call("")
+    with pytest.raises(tomevit.CheckpointError, match=r"^pipe is not a regular file$"):
+        call("pipe")
+
+
+def test_only_convert_can_be_told_what_a_checkpoint_is(tmp_path: Path) -> None:
+    path = tmp_path / "both.safetensors"
+    foreign.write(path, foreign.fill(foreign.deit(foreign.sizes(tomevit.card("deit_ti16").config))))
+    with pytest.raises(tomevit.AmbiguousCheckpointError, match=r"--model of tomevit convert, whose file every command"):
+        tomevit.export(path, tmp_path / "out.pth", "timm")
+    with pytest.raises(tomevit.AmbiguousCheckpointError, match=r"--model$"):
+        tomevit.convert(path, tmp_path / "out.safetensors")
+
+
+class Part(torch.Tensor):
+    """As DTensor is: a tensor that is no plain one."""
+
+
+def test_weights_that_are_spread_over_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny()
+    spread = {name: tensor.as_subclass(Part) for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(model, "state_dict", lambda: spread)
+    for call in (weights_of, lambda model: tomevit.export(model, tmp_path / "x.pth", "timm")):
+        with pytest.raises(ValueError, match=r"the weights are of type Part; .* state_dict=get_model_state_dict"):
+            call(model)

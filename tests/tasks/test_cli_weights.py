@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 
 import tomevit
 from tests import foreign
+from tests.server import Server
 from tomevit import cli
+from tomevit.cli import running
 from tomevit.weights import checkpoint
 
 Run = Any
@@ -215,6 +218,33 @@ def test_on_a_terminal_it_asks(files: Path, tmp_path: Path) -> None:
     assert "model (deit_ti16, vit_ti16): " in shown
     assert "model       deit_ti16\n" in out
     assert tomevit.load(tmp_path / "out.safetensors").card.full_name == "deit_ti16"
+
+
+# ------------------------------------------------------------------------------------------- what --model may be
+
+
+@pytest.mark.usefixtures("set_environment")
+def test_of_a_repository_that_the_zoo_does_not_know_the_weights_say_what_they_are(server: Server) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tomevit.save(tomevit.create("digits_p1", pretrained=True), Path(folder) / "model.safetensors")
+        server.put_hub("me/mine", "model.safetensors", (Path(folder) / "model.safetensors").read_bytes())
+    card, known = running.card_of_argument("hf-hub:me/mine"), tomevit.card("digits_p1")
+    assert (card.config.depth, card.config.num_classes) == (known.config.depth, known.config.num_classes)
+    assert running.untrained("hf-hub:me/mine").config.depth == known.config.depth
+
+
+@pytest.mark.usefixtures("set_environment")
+def test_what_is_published_is_known_and_measured_without_a_download(server: Server) -> None:
+    for name in ("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_ti16.augreg_in21k_ft_in1k"):
+        assert running.card_of_argument(name).full_name == "vit_ti16.augreg_in21k_ft_in1k"
+        assert running.untrained(name, (32, 32)).config.img_size == (32, 32)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("command", ["bench {}", "classify deit.pth --model {}", "export {} --format timm -o x.pth"])
+@pytest.mark.parametrize("name", ["nope.safetensors", "./vit_b16", "no/such"])
+def test_a_missing_file_is_called_so_by_every_command(run: Run, command: str, name: str) -> None:
+    assert run(*command.format(name).split()) == (2, "", f"tomevit: there is no file {name}\n")
 
 
 # --------------------------------------------------------------------------------------------------------------- verify

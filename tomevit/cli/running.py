@@ -27,7 +27,13 @@ def card_of_argument(model: str) -> Card:
     """
     if is_ours(model):
         return read_contents(model).card
-    return card_of_source(model) if is_elsewhere(model) else weights_of(model).card
+    return _card_in_zoo(model) or weights_of(model).card
+
+
+def _card_in_zoo(model: str) -> Card | None:
+    """The card of a name or an address that the zoo has; None: only the weights say what they are of."""
+    card = card_of_source(model) if is_elsewhere(model) else None
+    return card if card is not None and (card.weights or not card.sources) else None
 
 
 def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | None = None) -> VisionTransformer:
@@ -44,11 +50,9 @@ def trained(model: str, r: Schedule | None = None, img_size: tuple[int, int] | N
 
 
 def untrained(model: str, img_size: tuple[int, int] | None = None) -> VisionTransformer:
-    """A model to measure the speed of: the zoo's have fresh weights, which cost no download; a file's has its own."""
-    if not is_elsewhere(model):
-        return trained(model, img_size=img_size)
-    card_of_source(model)  # which says what is wrong with a name that looks like a file's
-    return create(model, img_size=img_size)
+    """A model to measure the speed of: the zoo's have fresh weights, which cost no download; others have their own."""
+    card = _card_in_zoo(model)
+    return trained(model, img_size=img_size) if card is None else create(card.full_name, img_size=img_size)
 
 
 def device_of(name: str) -> torch.device:

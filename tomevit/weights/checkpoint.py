@@ -1,12 +1,7 @@
 """tomevit's own file: safetensors that describe themselves.
 
-Tensors have the names of the model's parameters. The metadata has one entry, `tomevit`, in JSON:
-
-    version   of this format
-    card      the Card with the whole Config, so that nothing else is needed to build, feed and understand the model
-    sha256    of the tensors, as `digest` has it, so that damage shows
-
-Equal models make equal files.
+Tensors have the names of the model's parameters; what the metadata have is in `tomevit.cards`. Equal models make equal
+files.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,14 +28,6 @@ from tomevit.output import new_file
 
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-class Described(NamedTuple):
-    """What a file of tomevit's own holds."""
-
-    card: Card
-    tensors: dict[str, Tensor]  # mapped into memory, not read
-    sha256: str | None  # what `digest` of the tensors must be; None in files of version 1
 
 
 def save(
@@ -67,14 +54,19 @@ def save(
     """
     inner = unwrap_transformer(model)
     tensors = inner.state_dict() if state_dict is None else state_dict
+    check_whole(tensors)
+    if state_dict is not None and (wrong := _find_misfits(_shapes(inner.config), state_dict)):
+        raise ValueError(f"state_dict is of another model: {wrong[0][0]} is missing, left over or of another shape")
+    write(path, card_of(inner, card), tensors)
+
+
+def check_whole(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless the weights are all in this process."""
     if strange := {type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"}:
         raise ValueError(
-            f"the weights are of type {', '.join(strange)}; those of a model spread over processes are given as "
+            f"the weights are of type {', '.join(strange)}; save takes those of a model spread over processes as "
             f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
         )
-    if state_dict is not None and (wrong := _misfit(inner.config, state_dict)):
-        raise ValueError(f"state_dict is of another model: {wrong[0]} is missing, left over or of another shape")
-    write(path, card_of(inner, card), tensors)
 
 
 def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
@@ -83,20 +75,13 @@ def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
     Raises:
         ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
     """
-    if wrong := _misfit(model.config, model.state_dict()):
-        name, given, wanted = wrong
+    if wrong := _find_misfits(_shapes(model.config), model.state_dict()):
+        name, wanted, given = wrong[0]
         raise ValueError(
-            f"the model is not what its config says: {name} is {given} and should be {wanted}; "
-            f"for another number of classes use model.reset_classifier"
+            f"the model is not what its config says: {name} is {given or 'missing'} and should be "
+            f"{wanted or 'missing'}; for another number of classes use model.reset_classifier"
         )
     return replace(card or model.card, config=model.config, r=model.r)
-
-
-def _misfit(config: Config, tensors: Mapping[str, Tensor]) -> tuple[str, object, object] | None:
-    """The first tensor that is not as in a config's model: its name, its shape and the one it should have."""
-    given, wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}, _shapes(config)
-    name = min((name for name, _ in given.items() ^ wanted.items()), default=None)
-    return None if name is None else (name, given.get(name, "missing"), wanted.get(name, "missing"))
 
 
 def write(
@@ -112,7 +97,6 @@ def write(
             f"a file cannot hold the function {card.config.matching!r}: save a model whose matching has a name, "
             f"and pass the function to create() when loading"
         )
-
     with new_file(path, endings=(".safetensors",)) as unfinished:
         write_safetensors(unfinished, tensors, lambda sha256: encode_header(Header(card, sha256)), dtype)
 
@@ -125,7 +109,8 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file, one tensor after the other.
 
-    safetensors' own writer wants every tensor contiguous and in its dtype at once, which can double the memory.
+    safetensors' own writer wants all of them contiguous, in their dtype and on the CPU at once: that can double the
+    memory, and before its release 0.8 always does.
 
     Args:
         path: the file.
@@ -150,14 +135,9 @@ def write_safetensors(
 
     bar = tqdm(desc="writing", total=offset, delay=2, unit="B", unit_scale=True, leave=False, disable=None)
     with path.open("wb") as file, bar:
-
-        def put(values: memoryview) -> None:
-            file.write(values)
-            bar.update(len(values))
-
         file.write(encode("0" * 64))
         stored = ((name, tensor.detach().to("cpu", dtype).contiguous()) for name, tensor in in_order(tensors))
-        sha256 = digest(stored, put)
+        sha256 = digest(stored, lambda values: bar.update(file.write(values)))
         file.seek(0)
         file.write(encode(sha256))
 
@@ -168,11 +148,9 @@ def in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = lambda _: None) -> str:
-    """The sha256 of names, dtypes, shapes and values, in order.
+    """The sha256 of names, dtypes, shapes and values of contiguous tensors on the CPU, in the order of `in_order`.
 
-    Args:
-        tensors: contiguous, on the CPU, as `in_order` has them.
-        also: is given the bytes of each.
+    `also` is given the bytes of each.
     """
     sha = hashlib.sha256()
     for name, tensor in tensors:
@@ -180,6 +158,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]], also: Callable[[Any], Any] = l
         values = tensor.reshape(-1).view(torch.uint8).numpy().data
         sha.update(values)
         also(values)
+        del tensor, values  # or this copy would live until the next is made
     return sha.hexdigest()
 
 
@@ -195,12 +174,12 @@ def load(path: str | os.PathLike[str]) -> VisionTransformer:
         FileNotFoundError: no such file.
         CheckpointError: not a file of tomevit's, or one of a newer version, or damaged.
     """
-    card, tensors, _ = read(path)
-    return assemble(card, tensors, path)
+    header, tensors = read(path)
+    return assemble(header.card, tensors, path)
 
 
-def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
-    """The card and the tensors of a file that `save` wrote.
+def read(path: str | os.PathLike[str], *, fitting: bool = True) -> tuple[Header, dict[str, Tensor]]:
+    """What a file that `save` wrote says of itself, and its tensors: mapped into memory, not read.
 
     Args:
         path: the file.
@@ -215,7 +194,7 @@ def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
         raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
         with safe_open(path, framework="pt") as file:
-            card, sha256 = decode_header(path, file.metadata() or {})
+            header = decode_header(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(
@@ -225,8 +204,8 @@ def read(path: str | os.PathLike[str], *, fitting: bool = True) -> Described:
     if others := sorted({str(tensor.dtype) for tensor in tensors.values()} - set(map(str, DTYPES))):
         raise CheckpointError(f"{path} is damaged: weights are floating point, and it holds {', '.join(others)}")
     if fitting:
-        check_structure(card.config, tensors, path)
-    return Described(card, tensors, sha256)
+        check_structure(header.card.config, tensors, path)
+    return header, tensors
 
 
 def assemble(card: Card, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> VisionTransformer:
@@ -250,7 +229,6 @@ def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | o
 
     Nothing is built but one block: a config may come from a file that was made to do harm.
     """
-    path = os.fspath(path)
     if config.depth > len(tensors):
         raise CheckpointError(f"{path} describes a model of {config.depth} blocks, and holds {len(tensors)} tensors")
     try:
@@ -262,22 +240,18 @@ def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | o
         in_block = name.removeprefix("blocks.0.")
         names = [name] if in_block == name else [f"blocks.{i}.{in_block}" for i in range(config.depth)]
         wanted |= dict.fromkeys(names, shape)
-    check_fit(wanted, tensors, path)
+    if wrong := _find_misfits(wanted, tensors):
+        lines = [f"  {name}: model {ours or '—'}, file {theirs or '—'}" for name, ours, theirs in wrong]
+        raise CheckpointError(f"{path} does not fit the model:\n" + "\n".join(lines))
+
+
+def _find_misfits(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> list[tuple[str, Any, Any]]:
+    """The names of tensors that are missing, left over or of another shape, sorted: the shape wanted, the one given."""
+    given = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    names = sorted({name for name, _ in wanted.items() ^ given.items()})
+    return [(name, wanted.get(name), given.get(name)) for name in names]
 
 
 @lru_cache(maxsize=64)
 def _shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in build_meta(config).state_dict().items()}
-
-
-def check_fit(
-    wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
-) -> None:
-    """Raises CheckpointError, showing both sides, unless names and shapes are the same."""
-    lines = []
-    for name in sorted(wanted.keys() | tensors.keys()):
-        ours, theirs = wanted.get(name), tuple(tensors[name].shape) if name in tensors else None
-        if ours != theirs:
-            lines.append(f"  {name}: model {ours or '—'}, file {theirs or '—'}")
-    if lines:
-        raise CheckpointError(f"{os.fspath(path)} does not fit the model:\n" + "\n".join(lines))

@@ -107,14 +107,7 @@ def convert(
     _check_before_reading(out, model, format, shape)
     told: dict[str, Any] = {"model": model, "format": format, "key": key}
     with sources.locate(source) as located:
-        while True:
-            try:
-                weights = read_weights(located, **told, img_size=img_size)
-                break
-            except AmbiguousCheckpointError as error:
-                if ask is None:
-                    raise
-                told[error.option] = ask(error)
+        weights = _read_asking(located, told, img_size, ask)
         if isinstance(model, str) and not is_same_model(weights.card, zoo.card(model)):
             raise CheckpointError(f"{located.name} holds {weights.card.full_name} by its own account, and not {model}")
         with torch.random.fork_rng(devices=[]):
@@ -128,6 +121,22 @@ def convert(
             raise ValueError(f"{path} exists already: name the file to write")
         checkpoint.write(check_output(path, inputs=[located.path]), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
+
+
+def _read_asking(
+    located: sources.Located,
+    told: dict[str, Any],
+    img_size: tuple[int, int] | None,
+    ask: Callable[[AmbiguousCheckpointError], str] | None,
+) -> Weights:
+    """As `read_weights`; where the checkpoint fits several things, the user is asked, and told has the answer."""
+    while True:
+        try:
+            return read_weights(located, **told, img_size=img_size)
+        except AmbiguousCheckpointError as error:
+            if ask is None:
+                raise
+            told[error.option] = ask(error)
 
 
 def _check_before_reading(
@@ -184,8 +193,16 @@ def weights_of(
     if isinstance(source, nn.Module):
         source = unwrap_transformer(source)
         tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+        checkpoint.check_whole(tensors)
         return _as_described(checkpoint.card_of(source), tensors, "the model", model)
-    name = os.fspath(source)
+    try:
+        return _weights_of_source(os.fspath(source), model, img_size)
+    except AmbiguousCheckpointError as error:
+        error.args = (f"{error} of tomevit convert, whose file every command and function takes",)
+        raise
+
+
+def _weights_of_source(name: str, model: str | Card | None, img_size: tuple[int, int] | None) -> Weights:
     if sources.is_elsewhere(name):
         card = sources.card_of_source(name)
         if card.weights:
@@ -198,8 +215,12 @@ def weights_of(
             # What is made of an unknown file depends on what it is taken for.
             distinct = hashlib.sha256(f"{name} {model} {img_size}".encode()).hexdigest()[:16]
             card = replace(card, name=f"{card.name}-{distinct}")
-            return read_own_file(_cached(card, model=model, img_size=img_size), model)
-    with sources.locate(source) as located:
+            stored = read_own_file(_cached(card, model=model, img_size=img_size), model)
+            published = sources.find_published(stored.card.origin)
+            if published is None or published[0].full_name != stored.card.full_name:
+                return stored
+            return _with_card_of_today(stored, published[0])
+    with sources.locate(name) as located:
         weights = read_weights(located, model=model, img_size=img_size)
     if not (located.downloaded or is_ours(located.path)):
         # They are mapped from a file that a user may write anew, in place, while the model is in use.
@@ -219,8 +240,10 @@ def published_weights(card: Card) -> Weights:
     """
     if not card.sources:
         raise ValueError(f"no weights are published for {card.full_name}: pretrained= takes a file of your own")
-    stored = read_own_file(_cached(card))
-    current = zoo.card(card.full_name)
+    return _with_card_of_today(read_own_file(_cached(card)), zoo.card(card.full_name))
+
+
+def _with_card_of_today(stored: Weights, current: Card) -> Weights:
     shape = {name: getattr(stored.card.config, name) for name in ("img_size", "num_classes", "in_chans")}
     current = replace(with_config(current, replace(current.config, **shape)), origin=stored.card.origin)
     checkpoint.check_structure(current.config, stored.tensors, stored.report.source)
@@ -275,7 +298,7 @@ def read_weights(
         found = files.open_checkpoint(located.path, key=key)
         names = list(found.tensors)
         known = model is not None or located.card is not None
-        form = find_format(names, found.key, format or located.format, model_known=known)
+        form = find_format(names, found.key, format or located.origin.format or None, model_known=known)
         heads = form.count_heads(found.tensors)
         tensors, made_of, left_out = rules.to_native(form, found.tensors)
         left_out |= dict.fromkeys(found.beside, "not weights of the model")
@@ -332,8 +355,8 @@ def resampling(card: Card) -> Resampling:
 
 def read_own_file(path: Path, model: str | Card | None = None) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
-    card, tensors, _ = checkpoint.read(path)
-    return _as_described(card, tensors, str(path), model)
+    header, tensors = checkpoint.read(path)
+    return _as_described(header.card, tensors, str(path), model)
 
 
 def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:

@@ -127,8 +127,8 @@ def _check_name(repo: str) -> None:
 
 
 def _check_undamaged(path: str | os.PathLike[str]) -> None:
-    _, tensors, recorded = checkpoint.read(path)
-    if recorded not in (None, checkpoint.digest_of(tensors)):  # a new file would record the digest of the damage
+    header, tensors = checkpoint.read(path)
+    if header.sha256 not in (None, checkpoint.digest_of(tensors)):  # a new file would record the digest of the damage
         raise CheckpointError(f"{path} was damaged or changed since it was written: tomevit verify has the details")
 
 

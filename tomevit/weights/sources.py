@@ -24,9 +24,8 @@ class Located(NamedTuple):
     """A checkpoint on this machine, and what is known of it beforehand."""
 
     path: Path
-    origin: Source  # with the whole sha256, unless the file is ours
+    origin: Source  # with the whole sha256, unless the file is ours; its format is empty unless it is published
     card: Card | None = None  # as published, or as the files beside it describe it
-    format: str | None = None  # as published
     downloaded: bool = False
 
     @property
@@ -65,14 +64,28 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
 
 
 def is_elsewhere(name: str) -> bool:
-    """Whether it is an address, or a name that is no file's, rather than a file or directory here."""
-    return not name or name.startswith(ADDRESSES) or not Path(name).exists()
+    """Whether it is an address, or a name that is no file's, rather than a file or directory here.
+
+    A directory without weights does not hide the model of its name: it may be where that one's results are written.
+    """
+    path = Path(name)
+    if not name or name.startswith(ADDRESSES) or not path.exists():
+        return True
+    return path.is_dir() and not (path / "model.safetensors").is_file() and _is_in_zoo(name)
+
+
+def _is_in_zoo(name: str) -> bool:
+    try:
+        zoo.card(name)
+    except ValueError:
+        return False
+    return True
 
 
 def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
     """What was fetched for a card of `card_of_source`: as the zoo knows it if it is published, else by what it is."""
     if card.weights:
-        return Located(fetched.path, fetched.source, zoo.card(card.full_name), fetched.source.format, downloaded=True)
+        return Located(fetched.path, fetched.source, zoo.card(card.full_name), downloaded=True)
     beside = cache.beside(fetched.source, CONFIG_FILES) if fetched.source.hub else {}
     return _identify(fetched.path, fetched.source, beside, downloaded=True)
 
@@ -128,9 +141,17 @@ def _files_beside(directory: Path) -> dict[str, Path]:
 
 def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
     """What the zoo knows of a file by its hash, or else what the files beside it say."""
-    assert origin.sha256 is not None
-    for card, source in zoo.published_sources():
-        if source.sha256 is not None and origin.sha256.startswith(source.sha256):
-            origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
-            return Located(path, origin, card, source.format, downloaded)
-    return Located(path, origin, card_from_configs(beside) if beside else None, None, downloaded)
+    if (published := find_published(origin)) is not None:
+        card, source = published
+        origin = replace(source, sha256=origin.sha256, revision=origin.revision, file=origin.file)
+        return Located(path, origin, card, downloaded)
+    return Located(path, origin, card_from_configs(beside) if beside else None, downloaded)
+
+
+def find_published(origin: Source | None) -> tuple[Card, Source] | None:
+    """What the zoo knows of a file by its hash."""
+    if origin is not None and origin.sha256 is not None:
+        for card, source in zoo.published_sources():
+            if source.sha256 is not None and origin.sha256.startswith(source.sha256):
+                return card, source
+    return None

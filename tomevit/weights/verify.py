@@ -53,7 +53,7 @@ def verify(
 
 def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
     try:
-        card, tensors, recorded = checkpoint.read(path, fitting=False)
+        (card, recorded), tensors = checkpoint.read(path, fitting=False)
     except CheckpointError as error:
         yield Check("file", False, str(error))
         return
