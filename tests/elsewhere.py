@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -35,6 +36,7 @@ class Elsewhere:
             if name.upper().startswith(ENVIRONMENT):
                 del os.environ[name]
         os.environ.update(environment)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
         try:
             sender.send((function(*args), None))
         except BaseException as error:
