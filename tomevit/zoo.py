@@ -32,6 +32,10 @@ from tomevit.errors import join_with_or, nearest
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz", ".msgpack", ".onnx", ".pt2")
 
 
+#: How the addresses of checkpoints begin.
+ADDRESSES = ("http://", "https://", "hf-hub:")
+
+
 class _Zoo(NamedTuple):
     architectures: Mapping[str, Card]  # by model name, without weights
     cards: Mapping[str, tuple[Card, ...]]  # by model name; the default weights first
@@ -169,6 +173,25 @@ def card(name: str) -> Card:
             return found
     tags = [found.weights for found in zoo.cards[model] if found.weights]
     raise ValueError(f"{model} has no weights {tag!r}; it has {join_with_or(tags) if tags else 'none'}")
+
+
+def is_elsewhere(name: str) -> bool:
+    """Whether it is an address, or a name that is no file's, rather than a file or directory here.
+
+    A directory without weights does not hide the model of its name: it may be where that one's results are written.
+    """
+    path = Path(name)
+    if not name or name.startswith(ADDRESSES) or not path.exists():
+        return True
+    return path.is_dir() and not (path / "model.safetensors").is_file() and _names_model(name)
+
+
+def _names_model(name: str) -> bool:
+    try:
+        card(name)
+    except ValueError:
+        return False
+    return True
 
 
 def card_of_no_file(name: str) -> Card:

@@ -197,3 +197,10 @@ def test_a_damaged_file_is_not_taken_for_a_name(capsys, tmp_path):
 @pytest.mark.parametrize("name", ["nope.safetensors", "folder/nope", "nope.pth"])
 def test_what_looks_like_a_file_is_a_missing_file(capsys, name):
     assert run(capsys, "info", name) == (2, "", f"tomevit: there is no file {name}\n")
+
+
+def test_a_directory_of_results_does_not_hide_the_model_of_its_name(capsys, tmp_path, monkeypatch):
+    (tmp_path / "vit_b16").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "info", "vit_b16")
+    assert (status, out.splitlines()[0]) == (0, "vit_b16: Vision Transformer (vit_base_patch16_224 in timm)")

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from tomevit import zoo
 from tomevit.cards import is_ours, read_contents
 from tomevit.config import Card
 from tomevit.data.distributed import on_this_machine
@@ -14,7 +15,7 @@ from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import adapt_weights, weights_of
-from tomevit.weights.sources import card_of_source, is_elsewhere
+from tomevit.weights.sources import card_of_source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,7 +33,7 @@ def card_of_argument(model: str) -> Card:
 
 def _card_in_zoo(model: str) -> Card | None:
     """The card of a name or an address that the zoo has; None: only the weights say what they are of."""
-    card = card_of_source(model) if is_elsewhere(model) else None
+    card = card_of_source(model) if zoo.is_elsewhere(model) else None
     return card if card is not None and (card.weights or not card.sources) else None
 
 

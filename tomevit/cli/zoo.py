@@ -129,9 +129,9 @@ def _contents(name: str) -> Contents | None:
         CheckpointError: it is damaged, or of no known format.
     """
     path = Path(name)
-    if not path.exists():
+    if zoo.is_elsewhere(name):
         return None
-    if path.is_file() and is_ours(path):
+    if is_ours(path):
         return read_contents(path)
     from tomevit.cli import import_torch
 

@@ -203,7 +203,7 @@ def weights_of(
 
 
 def _weights_of_source(name: str, model: str | Card | None, img_size: tuple[int, int] | None) -> Weights:
-    if sources.is_elsewhere(name):
+    if zoo.is_elsewhere(name):
         card = sources.card_of_source(name)
         if card.weights:
             if model is not None:

@@ -17,8 +17,6 @@ from tomevit.errors import CheckpointError
 from tomevit.weights import cache, files
 from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
 
-ADDRESSES = ("http://", "https://", "hf-hub:")
-
 
 class Located(NamedTuple):
     """A checkpoint on this machine, and what is known of it beforehand."""
@@ -46,7 +44,7 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
     """
     name = os.fspath(source)
     path = Path(name)
-    if is_elsewhere(name):
+    if zoo.is_elsewhere(name):
         card = card_of_source(name)
         with cache.fetch(card) as fetched:
             yield locate_fetched(fetched, card)
@@ -61,25 +59,6 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         yield _identify(path, _local_source(path), beside)
     else:
         raise CheckpointError(f"{name} is not a regular file")
-
-
-def is_elsewhere(name: str) -> bool:
-    """Whether it is an address, or a name that is no file's, rather than a file or directory here.
-
-    A directory without weights does not hide the model of its name: it may be where that one's results are written.
-    """
-    path = Path(name)
-    if not name or name.startswith(ADDRESSES) or not path.exists():
-        return True
-    return path.is_dir() and not (path / "model.safetensors").is_file() and _is_in_zoo(name)
-
-
-def _is_in_zoo(name: str) -> bool:
-    try:
-        zoo.card(name)
-    except ValueError:
-        return False
-    return True
 
 
 def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
@@ -102,7 +81,7 @@ def card_of_source(name: str) -> Card:
     """
     if not name:
         raise ValueError("the source's name is empty: give a file, a URL, hf-hub:owner/repo or a name of the zoo")
-    if not name.startswith(ADDRESSES):
+    if not name.startswith(zoo.ADDRESSES):
         return zoo.card_of_no_file(name)
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     on_hub = name.startswith("hf-hub:")
