@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -28,9 +26,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        proj = self.proj
-        patches = backends.without_emulation(partial(F.conv2d, stride=proj.stride), images, proj.weight, proj.bias)
-        return rearrange(patches, "b d h w -> b (h w) d")
+        return rearrange(backends.call(self.proj, images), "b d h w -> b (h w) d")
 
 
 def add_prefix_and_positions(
