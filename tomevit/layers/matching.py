@@ -73,7 +73,8 @@ def random_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
 
     Draws from torch's default generator: seed it for equal results.
     """
-    draw = torch.rand(key.shape[0], key.shape[1] - num_prefix, device=key.device).argsort(-1) + num_prefix
+    noise = torch.rand(key.shape[0], key.shape[1] - num_prefix, device=key.device, dtype=torch.float32)
+    draw = noise.argsort(-1) + num_prefix
     src, dst = draw[:, :r].sort(-1).values, draw[:, r:].sort(-1).values
     return _join_most_similar(key, src, dst, r, num_prefix)
 

@@ -89,7 +89,7 @@ class DropPath(nn.Module):
         if not (self.training and self.drops):
             return x
         # F.dropout would compare the probability with 0 and 1, and so have the compiler make a program for each block.
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device, dtype=torch.float32) >= self.probability
         return x * (kept.to(x.dtype) / (1 - self.probability))
 
     def extra_repr(self) -> str:
