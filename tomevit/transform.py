@@ -43,8 +43,10 @@ class Transform:
         channels = len(self.preprocess.mean)
         if pixels.shape[-3] != channels:
             raise ValueError(f"the image has {pixels.shape[-3]} channels, and the model takes {channels}")
-        mean = torch.tensor(self.preprocess.mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.preprocess.std, device=pixels.device)[:, None, None]
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
         return pixels.to(torch.float32).div(255).sub(mean).div(std)
 
     def __repr__(self) -> str:

@@ -32,7 +32,8 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
-    The encoder is a model of the zoo and learns in place; in training mode or not, as it was. Its tokens may merge:
+    The encoder is a model of the zoo and learns in place; in training mode or not, as it was, and the decoder is on its
+    device, in its dtype. Its tokens may merge:
     every visible patch still has a vector of its own when the decoder begins. To fine-tune,
     `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
 
@@ -73,7 +74,7 @@ class MaskedAutoencoder(nn.Module):
                 f"mask_ratio is {mask_ratio}: of {config.num_patches} patches some must be hidden, and some visible"
             )
         decoder = replace(config, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads)
-        self.decoder = build_decoder(decoder, config.embed_dim)
+        self.decoder = build_decoder(decoder, config.embed_dim).to(encoder.pos_embed)
         encoder.reset_classifier(0)
         encoder.pos_embed.requires_grad_(False)
         self.encoder = encoder
@@ -98,7 +99,7 @@ class MaskedAutoencoder(nn.Module):
         """
         shape = (images.shape[0], self.config.num_patches)
         if noise is None:
-            noise = torch.rand(shape, device=images.device)
+            noise = torch.rand(shape, device=images.device, dtype=torch.float32)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise is {tuple(noise.shape)}, and must have a value for every patch: {shape}")
         order = noise.argsort(1)
@@ -111,7 +112,7 @@ class MaskedAutoencoder(nn.Module):
         if self.norm_pix:
             variance, mean = torch.var_mean(target, -1, keepdim=True)
             target = (target - mean) * (variance + 1e-6).rsqrt()
-        mask = torch.ones(shape, device=images.device).scatter(1, visible, 0.0)
+        mask = torch.ones(shape, device=images.device, dtype=torch.float32).scatter(1, visible, 0.0)
         loss = ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
         return Reconstruction(loss, pred, mask)
 

@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim))
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
-        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        drop_path = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
         self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
         self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()

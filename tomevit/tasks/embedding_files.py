@@ -263,7 +263,7 @@ def _read_parquet(path: str | PathLike[str], info: dict[str, Any]) -> Embeddings
     shard = None
     if "shards" in info:
         places = {name: place for place, name in enumerate(info["shards"])}
-        shard = torch.tensor([places[name] for name in table["shard"].to_pylist()], dtype=torch.int32)
+        shard = torch.tensor([places[name] for name in table["shard"].to_pylist()], dtype=torch.int32, device="cpu")
     return Embeddings(torch.from_numpy(vectors), Strings(table["key"].to_pylist()), shard, info)
 
 
