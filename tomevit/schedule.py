@@ -23,11 +23,12 @@ MOST = 2**63 - 1
 def _count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{what} is {value!r}; give {ALLOWED}")
-    if not -MOST <= value <= MOST:
+    count = int(value)
+    if abs(count) > MOST:
         raise ValueError(f"{what} is beyond 2**63, and no image has so many tokens; give {ALLOWED}")
-    if value < 0:
-        raise ValueError(f"{what} is {value}, and cannot be negative: 0 merges nothing")
-    return int(value)
+    if count < 0:
+        raise ValueError(f"{what} is {count}, and cannot be negative: 0 merges nothing")
+    return count
 
 
 def check_schedule(r: object, depth: int) -> Schedule:
@@ -43,11 +44,11 @@ def check_schedule(r: object, depth: int) -> Schedule:
     if isinstance(r, tuple):
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
             raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
-        if not -1 <= r[1] <= 1:
+        if r[1] < -1 or not r[1] <= 1:
             raise ValueError(f"the inflection is {r[1]}, and must lie between -1 (early) and 1 (late)")
         return _count(r[0], "r[0]"), float(r[1])
     if isinstance(r, Real) and not isinstance(r, Integral):
-        if not 0 < r <= 0.5:
+        if r <= 0 or not r <= 0.5:
             raise ValueError(
                 f"r is {r}; a float is the share of the patches that merge in each block, above 0 and at most "
                 f"0.5; for a number of tokens give an int"

@@ -6,15 +6,13 @@ torch is imported where it is used: `import tomevit` loads this module, and is n
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tomevit.config import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
-
-    from tomevit.models import VisionTransformer
+    from torch import Tensor, nn
 
 
 class Transform:
@@ -99,6 +97,13 @@ def _crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[..., top : top + size[0], left : left + size[1]]
 
 
-def transform(model: VisionTransformer) -> Transform:
-    """The preprocessing that a model's weights were evaluated with, at the model's image size."""
-    return Transform(model.card.preprocess, model.config.img_size)
+def transform(model: nn.Module) -> Transform:
+    """The preprocessing that a model's weights were evaluated with, at the model's image size.
+
+    Args:
+        model: in a wrapper of torch's or not.
+    """
+    from tomevit.models import unwrap
+
+    inner: Any = unwrap(model)
+    return Transform(inner.card.preprocess, inner.config.img_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,6 +14,7 @@ from tomevit.config import Config
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.for_timm import group_matcher
 from tomevit.models.init import initial_weights
 from tomevit.models.vit import VisionTransformer, run
 from tomevit.schedule import Schedule
@@ -85,6 +86,15 @@ class MaskedAutoencoder(nn.Module):
         """The encoder's."""
         return self.encoder.config
 
+    @property
+    def r(self) -> Schedule:
+        """The encoder's."""
+        return self.encoder.r
+
+    @r.setter
+    def r(self, value: Schedule) -> None:
+        self.encoder.r = value
+
     def forward(self, images: Tensor, r: Schedule | None = None, *, noise: Tensor | None = None) -> Reconstruction:
         """Hide patches, and predict them.
 
@@ -131,6 +141,15 @@ class MaskedAutoencoder(nn.Module):
         return {
             f"{half}.{name}" for half, module in halves.items() for name, _ in module.named_parameters(recurse=False)
         }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The encoder's: how images are prepared, in timm's words."""
+        return self.encoder.pretrained_cfg
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        """By which names parameters belong to which layer, for timm's layer decay; the decoder is the last."""
+        return group_matcher(r"encoder\.")
 
     def mae_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of facebookresearch/mae, as "model" in its checkpoints."""

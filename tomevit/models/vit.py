@@ -14,11 +14,12 @@ from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
 from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmInterface, nn.Module):
     """A vision transformer in which tokens merge.
 
     Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.
