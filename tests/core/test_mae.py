@@ -243,6 +243,15 @@ def test_the_decoder_is_like_its_encoder(encoder: tomevit.VisionTransformer) -> 
     loss.backward()
 
 
+def test_r_is_the_encoders() -> None:
+    model = autoencoder()
+    model.r = (2, -1.0)
+    assert model.r == model.encoder.r == (2, -1.0)
+    assert model.token_counts() != model.token_counts(0)
+    with pytest.raises(ValueError, match="negative"):
+        model.r = -1
+
+
 def test_what_patches_are_visible_is_said_by_number() -> None:
     encoder = build(SMALL)
     mask = torch.rand(3, 64) > 0.5
