@@ -65,7 +65,7 @@ def read(path: str | PathLike[str]) -> Embeddings:
     info = read_info(path)
     if Path(path).suffix == ".parquet":
         return _read_parquet(path, info)
-    with safe_open(path, framework="pt") as file:
+    with torch.device("cpu"), safe_open(path, framework="pt") as file:
         keys, ends = file.get_tensor("keys").numpy(), file.get_tensor("key_ends").numpy()
         shard = file.get_tensor("shard") if "shards" in info else None
         return Embeddings(file.get_tensor("embeddings"), _strings(keys, ends), shard, info)

@@ -142,7 +142,7 @@ def _read(path: Path, key: Mapping[str, str], blank: AnswerTable) -> AnswerTable
         ValueError: the file is damaged, or of another evaluation; the message says of which.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("answers", "among5", "seconds")}
             metadata = file.metadata() or {}
         was = json.loads(metadata["evaluation"])
