@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -386,12 +388,24 @@ def test_schedule_forms() -> None:
     assert resolve_schedule(0.25, 3, 101, 1) == (25, 18, 14)
     assert resolve_schedule(10**6, 3, 101, 1) == (50, 25, 12)
     assert resolve_schedule((8, -1.0), 1, 101, 1) == (8,)
+    assert resolve_schedule((2**63 - 1, -1.0), 3, 101, 1)[0] == 50
+    numbers: list[Any] = [0.29, np.float64(0.29), Fraction(29, 100), 29, np.int8(29), (np.int64(29), Fraction(1, 2))]
+    assert [resolve_schedule(r, 1, 101, 1) for r in numbers] == [(29,)] * len(numbers)
+
+
+@given(patches=st.integers(2, 5000), data=st.data())
+def test_a_share_loses_no_token_to_binary_rounding(patches: int, data: st.DataObject) -> None:
+    merged = data.draw(st.integers(1, patches // 2))
+    assert resolve_schedule(merged / patches, 1, patches, 0) == (merged,)
+    share = data.draw(st.decimals("0.0001", "0.5", places=4))
+    assert resolve_schedule(float(share), 1, patches, 0) == (int(share * patches),)
 
 
 WRONG: list[Any] = [-1, True, "8", None, {}, 1 + 2j, math.nan, 0.0, -0.1, 0.51, 8.0, math.inf]
 WRONG += [[1] * 5, [1, -1], [1.0], [True], ["1"], [None], [0.5]]
 WRONG += [(), (1,), (1, 2, 3), (1, 1.5), (1, -1.01), (1, math.nan), (1, None), (1, True), (1, "0")]
 WRONG += [(1.0, 0.5), (-1, 0.0), (True, 0.0), ("1", 0.0), range(4), torch.tensor(1.0)]
+WRONG += [10**400, -(10**400), [10**400], (10**400, -1.0), (8, 10**400), Fraction(10**400, 3)]
 
 
 @pytest.mark.parametrize("r", WRONG, ids=repr)

@@ -15,11 +15,12 @@ from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
 from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmInterface, nn.Module):
     """A vision transformer in which tokens merge.
 
     Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.
@@ -51,7 +52,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim))
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
-        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        drop_path = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
         self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
         self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()

@@ -193,7 +193,7 @@ def read(path: str | os.PathLike[str], *, fitting: bool = True) -> tuple[Header,
         directory = f": {path} is a directory" if Path(path).is_dir() else ""
         raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # safetensors 0.4 asks for torch's default
             header = decode_header(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

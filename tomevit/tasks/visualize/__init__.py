@@ -182,6 +182,7 @@ def group_sizes(groups: Tensor) -> Tensor:
 def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:
     """The pixels of an image that a transform has prepared, (C, H, W) uint8, to the bit."""
     mean, std = (
-        torch.tensor(values)[:, None, None] for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
+        torch.tensor(values, dtype=torch.float32, device=image.device)[:, None, None]
+        for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
     )
     return image.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
