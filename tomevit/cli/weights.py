@@ -32,6 +32,7 @@ from tomevit.weights.verify import verify as run_verify
     "--format", "format_name", metavar="NAME", help=f"Its format, of {', '.join(MAIN_FORMATS)}; default: as recognised."
 )
 @click.option("--key", help="Where in the file the state dict lies, as in model_ema, if it holds several.")
+@click.option("--prefix", help="What the model's names begin with, as in student.backbone, if it holds several models.")
 @click.option("--num-classes", type=click.IntRange(0), help="Replace the head, or both heads, by fresh weights.")
 @click.option("--img-size", type=Size(), help="Resample the positions: pixels, as in 384 or 224x320.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Round the weights; default: the source's.")
@@ -42,6 +43,7 @@ def convert(
     model: str | None,
     format_name: str | None,
     key: str | None,
+    prefix: str | None,
     num_classes: int | None,
     img_size: tuple[int, int] | None,
     dtype: str | None,
@@ -58,6 +60,7 @@ def convert(
         model=model,
         format=format_name,
         key=key,
+        prefix=prefix,
         num_classes=num_classes,
         img_size=img_size,
         dtype=DTYPES[dtype] if dtype else None,
@@ -108,11 +111,14 @@ def _grouped(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", metavar="SOURCE", help="A source, as convert takes it, that every tensor must agree with.")
 @click.option("--key", help="Where in that source the state dict lies, if it holds several.")
+@click.option("--prefix", help="What the model's names begin with there, if it holds several models.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
-def verify(ctx: click.Context, file: Path, against: str | None, key: str | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, file: Path, against: str | None, key: str | None, prefix: str | None, as_json: bool
+) -> None:
     """Check a file that tomevit wrote: structure, shapes, digest, values, and a forward pass; status 1 if any fails."""
-    checks = run_verify(file, against=against, key=key)
+    checks = run_verify(file, against=against, key=key, prefix=prefix)
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks], indent=2))
     else:
