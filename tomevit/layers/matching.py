@@ -124,7 +124,7 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
 
 def _side_by_side(*indices: Tensor) -> Tensor:
     """Indices (B, n) of several n as one."""
-    if not backends.is_recorded():
+    if not backends.is_exporting():
         return torch.cat(indices, 1)
     # Tools that quantise programs take every concatenation for one of activations, and stop at integers.
     place = torch.arange(sum(index.shape[1] for index in indices), device=indices[0].device)
