@@ -16,7 +16,6 @@ from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
 from tomevit.weights import checkpoint
-from tomevit.weights.adapt import preprocess_for_channels
 from tomevit.weights.convert import adapt_weights, published_weights, weights_of
 
 
@@ -75,8 +74,7 @@ def create(
 
     if pretrained is False:
         model = build(config, chosen.r)
-        preprocess = preprocess_for_channels(chosen.preprocess, config.in_chans)
-        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
+        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=chosen.preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
         weights = published_weights(chosen) if pretrained is True else weights_of(pretrained, name, img_size=size)
         if isinstance(pretrained, nn.Module):

@@ -43,7 +43,7 @@ class Report:
 
     Attributes:
         source: the file, URL or repository.
-        sha256: of the source's file.
+        sha256: of the source's file; of several, of the index and the files that it lists, one behind the other.
         recognised: its format, and by what.
         model: what it was taken for.
         names: for each parameter, the source's tensors that it was made of.
@@ -85,8 +85,8 @@ def convert(
     """Write a checkpoint of any known format as a file of tomevit's own.
 
     Args:
-        source: a file; a directory with model.safetensors and config.json; a URL; hf-hub:owner/repo[@revision]; or a
-            name of the zoo, whose weights are then downloaded.
+        source: a file; a directory with one checkpoint, as model.safetensors and config.json; the index of several
+            files; a URL; hf-hub:owner/repo[@revision]; or a name of the zoo, whose weights are then downloaded.
         out: the file to write, which appears whole or not at all; None: MODEL.safetensors, where there is none yet.
         model: what the checkpoint is, as a name of the zoo or a card of your own; None: as recognised.
         format: a name in `tomevit.weights.formats.FORMATS`; None: as recognised.
@@ -119,7 +119,7 @@ def convert(
         path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        checkpoint.write(check_output(path, inputs=[located.path]), card, tensors, dtype=dtype)
+        checkpoint.write(check_output(path, inputs=located.files), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
 
 
@@ -274,7 +274,7 @@ def inspect(source: str | os.PathLike[str]) -> Contents:
     with sources.locate(source) as located:
         card, tensors, report = read_weights(located)
         dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
-        size = located.path.stat().st_size
+        size = sum(file.stat().st_size for file in located.files)
     return Contents(located.path, card, None, size, report.recognised, dict(dtypes), dict(report.left_out))
 
 

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights.pickles import MAX_DIMS, NUMPY_ARRAY, NUMPY_SCALAR, Walk
+from tomevit.weights.shards import files_of, is_index, read_index
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
 STATE_DICTS = (
@@ -99,7 +100,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> 
     Mapped tensors are copied when written to, and need the file to stay as it is.
 
     Args:
-        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle.
+        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
+            index of several such files, which lie beside it.
         key: which state dict, as a dotted path ("model_ema"), where a file has several; for npz files with slashes
             ("params/txt"). "" is the top level. None: the only one there is.
 
@@ -152,6 +154,8 @@ def _open_regular_file(path: str) -> BinaryIO:
 
 
 def _read_container(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+    if is_index(Path(path)):
+        return _read_listed(path, key)
     head = file.read(2**16)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         with _open_zip(file) as archive:
@@ -196,6 +200,27 @@ def _describe_other_file(head: bytes) -> str:
     if text.isprintable() or re.fullmatch(r"[^\x00-\x08\x0e-\x1f\x7f]*", text):
         return f'is text ("{_shorten(text)}"), not weights: the download went wrong'
     return f"is no checkpoint: it begins with {head[:8].hex(' ')}, as neither safetensors, npz nor torch files do"
+
+
+# several files
+
+
+def _read_listed(index: str, key: str | None) -> Checkpoint:
+    """What the files hold together that an index lists: each the tensors that the index says, and no others."""
+    tensors: dict[str, Tensor] = {}
+    beside: list[str] = []
+    for path, names in zip(files_of(Path(index))[1:], read_index(Path(index)).values(), strict=True):
+        try:
+            with _open_regular_file(str(path)) as file:
+                part = _read_container(str(path), file, key)
+        except CheckpointError as error:
+            raise CheckpointError(f"lists {path.name}, which {error}") from error.__cause__
+        if wrong := sorted(names ^ part.tensors.keys()):
+            told = "is not in it, as the index says" if wrong[0] in names else "is in it, and the index does not say so"
+            raise CheckpointError(f"lists {path.name}, and does not fit it: {wrong[0]!r} {told}")
+        tensors |= part.tensors
+        beside += part.beside
+    return replace(part, path=index, tensors=tensors, beside=tuple(beside))
 
 
 # safetensors
