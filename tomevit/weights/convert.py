@@ -297,8 +297,8 @@ def read_weights(
             return read_own_file(located.path, model)
         found = files.open_checkpoint(located.path, key=key)
         names = list(found.tensors)
-        known = model is not None or located.card is not None
-        form = find_format(names, found.key, format or located.origin.format or None, model_known=known)
+        named = _card_of_model(model) or located.card
+        form = find_format(names, found.key, format or located.origin.format or None, model=named)
         heads = form.count_heads(found.tensors)
         tensors, made_of, left_out = rules.to_native(form, found.tensors)
         left_out |= dict.fromkeys(found.beside, "not weights of the model")
@@ -306,7 +306,9 @@ def read_weights(
             left_out |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
         observed = infer_architecture(tensors)
-        card = choose_card(observed, form, told=model, known=located.card, file=located.origin.file)
+        card = choose_card(
+            observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
+        )
         if card.weights and not card.config.num_classes and observed["num_classes"]:
             left_out |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
             observed = infer_architecture(tensors)
@@ -340,7 +342,7 @@ def adapt_weights(weights: Weights, wanted: Mapping[str, Any], model: Card | Non
         ValueError: a field has no such value.
     """
     card, tensors, report = weights
-    if model is not None and model.config.pool_norm != card.config.pool_norm:
+    if model is not None and (model.config.pool_norm, card.config.pool_norm) == ("after", "before"):
         card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
         wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
@@ -361,7 +363,10 @@ def read_own_file(path: Path, model: str | Card | None = None) -> Weights:
 
 def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:
     named, headless = _card_of_model(model), not card.config.num_classes
-    if named is not None and (wrong := differences(comparable_fields(card.config), named.config, headless=headless)):
+    same = named is not None and card.title == named.title
+    if named is not None and (
+        wrong := differences(comparable_fields(card.config), named.config, headless=headless, averaged=same)
+    ):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
         )
