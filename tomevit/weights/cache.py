@@ -294,7 +294,7 @@ def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
         path, found = _path_to_bring(source, folder, name), replace(source, file=name)
     elif source.hub:
         path, found = _first_on_hub(source)
-        etag = _etag(path)
+        etag = "" if shards.is_index(path) else _etag(path)
     else:
         assert source.url, f"{source} is neither a URL nor on the hub nor in the package"
         ours, name = True, _possible_names(source)[0]
@@ -315,12 +315,27 @@ def _first_on_hub(source: Source) -> tuple[Path, Source]:
     for name, path in files_on_hub(source, names):
         found = replace(source, file=name, revision=path.parents[name.count("/")].name)
         if shards.is_index(path):
-            for part, there in files_on_hub(found, shards.read_index(path)):
+            for part, there in {name: path, **_listed_on_hub(path, found)}.items():
                 _check_etag(there, _etag(there), replace(found, file=part, sha256=files.sha256(there)))
         return path, found
     repo = f"{source.hub} at {source.revision}" if source.revision else source.hub
     wanted = [name for name in names if not name.endswith(".json")]
     raise DownloadError(f"{repo} on the hub has no {' and no '.join(wanted)}")
+
+
+def _listed_on_hub(index: Path, source: Source) -> dict[str, Path]:
+    """Those files of an index's that its repository has, beside it; offline, those in the hub's cache, if all are.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or fails.
+    """
+    names, found = shards.read_index(index), dict[str, Path]()
+    try:
+        found.update(files_on_hub(source, names))
+    except UnreachableError:
+        if found.keys() != names.keys():
+            raise
+    return found
 
 
 def _etag(path: Path) -> str:

@@ -318,6 +318,12 @@ def read_weights(
         checkpoint.check_structure(config, tensors, "it")
         changes = _check_values(tensors)
 
+    if observed["pool_norm"] == "after" and config.pool != card.config.pool:
+        changes += ("the head reads the mean patch: the last norm is fc_norm",)
+    if config.in_chans != card.config.in_chans:
+        changes += (
+            f"images of {config.in_chans} instead of {card.config.in_chans} channels, with a mean and std each",
+        )
     origin = replace(located.origin, format=form.name)
     card = replace(with_config(card, config), origin=origin)
     report = Report(

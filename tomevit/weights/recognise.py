@@ -218,7 +218,8 @@ def choose_card(
         if form.name == "mae" and observed["pool_norm"] == "after" and not format_told:
             alike.add("timm")
         return _choose_fitting(observed, alike, file)
-    if wrong := differences(observed, card.config, headless=not observed["num_classes"], averaged=True):
+    own = isinstance(told, Card)  # which says how it pools
+    if wrong := differences(observed, card.config, headless=not observed["num_classes"], averaged=not own):
         fits = _find_fitting(observed)
         instead = f"It fits {join_with_or(card.name for card in fits)}" if fits else _describe_nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
@@ -227,9 +228,10 @@ def choose_card(
 
 def is_same_model(known: Card, asked: Card) -> bool:
     """Of the same name, or an encoder without a head for one that pools otherwise."""
-    if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
-        return known.name == asked.name
-    return not differences(comparable_fields(known.config), asked.config, headless=True)
+    if known.name == asked.name:
+        return True
+    encoder = not known.config.num_classes and known.config.pool_norm != asked.config.pool_norm
+    return encoder and not differences(comparable_fields(known.config), asked.config, headless=True)
 
 
 def complete_told(told: str | Card, known: Card | None) -> Card:
