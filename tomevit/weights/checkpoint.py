@@ -25,6 +25,7 @@ from tomevit.config import Card, Config
 from tomevit.errors import CheckpointError
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
 from tomevit.output import new_file
+from tomevit.weights.rules import without_wrappers
 
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -53,11 +54,16 @@ def save(
         OSError: the file cannot be written; what was there before is untouched.
     """
     inner = unwrap_transformer(model)
-    tensors = inner.state_dict() if state_dict is None else state_dict
+    tensors = state_dict_of(inner) if state_dict is None else state_dict
     check_whole(tensors)
     if state_dict is not None and (wrong := _find_misfits(_shapes(inner.config), state_dict)):
         raise ValueError(f"state_dict is of another model: {wrong[0][0]} is missing, left over or of another shape")
     write(path, card_of(inner, card), tensors)
+
+
+def state_dict_of(model: VisionTransformer) -> dict[str, Tensor]:
+    """A model's tensors by the names that they have where none of its blocks is in a wrapper of torch's."""
+    return {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
@@ -75,7 +81,7 @@ def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
     Raises:
         ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
     """
-    if wrong := _find_misfits(_shapes(model.config), model.state_dict()):
+    if wrong := _find_misfits(_shapes(model.config), state_dict_of(model)):
         name, wanted, given = wrong[0]
         raise ValueError(
             f"the model is not what its config says: {name} is {given or 'missing'} and should be "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,10 +14,30 @@ from tomevit import zoo
 from tomevit.config import Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.rules import Format, enumerate_names
+from tomevit.weights.rules import Format, enumerate_names, without_wrappers
 
 #: The formats by which users name a file's; their variants are told apart by what the file has.
 MAIN_FORMATS = tuple(form.name for form in FORMATS.values() if not form.variant_of)
+
+#: What other vision transformers have at the top, and compute with: left out, it would be missed in every answer.
+PARTS = re.compile(r"attn_pool|rope|\w*rel_pos\w*|\w*relative_position\w*|\w*pos_emb\w*|\w*_tokens?|\w*norm|patch_\w+")
+#: Others' models that people take for one of ours: what their names have, and what they are.
+OTHER_MODELS = {
+    r"lora_[AB]\.|base_layer\.": "an adapter beside a model (peft): load both, and save model.merge_and_unload()",
+    r"patch_embed\.projection\.": "MMPretrain's or MMSegmentation's vision transformer, which tomevit does not read",
+    r"visual\.(conv1|class_embedding)|vision_model\.embeddings\.class_embedding": "CLIP, which tomevit does not read",
+    r"relative_position_bias_table|rel_pos_bias": "a transformer of relative positions, which tomevit does not read",
+    r"attn\.lepe|layers\.\d+\.blocks\.\d+": "a transformer in stages, which tomevit does not read",
+}
+
+
+class Found(NamedTuple):
+    """Where in a state dict a model lies."""
+
+    form: Format
+    prefix: str  # what its names begin with, wrappers aside
+    names: dict[str, str]  # by the format's names: the file's
+    left_out: dict[str, str]  # by the file's names: why they are not of the model
 
 
 def check_format(name: str) -> str:
@@ -28,6 +49,131 @@ def check_format(name: str) -> str:
     if name not in FORMATS:
         raise ValueError(f"there is no format {name!r}; there are {', '.join(MAIN_FORMATS)}")
     return name
+
+
+def find_prefixes(names: Collection[str], told: str | None = None) -> list[str]:
+    """What the names of each whole model begin with; "" for plain ones.
+
+    Args:
+        names: of tensors, without wrappers.
+        told: the format, if the user said it.
+    """
+    forms = [form for form in FORMATS.values() if told in (None, form.name, form.variant_of)]
+    found: dict[str, list[Format]] = {}
+    for form in forms:
+        for prefix in {prefix for signature in form.signatures for prefix in signature.prefixes(names)}:
+            found.setdefault(prefix, []).append(form)
+    # The bare models of transformers are seen within the whole ones as well.
+    within = {
+        longer
+        for longer in found
+        for shorter, forms in found.items()
+        if shorter != longer and longer.startswith(shorter)
+        if any(form.has_place_for(f"{longer.removeprefix(shorter)}embeddings.cls_token") for form in forms)
+    }
+    return sorted(found.keys() - within)
+
+
+def holds_model(names: Collection[str], told: str | None = None) -> bool:
+    """Whether tensors of these names are a vision transformer of a known format, and what else may lie beside it."""
+    return bool(find_prefixes([without_wrappers(name) for name in names], told))
+
+
+def find_model(
+    names: Collection[str],
+    key: str = "",
+    *,
+    told_format: str | None = None,
+    told_prefix: str | None = None,
+    model: Card | None = None,
+) -> Found:
+    """The one model in a state dict, and what lies beside it.
+
+    Args:
+        names: of the tensors, as the file has them.
+        key, told_format, model: see `find_format`.
+        told_prefix: what the model's names begin with, with its last dot or without; "." for nothing.
+
+    Raises:
+        ValueError, CheckpointError, AmbiguousCheckpointError: as `find_format`; it lies there in parts; several do.
+    """
+    plain: dict[str, str] = {}
+    for name in names:
+        if (other := plain.setdefault(without_wrappers(name), name)) != name:
+            raise CheckpointError(f"it holds {other} and {name}: one parameter twice, but for wrappers: save one alone")
+    prefix = _choose_prefix(plain, told_format, told_prefix)
+    inside = {name.removeprefix(prefix): theirs for name, theirs in plain.items() if name.startswith(prefix)}
+    form = find_format(inside, key, told_format, model=model)
+    beside = {
+        name: theirs
+        for name, theirs in plain.items()
+        if not name.startswith(prefix)
+        or not ((top := _first_part(name, prefix)) in form.components or PARTS.fullmatch(top))
+    }
+    for under, numbers in form.find_blocks(beside).items():
+        if 0 not in numbers:
+            raise CheckpointError(f"it holds a model in parts: its blocks from {min(numbers)} on lie under {under!r}")
+    left_out = {theirs: _explain_beside(name, prefix) for name, theirs in beside.items()}
+    return Found(form, prefix, {ours: name for ours, name in inside.items() if name not in left_out}, left_out)
+
+
+def _choose_prefix(names: Collection[str], told_format: str | None, told: str | None) -> str:
+    found = find_prefixes(names, told_format)
+    if told is not None:
+        wanted = without_wrappers(told)
+        wanted = f"{wanted}." if wanted and not wanted.endswith((".", "/")) else wanted.removeprefix(".")
+        if not any(name.startswith(wanted) for name in names):
+            models = f"; a model's names begin with {join_with_or(map(repr, found))}" if found else ""
+            raise CheckpointError(f"it has no names that begin with {told!r}{models}")
+        if wanted in found or not (found := [prefix for prefix in found if prefix.startswith(wanted)]):
+            return wanted
+    if len(found) > 1:
+        choices = [prefix or "." for prefix in found]
+        plain = " ('.' for those whose names begin with nothing)" if "" in found else ""
+        raise AmbiguousCheckpointError(
+            f"it holds several models, whose names begin with {' and '.join(map(repr, choices))}{plain}: name one with "
+            f"prefix= (--prefix)",
+            "prefix",
+            choices,
+        )
+    return found[0] if found else ""
+
+
+def _first_part(name: str, prefix: str) -> str:
+    return re.split(r"[./]", name.removeprefix(prefix))[0]
+
+
+def _explain_beside(name: str, prefix: str) -> str:
+    """Why a name is not of the model whose names begin with the prefix: up to where the two part."""
+    parts, common = name.split("."), prefix.split(".")
+    shared = next((i for i, (ours, theirs) in enumerate(zip(parts, common, strict=False)) if ours != theirs), 0)
+    above = ".".join(parts[: shared + 1])
+    return f"beside the model, under {f'{above}.'!r}" if above != name else "beside the model"
+
+
+def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Heads in other shapes than the format's: a linear layer in their place, or in a Sequential, or more than that.
+
+    Args:
+        form: of the tensors.
+        tensors: by the format's names.
+
+    Returns:
+        The format's names for what is one linear layer, by the names that it has; and the names of all that is not.
+    """
+    renamed: dict[str, str] = {}
+    unusable: list[str] = []
+    for top, head in form.heads.items():
+        names = [name for name in tensors if _first_part(name, "") == top]
+        if set(names) <= {f"{head}.weight", f"{head}.bias"}:
+            continue
+        layer, *others = {name.rpartition(".")[0] for name in names}
+        kinds = {f"{layer}.weight": 2, f"{layer}.bias": 1}
+        if others or f"{layer}.weight" not in names or any(tensors[name].ndim != kinds.get(name) for name in names):
+            unusable += names
+        else:
+            renamed |= {name: f"{head}.{name.rpartition('.')[2]}" for name in names}
+    return renamed, unusable
 
 
 def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model: Card | None = None) -> Format:
@@ -56,6 +202,9 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
         looks = f"; it looks like {' or '.join(form.name for form in fits)}" if fits else ""
         raise CheckpointError(f"not of the format {told}: it has {why}{looks}")
     if not fits:
+        for pattern, what in OTHER_MODELS.items():
+            if any(re.search(pattern, name) for name in names):
+                raise CheckpointError(f"of no known format: it looks like {what}; known are {', '.join(MAIN_FORMATS)}")
         raise CheckpointError(
             f"of no known format: it holds {len(names)} tensors such as {enumerate_names(names, 4)}; "
             f"known are {', '.join(MAIN_FORMATS)}"
@@ -80,10 +229,11 @@ def _published_in(formats: Iterable[Format], model: Card) -> list[Format]:
     return [form for form in formats if known & {form.name, form.variant_of}]
 
 
-def explain_recognition(form: Format, names: Collection[str], key: str) -> str:
-    """The tensors by which a format was recognised."""
+def explain_recognition(form: Format, names: Collection[str], key: str, prefix: str = "") -> str:
+    """The tensors by which a format was recognised, and where they lie."""
     signature = next(s for s in form.signatures if not s.misses(names))
     place = f" under {key!r}" if key else ""
+    place += f", in names that begin with {prefix!r}" if prefix else ""
     return f"{form.name}{place}: it has {', '.join(signature.has)}"
 
 

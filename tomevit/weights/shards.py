@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tomevit.errors import CheckpointError, printable
 
-#: How one file of several is named, and how many there are.
-PART = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
+#: How one file of several is named.
+PART = re.compile(r"-(\d+)-of-(?!0*1\.)(\d+)\.\w+$")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 MOST_BYTES = 2**26  # of an index; of the largest models that there are it has some ten MB
 CHUNK = 2**20
@@ -93,7 +93,7 @@ def check_whole(path: Path) -> None:
     """Raises CheckpointError if a file is one of several, by its name or by the index beside it."""
     listing = [path.with_name(name) for name in INDICES if _lists(path.with_name(name), path.name)]
     numbered = PART.search(path.name)
-    if listing or (numbered and int(numbered[2]) > 1):
+    if listing or numbered:
         which = f"part {int(numbered[1])} of {int(numbered[2])}" if numbered else "one part"
         instead = listing[0] if listing else "the directory with all parts and their index, such as " + INDICES[0]
         raise CheckpointError(f"{path} is {which} of a checkpoint in several files: give {instead}")

@@ -60,7 +60,6 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
     elif is_ours(path):
         yield Located(path, Source(format="tomevit", file=path.name))
     elif path.is_file():
-        directories.check_layout(path)
         shards.check_whole(path)
         beside = _files_beside(path.parent) if path.name in zoo.HUB_FILES else {}
         yield _identify(path, _local_source(path), beside)
