@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from tomevit.cli.options import Size
+from tomevit.cli.options import Size, by_pattern, group_by_reason
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
@@ -85,26 +84,14 @@ def _print(report: Report) -> None:
     click.echo(
         f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names"
     )
-    patterns = (f"{' + '.join(_by_pattern(sources))} -> {_by_pattern([name])[0]}" for name, sources in renamed.items())
+    patterns = (f"{' + '.join(by_pattern(sources))} -> {by_pattern([name])[0]}" for name, sources in renamed.items())
     for line in dict.fromkeys(patterns):
         click.echo(f"            {line}")
-    for what, why in _grouped(report.left_out).items():
-        click.echo(f"left out    {', '.join(_by_pattern(what))}: {why}")
+    for what, why in group_by_reason(report.left_out).items():
+        click.echo(f"left out    {', '.join(by_pattern(what))}: {why}")
     for change in report.changes:
         click.echo(f"changed     {change}")
     click.echo(f"written     {report.out}")
-
-
-def _by_pattern(names: Iterable[str]) -> list[str]:
-    """Each name once, however many blocks have it."""
-    return list(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=[./])", "{i}", name, count=1) for name in names))
-
-
-def _grouped(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return {tuple(names): reason for reason, names in reasons.items()}
 
 
 @click.command()

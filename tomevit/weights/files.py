@@ -7,10 +7,8 @@ plain: names and dense tensors on the CPU.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
-import html
 import io
 import math
 import os
@@ -32,6 +30,15 @@ from torch import Tensor
 
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, UnreadableError
 from tomevit.headers import read_header
+from tomevit.weights.other_files import (
+    DISTRIBUTED,
+    ZERO,
+    describe_archive,
+    describe_file,
+    describe_text,
+    is_part_of_distributed,
+    shorten,
+)
 from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk
 from tomevit.weights.reading import read_tensors, read_values
 
@@ -54,76 +61,6 @@ NPY_HEADER = re.compile(
     re.DOTALL,
 )
 
-
-
-def _savez(arrays: str) -> str:
-    """The command that makes an .npz file of what a library reads."""
-    return f'`python -c "import numpy as np, {arrays}"` makes an .npz of it'
-
-
-_KERAS = "keras; np.savez('w.npz', **{w.path: w.numpy() for w in keras.saving.load_model('FILE').weights})"
-_GGUF = "gguf; np.savez('w.npz', **{t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader('FILE').tensors})"
-_FLAX = (
-    "flax.serialization as s, flax.traverse_util as t; "
-    "np.savez('w.npz', **t.flatten_dict(s.msgpack_restore(open('FILE', 'rb').read()), sep='/'))"
-)
-_ONNX = (
-    "onnx; from onnx.numpy_helper import to_array; "
-    "np.savez('w.npz', **{t.name: to_array(t) for t in onnx.load('FILE').graph.initializer})"
-)
-_SAVED_MODEL = "tensorflow as tf; np.savez('w.npz', **{v.name: v for v in tf.saved_model.load('DIR').variables})"
-_TENSORFLOW = "which tomevit does not read: " + _savez(
-    "tensorflow as tf; r = tf.train.load_checkpoint('DIR'); "
-    "np.savez('w.npz', **{n: r.get_tensor(n) for n in r.get_variable_to_shape_map()})"
-)
-_PROGRAM = "which holds a program, not named weights: take the checkpoint that it was made of"
-_DISTRIBUTED = (
-    "part of a distributed checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIR FILE` makes "
-    "one file of its directory"
-)
-_ZERO = (
-    "one part of a DeepSpeed ZeRO checkpoint: in its directory, `python zero_to_fp32.py . pytorch_model.bin` makes one "
-    "file of all parts"
-)
-_ORBAX = (
-    "orbax.checkpoint as ocp, flax.traverse_util as t; "
-    "np.savez('w.npz', **t.flatten_dict(ocp.PyTreeCheckpointer().restore('DIR'), sep='/'))"
-)
-#: The first bytes of files that are no checkpoints: what they are, and the way to one that is.
-OTHER_FILES = {
-    rb"version https://git-lfs": "a git-lfs pointer, which only names the file: run `git lfs pull`",
-    rb"\x1f\x8b": "gzip-compressed: unpack it first",
-    rb"BZh": "bzip2-compressed: unpack it first",
-    rb"\xfd7zXZ": "xz-compressed: unpack it first",
-    rb"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it first",
-    rb"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
-    rb"Rar!": "a rar archive: unpack it first",
-    rb"\x89HDF": f"an HDF5 file (Keras, TensorFlow), which tomevit does not read: {_savez(_KERAS)}",
-    rb"\x93NUMPY": "a single numpy array, not a state dict",
-    rb"GGUF": f"a GGUF file, which tomevit does not read: {_savez(_GGUF)}, but under names of its own",
-    # a map whose first key is a text
-    rb"(?:[\x81-\x8f]|\xde..|\xdf....)[\xa0-\xbf\xd9]": f"Flax's msgpack, which tomevit does not read: {_savez(_FLAX)}",
-    rb"[fp]trt": "an engine of TensorRT, of which no weights can be read: take the checkpoint that it was made of",
-    rb"....TFL3": f"a TensorFlow Lite model, {_PROGRAM}",
-    rb"....ET\d\d": f"an ExecuTorch program, {_PROGRAM}",
-    rb"\x08\x01\x12": f"a TensorFlow SavedModel, which tomevit does not read: {_savez(_SAVED_MODEL)}",
-    rb"\x08[\x02-\x0f]\x12.{1,2}\n": f"a Core ML model, {_PROGRAM}",
-    rb"\x08[\x03-\x1f][\x12\x1a]": f"an ONNX model, which tomevit does not read: {_savez(_ONNX)}",
-    rb"model_checkpoint_path: ": f"the index of a TensorFlow checkpoint, {_TENSORFLOW}",
-    rb"%PDF": "a PDF document",
-    rb"\x89PNG": "a picture",
-    rb"\xff\xd8\xff": "a picture",
-}
-#: Names of entries in zip archives that are no checkpoints.
-OTHER_ARCHIVES = {
-    r"(^|/)(archive_format|serialized_exported_program\.json|models/model\.json)$": (
-        "a program of torch.export: load it with torch.export.load, and torch.save its state_dict"
-    ),
-    r"(^|/)(constants\.pkl|code/|model\.json)": (
-        "a TorchScript archive: load it with torch.jit.load, and torch.save its state_dict()"
-    ),
-    r"^model\.weights\.h5$": f"a Keras archive, which tomevit does not read: {_savez(_KERAS)}",
-}
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
 MAX_ENTRIES = 2**14  # of a zip archive
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
@@ -211,16 +148,15 @@ def _read_container(
     path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
 ) -> Checkpoint:
     head = file.read(2**16)
-    if path.endswith(".distcp") or b"torch.distributed.checkpoint.metadata" in head[:2048]:
-        raise CheckpointError(f"is {_DISTRIBUTED}")
+    if is_part_of_distributed(path, head):
+        raise CheckpointError(f"is {DISTRIBUTED}")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         with _open_zip(file) as archive:
             names = archive.namelist()
             if names and all(name.endswith(".npy") for name in names):
                 return _read_npz(path, archive, key)
-            for pattern, description in OTHER_ARCHIVES.items():
-                if any(re.search(pattern, name) for name in names):
-                    raise CheckpointError(f"is {description}")
+            if (known := describe_archive(names)) is not None:
+                raise CheckpointError(f"is {known}")
             if any(name.endswith("/data.pkl") for name in names):
                 return _read_torch_zip(path, file, archive, key, holds_model)
             raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
@@ -228,53 +164,21 @@ def _read_container(
         return _read_torch_legacy(path, file, key, holds_model)
     if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
         return _read_safetensors(path, file, key)
-    if _is_of_tensorflow(path, file):
-        raise CheckpointError(f"is part of a TensorFlow checkpoint, {_TENSORFLOW}")
-    raise CheckpointError(_describe_other_file(head))
+    raise CheckpointError(_describe_other_file(path, file, head))
 
 
-def describe_directory(path: str | os.PathLike[str]) -> str | None:
-    """What a directory is that holds no checkpoint file but weights of another kind, with the way to a file of them."""
-    marks = {
-        ".metadata": _DISTRIBUTED.removeprefix("part of "),
-        "zero_to_fp32.py": _ZERO.replace("one part of a", "a"),
-        "saved_model.pb": f"a TensorFlow SavedModel, which tomevit does not read: {_savez(_SAVED_MODEL)}",
-        "*.index": f"a TensorFlow checkpoint, {_TENSORFLOW}",
-        "Manifest.json": f"a Core ML package, {_PROGRAM}",
-        "_METADATA": f"an Orbax checkpoint (JAX), which tomevit does not read: {_savez(_ORBAX)}",
-    }
-    return next((f"is {what}" for mark, what in marks.items() if any(Path(path).glob(mark))), None)
-
-
-def _is_of_tensorflow(path: str, file: BinaryIO) -> bool:
-    """The index of its checkpoints ends as LevelDB's tables do; the values beside it can be told by their name alone."""
-    file.seek(-8, os.SEEK_END) if os.fstat(file.fileno()).st_size >= 8 else None
-    return file.read(8) == b"\x57\xfb\x80\x8b\x24\x75\x47\xdb" or bool(re.search(r"\.data-\d{5}-of-\d{5}$", path))
-
-
-def _describe_other_file(head: bytes) -> str:
+def _describe_other_file(path: str, file: BinaryIO, head: bytes) -> str:
     """What a file is that is no checkpoint."""
     if not head:
         return "is empty"
-    for magic, description in OTHER_FILES.items():
-        if re.match(magic, head, re.DOTALL):
-            return f"is {description}"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it first"
+    file.seek(-min(8, len(head)), os.SEEK_END)
+    if (known := describe_file(path, head, file.read())) is not None:
+        return f"is {known}"
     if head.startswith(b"\x80") or re.match(rb"c[\w.]+\n[\w.]+\n", head):
         Walk(_memory_limit(len(head))).load(io.BytesIO(head))  # says what it wants to run
         return "is a pickle, but not one of torch.save's"
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # may end within a character
-    except UnicodeDecodeError:
-        text = "\0"
-    text = text.strip()[:4096]
-    if text.startswith("<"):
-        title = re.search(r"<title[^>]*>(.*?)</title|<message>(.*?)</message", text, re.IGNORECASE | re.DOTALL)
-        words = html.unescape(title[1] or title[2]) if title else re.sub(r"<[^>]*>", " ", text)
-        return f'is a web page ("{_shorten(words)}"): the download went wrong'
-    if text.isprintable() or re.fullmatch(r"[^\x00-\x08\x0e-\x1f\x7f]*", text):
-        return f'is text ("{_shorten(text)}"), not weights: the download went wrong'
+    if (text := describe_text(head)) is not None:
+        return f"is {text}: the download went wrong"
     return f"is no checkpoint: it begins with {head[:8].hex(' ')}, as neither safetensors, npz nor torch files do"
 
 
@@ -558,7 +462,7 @@ def _kind_of(tree: Any) -> str:
 def _check_for_zero(tree: Any) -> None:
     """DeepSpeed's ZeRO leaves a part of the weights in each of its files."""
     if isinstance(tree, Mapping) and not tree.keys().isdisjoint(("ds_version", "ds_config")):
-        raise CheckpointError(f"is {_ZERO}")
+        raise CheckpointError(f"is {ZERO}")
 
 
 # all containers
@@ -579,7 +483,7 @@ def _join_key(key: str, name: Any) -> str:
 
 
 def _list_names(names: Iterable[Any]) -> str:
-    texts = [_shorten(repr(name), 80) for name in names]
+    texts = [shorten(repr(name), 80) for name in names]
     more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
     return (", ".join(texts[:8]) or "nothing") + more
 
@@ -587,9 +491,4 @@ def _list_names(names: Iterable[Any]) -> str:
 def _printable_line(error: Exception) -> str:
     """What an error says, in one line that a hostile file cannot make long or colourful."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return "".join(char if char.isprintable() else "?" for char in _shorten(lines[0], 600))
-
-
-def _shorten(text: str, length: int = 100) -> str:
-    text = " ".join(text.split())
-    return f"{text[:length]}…" if len(text) > length else text
+    return "".join(char if char.isprintable() else "?" for char in shorten(lines[0], 600))

@@ -56,6 +56,7 @@ DEIT = Format(
         ),
     ),
     resampling=BICUBIC,  # main.py, interpolation of a checkpoint to fine-tune
+    omissions=(Omission("mask_token", MASK_TOKEN),),
     fixed=PLAIN,
     container="torch:model",
 )
@@ -66,6 +67,7 @@ DEIT3 = Format(
     rules=(*_SAME_NAMES, *(Rule(f"blocks.#.ls{i}.gamma", f"blocks.#.gamma_{i}") for i in (1, 2))),
     signatures=(Signature(has=(*_TIMM_HAS, "blocks.#.gamma_1")),),
     resampling=BICUBIC,
+    omissions=(Omission("mask_token", MASK_TOKEN),),
     variant_of="timm",  # timm reads it too
     fixed=PLAIN | {"pos_embed_prefix": False},
     container="torch:model",

@@ -75,10 +75,10 @@ UNUSUAL = {
 #: states of random generators. Nothing is made in truth; all else of these packages is a sign of a hostile file.
 HARMLESS = re.compile(
     r"pathlib(\._local)?\.\w*Path|datetime\.\w+|zoneinfo\.ZoneInfo(\._unpickle)?|decimal\.\w+|fractions\.\w+|uuid\.\w+"
-    r"|ipaddress\.\w+|collections\.\w+|enum\.\w+|types\.SimpleNamespace|argparse\.Namespace|dataclasses\.\w+"
-    r"|functools\.partial|copyreg\.\w+|array\.\w+|re\.(_compile|RegexFlag)|random\.Random|http\.\w+|signal\.\w+"
+    r"|ipaddress\.\w+|collections\.\w+|enum\.\w+|types\.(SimpleNamespace|GenericAlias|UnionType)|argparse\.Namespace|dataclasses\.\w+"
+    r"|functools\.(partial|reduce)|copyreg\.\w+|array\.\w+|re\.(_compile|RegexFlag)|random\.Random|http\.\w+|signal\.\w+"
     r"|logging\.\w+|string\.Template|time\.struct_time|typing\.\w+|_?io\.(BytesIO|StringIO)|inspect\._ParameterKind"
-    r"|builtins\.(frozenset|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict)|calendar\.\w+|operator\.\w+getter"
+    r"|builtins\.(frozenset|type|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict)|calendar\.\w+|operator\.\w+getter"
     r"|numpy\.random\.\w+(\.\w+)?|torch(\._C)?\.Generator|torch\.serialization\._get_layout|torch\.distributed\.[\w.]+"
 )
 _NOT_THE_USERS = {*sys.stdlib_module_names, "torch", "numpy"}

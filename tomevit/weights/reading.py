@@ -32,7 +32,8 @@ def read_values(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> T
     try:
         values = torch.empty(count, dtype=dtype)
     except RuntimeError as error:  # of torch's allocator
-        raise MemoryError(f"{file.name} does not fit into memory: no {count * dtype.itemsize:,} bytes are left") from error
+        size = count * dtype.itemsize
+        raise MemoryError(f"{file.name} does not fit into memory, of which there are no {size:,} bytes left") from error
     file.seek(start)
     if count and file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:  # type: ignore[attr-defined]
         raise ValueError("it was cut short while it was read")

@@ -100,7 +100,7 @@ def find_model(
     plain: dict[str, str] = {}
     for name in names:
         if (other := plain.setdefault(without_wrappers(name), name)) != name:
-            raise CheckpointError(f"it holds {other} and {name}: two of the same parameter, but for wrappers")
+            raise CheckpointError(f"it holds {other} and {name}: one parameter twice, but for wrappers: save one alone")
     prefix = _choose_prefix(plain, told_format, told_prefix)
     inside = {name.removeprefix(prefix): theirs for name, theirs in plain.items() if name.startswith(prefix)}
     form = find_format(inside, key, told_format, model_known=model_known)
@@ -165,10 +165,9 @@ def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, s
     unusable: list[str] = []
     for top, head in form.heads.items():
         names = [name for name in tensors if _first_part(name, "") == top]
-        layers = {name.rpartition(".")[0] for name in names}
-        if not names or layers == {head}:
+        if set(names) <= {f"{head}.weight", f"{head}.bias"}:
             continue
-        (layer, *others) = layers
+        layer, *others = {name.rpartition(".")[0] for name in names}
         kinds = {f"{layer}.weight": 2, f"{layer}.bias": 1}
         if others or f"{layer}.weight" not in names or any(tensors[name].ndim != kinds.get(name) for name in names):
             unusable += names
