@@ -88,7 +88,7 @@ def test_published_weights_have_the_card_of_today(monkeypatch: pytest.MonkeyPatc
     )
     stored = build(old.config, old.r)
     checkpoint.write(tmp_path / "stored.safetensors", old, dict(stored.state_dict()))
-    monkeypatch.setattr("tomevit.weights.cache.cached", lambda card, convert: tmp_path / "stored.safetensors")
+    monkeypatch.setattr("tomevit.weights.cache.cached", lambda *_, **__: tmp_path / "stored.safetensors")
     model = tomevit.create("deit_ti16", pretrained=True)
     assert (model.r, model.card.licence, model.card.preprocess) == (today.r, today.licence, today.preprocess)
     assert (model.config.prop_attn, model.config.act) == (today.config.prop_attn, today.config.act)

@@ -9,10 +9,11 @@ Everything lies under `home()`, with one name per set of weights ("vit_b16.augre
                                     goes when a conversion is done; and a conversion's draft
     locks/NAME.lock                 held by the one process that fills the above
 
-A file appears in weights/ whole or not at all, nobody writes to it afterwards, so that it may be mapped into memory,
-and its own header says what it was made from. Finding it needs no lock, and no right to write. Everything but locks of
-living processes may be removed at any time (on a network file system: when no process uses the weights). Files from the
-Hugging Face hub stay in the cache of huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files are downloaded says `tomevit.weights.download`.
+A file appears in weights/ whole or not at all, and its own header says what it was made from. Finding it needs no lock,
+and no right to write. Nobody writes to it afterwards, so that it may be mapped into memory. All but the locks of living
+processes may be removed at any time; on a network file system, when no process uses the weights. Files from the Hugging
+Face hub stay in the cache of huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files
+are downloaded says `tomevit.weights.download`.
 """
 
 from __future__ import annotations
