@@ -313,7 +313,7 @@ def _read_torch_zip(
         start = header + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
         values = read_values(file, start, storage.numel, storage.dtype)
         if swapped:
-            values.untyped_storage().byteswap(storage.dtype)
+            values.untyped_storage().byteswap(storage.dtype)  # type: ignore[no-untyped-call]
         return values
 
     return _select_state_dict(path, tree, key, holds_model, cache(values))

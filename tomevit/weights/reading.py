@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
     """
     if unknown := sorted({kind for kind, *_ in stored.values()} - DTYPES.keys()):
         raise ValueError(f"it holds tensors of type {unknown[0][:20]!r}, which tomevit does not know")
-    whole: torch.UntypedStorage | None = None
+    whole: Any = None
     if mapped:
         with suppress(RuntimeError):
             whole = torch.UntypedStorage.from_file(file.name, shared=False, nbytes=os.fstat(file.fileno()).st_size)
@@ -76,6 +76,6 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
         if whole is None or start == end:
             values = read_values(file, start, (end - start) // dtype.itemsize, dtype)
         else:
-            values = torch.empty(0, dtype=dtype).set_(whole[start:end])  # type: ignore[arg-type]
+            values = torch.empty(0, dtype=dtype).set_(whole[start:end])
         tensors[name] = values.reshape(shape)
     return tensors
