@@ -11,6 +11,10 @@ class CheckpointError(ValueError):
     """A file is damaged, hostile, or not what it was taken for. Nothing of it was loaded, nothing written."""
 
 
+class UnreadableError(CheckpointError):
+    """A file is damaged, hostile, or no checkpoint, whatever the user says of it."""
+
+
 class MissingOptionError(CheckpointError):
     """A file can be read, if the user says one thing more.
 

@@ -213,7 +213,8 @@ def open_weights(
         fresh_head: whether the head will be replaced, and need not be one linear layer.
 
     Returns:
-        Tensors as they are: a model's own, of a file those mapped from it where that is safe, nothing resampled.
+        Tensors as they are, nothing resampled: a model's own; of a file copies, which no longer need it; those mapped
+        from a file in the cache, where tomevit alone writes.
 
     Raises:
         ValueError, CheckpointError, DownloadError, FileNotFoundError: as `convert`.
@@ -240,19 +241,13 @@ def open_weights(
             # What is made of an unknown file depends on what it is taken for.
             said = [f"{name} {model} {img_size}", *filter(None, (format, key, prefix)), *["fresh head"] * fresh_head]
             distinct = hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
-            card = replace(card, name=f"{card.name}-{distinct}")
-            stored = read_own_file(_cached(card, **told), model)
+            stored = _read_cached(card, variant=distinct, **told)
             published = sources.find_published(stored.card.origin)
             if published is None or published[0].full_name != stored.card.full_name:
                 return stored
             return _with_card_of_today(stored, published[0])
     with sources.locate(name) as located:
-        weights = read_weights(located, **told)
-    if not (located.downloaded or is_ours(located.path)):
-        # They are mapped from a file that a user may write anew, in place, while the model is in use.
-        for name in list(weights.tensors):
-            weights.tensors[name] = weights.tensors[name].clone()
-    return weights
+        return read_weights(located, **told)
 
 
 @contextmanager
@@ -282,7 +277,7 @@ def published_weights(card: Card) -> Weights:
     """
     if not card.sources:
         raise ValueError(f"no weights are published for {card.full_name}: pretrained= takes a file of your own")
-    return _with_card_of_today(read_own_file(_cached(card)), zoo.card(card.full_name))
+    return _with_card_of_today(_read_cached(card), zoo.card(card.full_name))
 
 
 def _with_card_of_today(stored: Weights, current: Card) -> Weights:
@@ -299,12 +294,15 @@ def with_config(card: Card, config: Config) -> Card:
     return replace(card, config=config, figures=figures, class_names=class_names)
 
 
-def _cached(card: Card, **told: Any) -> Path:
+def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = None, **told: Any) -> Weights:
+    """The weights of a card's first source that can be had, converted on first use."""
+
     def write(fetched: cache.Fetched, draft: Path) -> None:
-        weights = read_weights(sources.locate_fetched(fetched, card), **told)
+        weights = read_weights(sources.locate_fetched(fetched, card), model=model, **told)
         checkpoint.write(draft, weights.card, weights.tensors)
 
-    return cache.cached(card, write)
+    path = cache.cached(card, write, variant=variant)
+    return read_own_file(path, model, mapped=path.is_relative_to(cache.home()))
 
 
 def inspect(source: str | os.PathLike[str]) -> Contents:
@@ -425,9 +423,9 @@ def resampling(card: Card) -> Resampling:
     return FORMATS.get(card.origin.format if card.origin else "", TIMM).resampling
 
 
-def read_own_file(path: Path, model: str | Card | None = None) -> Weights:
+def read_own_file(path: Path, model: str | Card | None = None, *, mapped: bool = False) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
-    header, tensors = checkpoint.read(path)
+    header, tensors = checkpoint.read(path, mapped=mapped)
     return _as_described(header.card, tensors, str(path), model)
 
 

@@ -26,10 +26,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, UnreadableError
+from tomevit.headers import read_header
 from tomevit.weights.other_files import (
     DISTRIBUTED,
     ZERO,
@@ -40,6 +40,7 @@ from tomevit.weights.other_files import (
     shorten,
 )
 from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk
+from tomevit.weights.reading import read_tensors, read_values
 from tomevit.weights.shards import files_of, is_index, read_index
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
@@ -61,8 +62,6 @@ NPY_HEADER = re.compile(
     re.DOTALL,
 )
 
-#: Of one safetensors file; each reads the header again, which takes long where there are very many tensors.
-MAX_MAPPINGS = 1024
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
 MAX_ENTRIES = 2**14  # of a zip archive
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
@@ -77,7 +76,7 @@ class Checkpoint:
     container: str  # "safetensors", "npz" or "torch"
     key: str  # where in the file the state dict lay: "" for a flat one, "model", "model_ema.module"
     prefix: str  # what was stripped off every name in an npz file: "", "opt/target/"
-    tensors: dict[str, Tensor]  # dense, on the CPU; mapped from the file where the format allows
+    tensors: dict[str, Tensor]  # dense, on the CPU, in memory of their own
     beside: tuple[str, ...] = ()  # what lay beside the tensors: "optimizer", "epoch", "args"
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
@@ -89,8 +88,6 @@ def open_checkpoint(
     holds_model: Callable[[Collection[str]], bool] = lambda _: False,
 ) -> Checkpoint:
     """Read the state dict of a checkpoint file, without running anything in it.
-
-    Mapped tensors are copied when written to, and need the file to stay as it is.
 
     Args:
         path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
@@ -115,12 +112,14 @@ def open_checkpoint(
             return _check_tensors(_read_container(path, file, key, holds_model))
         except CheckpointError as error:
             error.args = (f"{path} {_printable_line(error)}",)
+            if key is None and not isinstance(error, MissingOptionError):
+                raise UnreadableError(*error.args) from error.__cause__
             raise
         except MemoryError:  # what the file asks for is warranted, but not to be had
             raise
         # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
         except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {_printable_line(error)}") from error
+            raise UnreadableError(f"{path} is damaged: {_printable_line(error)}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -168,7 +167,7 @@ def _read_container(
     if head.startswith(LEGACY):
         return _read_torch_legacy(path, file, key, holds_model)
     if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
-        return _read_safetensors(path, key)
+        return _read_safetensors(path, file, key)
     raise CheckpointError(_describe_other_file(path, file, head))
 
 
@@ -211,18 +210,14 @@ def _read_listed(index: str, key: str) -> Checkpoint:
 # safetensors
 
 
-def _read_safetensors(path: str, key: str | None) -> Checkpoint:
+def _read_safetensors(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
     if key:
         raise CheckpointError(f"has no state dict at {key!r}: safetensors files are flat")
+    file.seek(0)
     try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-        # Each tensor is mapped on its own, so that its memory is free again as soon as it has been converted.
-        tensors: dict[str, Tensor] = {}
-        for group in [[name] for name in names] if len(names) <= MAX_MAPPINGS else [names]:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in group}
-    except SafetensorError as error:
+        metadata, stored = read_header(file)
+        tensors = read_tensors(file, stored)
+    except ValueError as error:
         raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
     return Checkpoint(path, "safetensors", "", "", tensors, metadata=metadata)
 
@@ -336,16 +331,15 @@ def _read_torch_zip(
             while member.read(CHUNK):  # to the end: that checks the sum
                 pass
     swapped = f"{root}/byteorder" in entries and archive.read(f"{root}/byteorder") != sys.byteorder.encode()
-    mapped = torch.UntypedStorage.from_file(path, False, os.fstat(file.fileno()).st_size)
 
     def values(storage: Storage) -> Tensor:
         header = entries[f"{root}/data/{storage.key}"].header_offset
         file.seek(header + ZIP_HEADER - 4)  # the lengths of a name and of a field that lie between header and data
         start = header + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
-        untyped = mapped[start : start + storage.nbytes]
+        values = read_values(file, start, storage.numel, storage.dtype)
         if swapped:
-            untyped.byteswap(storage.dtype)
-        return torch.empty(0, dtype=storage.dtype).set_(untyped)
+            values.untyped_storage().byteswap(storage.dtype)  # type: ignore[no-untyped-call]
+        return values
 
     return _select_state_dict(path, tree, key, holds_model, cache(values))
 
@@ -373,9 +367,7 @@ def _read_torch_legacy(
         file.seek(end)
 
     def values(storage: Storage) -> Tensor:
-        file.seek(starts[storage.key])
-        data = bytearray(file.read(storage.nbytes))
-        return torch.frombuffer(data, dtype=storage.dtype) if data else torch.empty(0, dtype=storage.dtype)
+        return read_values(file, starts[storage.key], storage.numel, storage.dtype)
 
     return _select_state_dict(path, tree, key, holds_model, cache(values))
 
