@@ -7,8 +7,8 @@
 `load` compares create(..., pretrained=True), second time, with safetensors' load_file and a look at every page of what
 it gives, in one process, in turns. `read` compares a model whose weights are read into memory of their own, as those of
 all files are, with one whose weights are mapped, as those in the cache are: each in a process of its own, in turns,
-until the model is there and with a look at every page. `convert` makes a checkpoint of the model's size in each container
-and converts it in a process of its own. The peak is what the system has as the largest resident memory, mapped file pages
+until the model is there and with a look at every page. `convert` makes a checkpoint of that size in each container and
+converts it in a process of its own. The peak is what the system has as the largest resident memory, mapped file pages
 included.
 """
 

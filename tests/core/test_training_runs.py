@@ -169,7 +169,7 @@ def test_every_format_is_found_under_a_name(form: str, tmp_path: Path, convert: 
     found = convert({"state_dict": under("net.", state) | {"loss.weight": torch.ones(3)}}, model=card)
     assert_same(found.tensors, plain.tensors)
     assert found.report.names == plain.report.names
-    assert found.report.left_out.keys() == {"loss.weight"}
+    assert found.report.left_out.keys() == {"loss.weight", *(f"net.{name}" for name in plain.report.left_out)}
 
 
 # ------------------------------------------------------------------------------------------------------------ wrappers
@@ -276,6 +276,30 @@ def test_classes_that_are_not_here(module: str, name: str, tmp_path: Path) -> No
         content = hostile.torch_zip(hostile.state_dict(model=hostile.tensor((4,), (1,), 4), args=value))
         (tmp_path / "run.ckpt").write_bytes(content)
         assert open_checkpoint(tmp_path / "run.ckpt").beside == ("args",)
+
+
+def leave_a_file(path: str) -> None:
+    Path(path).touch()
+
+
+def test_nothing_that_a_checkpoint_calls_is_called(tmp_path: Path) -> None:
+    """A function that is no one's but the user's: it may make an object as well, and is not run to see it."""
+    proof = tmp_path / "proof"
+    call = hostile.call(__name__, "leave_a_file", hostile.text(str(proof)))
+    content = hostile.torch_zip(hostile.state_dict(model=hostile.tensor((4,), (1,), 4), args=call))
+    (tmp_path / "run.ckpt").write_bytes(content)
+    assert open_checkpoint(tmp_path / "run.ckpt").beside == ("args",)
+    assert not proof.exists()
+    for module, function in (
+        ("commands", "getoutput"),
+        ("torch.hub", "load"),
+        ("numpy", "load"),
+        ("pathlib.os", "system"),
+    ):
+        call = hostile.call(module, function, hostile.text(str(proof)))
+        (tmp_path / "run.ckpt").write_bytes(hostile.torch_zip(hostile.state_dict(args=call)))
+        with pytest.raises(CheckpointError, match=r"wants to run (subprocess|torch\.hub|numpy|pathlib\.os)\."):
+            open_checkpoint(tmp_path / "run.ckpt")
 
 
 def test_a_whole_module_is_refused_with_a_way_on(convert: Callable[..., Converted]) -> None:

@@ -356,7 +356,7 @@ def _select_state_dict(
 ) -> Checkpoint:
     """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
     found = list(_find_models(tree, holds_model)) or list(_find_state_dicts(tree))
-    if not found and not isinstance(tree, Mapping):
+    if not found and (not isinstance(tree, Mapping) or (isinstance(tree, Unknown) and not tree)):
         raise CheckpointError(f"holds a {_kind_of(tree)}, not a state dict")
     if key is None:
         if not found:

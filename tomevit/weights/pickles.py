@@ -133,7 +133,7 @@ class Unknown(_Dict):
     """Stands in for an object whose class is code: nothing of it is kept but its items, if it is a dict."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__  # type: ignore[assignment]
+    __eq__ = object.__eq__
 
     def __init__(self, name: str) -> None:
         self.name = name
