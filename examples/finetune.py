@@ -87,7 +87,7 @@ def train(model: VisionTransformer, data: Data, options: argparse.Namespace, che
             start = time.perf_counter()
             passed = epoch + step / steps
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(passed, peak, options) * group["lr_scale"]
+                group["lr"] = learning_rate(passed, peak, options) * group["scale"]
             r = merged_at(passed, options)
 
             mean = 0.0

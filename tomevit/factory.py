@@ -16,7 +16,6 @@ from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
 from tomevit.weights import checkpoint
-from tomevit.weights.adapt import preprocess_for_channels
 from tomevit.weights.convert import adapt_weights, open_weights, published_weights
 
 
@@ -82,8 +81,7 @@ def create(
         raise ValueError("format, key and prefix say what a checkpoint is: give it as pretrained=")
     if pretrained is False:
         model = build(config, chosen.r)
-        preprocess = preprocess_for_channels(chosen.preprocess, config.in_chans)
-        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
+        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=chosen.preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
         if pretrained is True:
             weights = published_weights(chosen)

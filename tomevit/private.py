@@ -50,18 +50,37 @@ def _onednn(name: str) -> Callable[..., Any] | None:
 def times_written(tensor: Tensor) -> object:
     """What is equal as long as nobody writes to a tensor; without the name, equal to nothing.
 
-    Tensors made in inference mode keep no count: to them it is always the same.
+    Tensors made in inference mode keep no count, and are equal to nothing too.
     """
-    return 0 if tensor.is_inference() else getattr(tensor, "_version", object())
+    return object() if tensor.is_inference() else getattr(tensor, "_version", object())
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether somebody sees what goes into these modules, or comes out; without the names it is taken for granted."""
-    everywhere = vars(nn.modules.module)
-    for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks"):
-        if everywhere.get(f"_global_{kind}", True) or any(vars(m).get(f"_{kind}", True) for m in modules):
-            return True
-    return False
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ALL_MODULES = nn.modules.module
+
+
+def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer is of one of these very classes, and calling it does no more than the class says.
+
+    Not so an adapter in its place, one whose weight is computed, quantised or spread over processes, or one with hooks,
+    its own or those of all modules. Without the names, none is plain.
+    """
+    state = vars(layer)
+    return (
+        type(layer) in kinds
+        and "forward" not in state  # accelerate puts one there
+        and not any(state.get(name, True) or getattr(_ALL_MODULES, f"_global{name}", True) for name in _HOOKS)
+        and not any(is_wrapped(tensor) for tensor in state.get("_parameters", {}).values() if tensor is not None)
+    )
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for others, as quantised and distributed ones do; without the name, by its class."""
+    try:
+        from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+    except ImportError:
+        return type(tensor) not in (Tensor, nn.Parameter)
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def clone_compiled_answers(model: nn.Module) -> bool:

@@ -16,20 +16,26 @@ ALLOWED = (
     "or a float up to 0.5 (share of the patches entering each block)"
 )
 
+#: Beyond what any image has, and what every reader of JSON and TOML can hold.
+MOST = 2**63 - 1
+
 
 def _count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{what} is {value!r}; give {ALLOWED}")
-    if value < 0:
-        raise ValueError(f"{what} is {value}, and cannot be negative: 0 merges nothing")
-    return int(value)
+    count = int(value)
+    if abs(count) > MOST:
+        raise ValueError(f"{what} is beyond 2**63, and no image has so many tokens; give {ALLOWED}")
+    if count < 0:
+        raise ValueError(f"{what} is {count}, and cannot be negative: 0 merges nothing")
+    return count
 
 
 def check_schedule(r: object, depth: int) -> Schedule:
     """The same r with plain Python numbers.
 
     Raises:
-        ValueError: r is none of the four forms, negative, or a list longer than the model is deep.
+        ValueError: r is none of the four forms, negative, beyond 2**63, or a list longer than the model is deep.
     """
     if isinstance(r, list):
         if len(r) > depth:
@@ -38,18 +44,16 @@ def check_schedule(r: object, depth: int) -> Schedule:
     if isinstance(r, tuple):
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
             raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
-        inflection = float(r[1])
-        if not -1 <= inflection <= 1:
-            raise ValueError(f"the inflection is {inflection}, and must lie between -1 (early) and 1 (late)")
-        return _count(r[0], "r[0]"), inflection
+        if r[1] < -1 or not r[1] <= 1:
+            raise ValueError(f"the inflection is {r[1]}, and must lie between -1 (early) and 1 (late)")
+        return _count(r[0], "r[0]"), float(r[1])
     if isinstance(r, Real) and not isinstance(r, Integral):
-        share = float(r)
-        if not 0 < share <= 0.5:
+        if r <= 0 or not r <= 0.5:
             raise ValueError(
-                f"r is {share}; a float is the share of the patches that merge in each block, above 0 and at most "
+                f"r is {r}; a float is the share of the patches that merge in each block, above 0 and at most "
                 f"0.5; for a number of tokens give an int"
             )
-        return share
+        return float(r)
     return _count(r, "r")
 
 
@@ -105,7 +109,8 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
     Args:
         r: an int: that many in every block. (r, inflection): a line through the blocks with mean r, flat at 0, falling
             from 2r to 0 at -1, rising from 0 to 2r at 1 (`parse_r` in facebookresearch/ToMe). A list: block by block,
-            0 for the blocks it does not reach. A float in (0, 0.5]: that share of the patches entering each block.
+            0 for the blocks it does not reach. A float in (0, 0.5]: that share of the patches entering each block,
+            rounded down.
         depth: number of blocks.
         num_tokens: tokens that enter the first block, prefix included.
         num_prefix: tokens that are never merged.
@@ -116,7 +121,8 @@ def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) 
     wanted = _per_block(check_schedule(r, depth), depth)
     patches, merged = num_tokens - num_prefix, []
     for want in wanted:
-        count = min(int(want * patches) if isinstance(want, float) else want, patches // 2)
+        # What 0.29 lacks of 29/100 in binary does not cost a token.
+        count = min(int(want * patches + 1e-9) if isinstance(want, float) else want, patches // 2)
         # torch.compile takes an r that it has seen change for a symbol, and a dozen merges in one symbol are hours of
         # algebra. The length of a range is a constant to it.
         count = len(range(count))

@@ -6,15 +6,13 @@ torch is imported where it is used: `import tomevit` loads this module, and is n
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tomevit.config import Preprocess
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
-
-    from tomevit.models import VisionTransformer
+    from torch import Tensor, nn
 
 
 class Transform:
@@ -43,8 +41,10 @@ class Transform:
         channels = len(self.preprocess.mean)
         if pixels.shape[-3] != channels:
             raise ValueError(f"the image has {pixels.shape[-3]} channels, and the model takes {channels}")
-        mean = torch.tensor(self.preprocess.mean, device=pixels.device)[:, None, None]
-        std = torch.tensor(self.preprocess.std, device=pixels.device)[:, None, None]
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+            for values in (self.preprocess.mean, self.preprocess.std)
+        )
         return pixels.to(torch.float32).div(255).sub(mean).div(std)
 
     def __repr__(self) -> str:
@@ -97,6 +97,13 @@ def _crop(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return pixels[..., top : top + size[0], left : left + size[1]]
 
 
-def transform(model: VisionTransformer) -> Transform:
-    """The preprocessing that a model's weights were evaluated with, at the model's image size."""
-    return Transform(model.card.preprocess, model.config.img_size)
+def transform(model: nn.Module) -> Transform:
+    """The preprocessing that a model's weights were evaluated with, at the model's image size.
+
+    Args:
+        model: in a wrapper of torch's or not.
+    """
+    from tomevit.models import unwrap
+
+    inner: Any = unwrap(model)
+    return Transform(inner.card.preprocess, inner.config.img_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.layers import MATCHINGS, Tokens
+from tomevit.layers import MATCHINGS, Tokens, bipartite_soft_matching
 from tomevit.layers.matching import find_matching
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
@@ -438,3 +438,53 @@ def test_per_image_gradients_by_vmap() -> None:
         by_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
     _, _, *together = loss_and_gradients(model, images)
     torch.testing.assert_close([g.sum(0) for g in by_image.values()], together, rtol=0, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------------- programs of other kinds
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.* is deprecated:DeprecationWarning"
+)  # of torch itself; no TracerWarning
+@pytest.mark.parametrize("r", [0, 4, [8, 0, 3]], ids=str)
+@families
+def test_torch_jit_traces_it(fields: dict[str, Any], r: Schedule) -> None:
+    model = tiny(r, depth=3, **fields)
+    traced = torch.jit.trace(model, images_for(model))  # type: ignore[no-untyped-call]
+    images = images_for(model, 5, seed=3)  # of another batch
+    with torch.no_grad():
+        assert relative_error(traced(images), model(images)) < 1e-5
+
+
+@families
+def test_programs_are_of_operators_that_runtimes_have(fields: dict[str, Any]) -> None:
+    model = tiny(4, depth=3, **fields)
+    program = torch.export.export(model, (images_for(model),))
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    names = {str(node.target) for node in calls}
+    missing = ("sort", "new_ones", "autocast", "set_grad", "promote_types", "cumsum", "scatter", "index_put", "tomevit")
+    assert not [name for name in names for word in missing if word in name]
+    for node in calls:
+        shape = node.meta["val"].shape if isinstance(node.meta["val"], Tensor) else None
+        if "slice" in str(node.target):
+            assert node.args[0].meta["val"].shape != shape  # a whole slice shares its memory
+        if "mul" in str(node.target):
+            assert not [
+                arg for arg in node.args if isinstance(arg, torch.fx.Node) and arg.meta["val"].dtype == torch.bool
+            ]
+
+
+@families
+def test_shapes_without_values(fields: dict[str, Any]) -> None:
+    model = tiny(4, depth=3, **fields).to("meta")
+    assert model(images_for(model).to("meta")).shape == (3, model.config.num_classes)
+    features = model.forward_features(images_for(model).to("meta"))
+    assert features.x.shape[1] == model.token_counts()[-1]
+
+
+def test_a_matching_compiles_where_nothing_merges(fresh_compiler: None) -> None:
+    compiled = torch.compile(bipartite_soft_matching, fullgraph=True, backend="aot_eager")
+    key = torch.randn(2, 9, 4)
+    for r in (0, 3):
+        for ours, theirs in zip(compiled(key, r, 1), bipartite_soft_matching(key, r, 1), strict=True):
+            assert torch.equal(ours, theirs)

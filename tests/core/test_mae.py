@@ -16,7 +16,7 @@ import tomevit
 from tests.helpers import images_for, relative_error
 from tomevit import MaskedAutoencoder
 from tomevit.config import Config
-from tomevit.models import build, patchify, unpatchify
+from tomevit.models import build, build_meta, patchify, unpatchify
 from tomevit.models.init import sincos_positions
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden/mae_pretrain.safetensors")
@@ -228,6 +228,28 @@ def test_training_mode_is_the_encoders() -> None:
     model = MaskedAutoencoder(build(SMALL).train(), decoder_dim=16, decoder_depth=1)
     assert model.training
     assert model.decoder.training
+
+
+@pytest.mark.parametrize("encoder", [build(SMALL).bfloat16(), build(SMALL).double(), build_meta(SMALL)])
+def test_the_decoder_is_like_its_encoder(encoder: tomevit.VisionTransformer) -> None:
+    kind = {(tensor.dtype, tensor.device) for tensor in encoder.state_dict().values()}
+    model = MaskedAutoencoder(encoder, decoder_dim=16, decoder_depth=1, decoder_heads=1)
+    assert {(tensor.dtype, tensor.device) for tensor in model.state_dict().values()} == kind
+    if encoder.pos_embed.is_meta:
+        return
+    loss, pred, mask = model(images_for(encoder), r=4)
+    assert pred.dtype == encoder.pos_embed.dtype
+    assert mask.dtype == torch.float32
+    loss.backward()
+
+
+def test_r_is_the_encoders() -> None:
+    model = autoencoder()
+    model.r = (2, -1.0)
+    assert model.r == model.encoder.r == (2, -1.0)
+    assert model.token_counts() != model.token_counts(0)
+    with pytest.raises(ValueError, match="negative"):
+        model.r = -1
 
 
 def test_what_patches_are_visible_is_said_by_number() -> None:

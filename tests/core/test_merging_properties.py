@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +32,7 @@ from tomevit.layers import (
     slot_map,
     unmerge,
 )
+from tomevit.layers.matching import _largest, _largest_by_topk
 from tomevit.schedule import Schedule
 
 DETERMINISTIC = ["bipartite", "every_kth"]
@@ -385,12 +388,24 @@ def test_schedule_forms() -> None:
     assert resolve_schedule(0.25, 3, 101, 1) == (25, 18, 14)
     assert resolve_schedule(10**6, 3, 101, 1) == (50, 25, 12)
     assert resolve_schedule((8, -1.0), 1, 101, 1) == (8,)
+    assert resolve_schedule((2**63 - 1, -1.0), 3, 101, 1)[0] == 50
+    numbers: list[Any] = [0.29, np.float64(0.29), Fraction(29, 100), 29, np.int8(29), (np.int64(29), Fraction(1, 2))]
+    assert [resolve_schedule(r, 1, 101, 1) for r in numbers] == [(29,)] * len(numbers)
+
+
+@given(patches=st.integers(2, 5000), data=st.data())
+def test_a_share_loses_no_token_to_binary_rounding(patches: int, data: st.DataObject) -> None:
+    merged = data.draw(st.integers(1, patches // 2))
+    assert resolve_schedule(merged / patches, 1, patches, 0) == (merged,)
+    share = data.draw(st.decimals("0.0001", "0.5", places=4))
+    assert resolve_schedule(float(share), 1, patches, 0) == (int(share * patches),)
 
 
 WRONG: list[Any] = [-1, True, "8", None, {}, 1 + 2j, math.nan, 0.0, -0.1, 0.51, 8.0, math.inf]
 WRONG += [[1] * 5, [1, -1], [1.0], [True], ["1"], [None], [0.5]]
 WRONG += [(), (1,), (1, 2, 3), (1, 1.5), (1, -1.01), (1, math.nan), (1, None), (1, True), (1, "0")]
 WRONG += [(1.0, 0.5), (-1, 0.0), (True, 0.0), ("1", 0.0), range(4), torch.tensor(1.0)]
+WRONG += [10**400, -(10**400), [10**400], (10**400, -1.0), (8, 10**400), Fraction(10**400, 3)]
 
 
 @pytest.mark.parametrize("r", WRONG, ids=repr)
@@ -579,3 +594,66 @@ def test_flops_fall_as_r_grows() -> None:
     costs = [flops(Config(), r) for r in range(0, 30, 5)]
     assert costs == sorted(costs, reverse=True)
     assert len(set(costs)) == len(costs)
+
+
+# ------------------------------------------------------------------------------------------ no index leaves its image
+
+
+@pytest.mark.parametrize("beyond", [-1, 9, 12, 10**6])
+@pytest.mark.parametrize("part", Merge._fields)
+def test_no_merge_reaches_into_another_image(part: str, beyond: int) -> None:
+    tokens = Tokens(torch.randn(3, 9, 4))
+    merge = bipartite_soft_matching(tokens.x, 3, 1)
+    index = getattr(merge, part).clone()
+    index[1, -1] = beyond
+    for training in (False, True):
+        with pytest.raises((RuntimeError, IndexError), match=r"out of bounds|out of range"):
+            merge_tokens(Tokens(tokens.x.clone().requires_grad_(training)), merge._replace(**{part: index}))
+
+
+@pytest.mark.parametrize("patches", [[0, 64], [-1, 3]])
+def test_visible_patches_are_the_image_s_own(patches: list[int]) -> None:
+    model, (least, most) = tiny(1), patches
+    assert model.config.num_patches == 64
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with (
+            mode(),
+            pytest.raises(ValueError, match=f"visible names patches {least} to {most}, .* 0 to 63"),
+        ):
+            model.forward_features(images_for(model), visible=torch.tensor([patches] * 3))
+
+
+def wrong_merges(merge: Merge) -> dict[str, Merge]:
+    keep, src, dst = merge
+    return {
+        "keep of shape": Merge(keep[:, 1:], src, dst),
+        "src of shape .* torch.int32": Merge(keep, src.int(), dst),
+        "each of the 65 tokens once": Merge(keep, src.roll(1, 0), dst),
+        "keep the first 1 tokens first": Merge(keep.roll(1, 1), src, dst),
+        "joins tokens to 0 to ": Merge(keep, src, dst * 0),
+        "joins tokens to .* to 61, and of those that stay they may join 1 to 60": Merge(keep, src, dst * 0 + 61),
+    }
+
+
+@pytest.mark.parametrize("what", range(6))
+def test_a_matching_of_the_users_own_is_checked(what: int) -> None:
+    def mine(key: Tensor, r: int, num_prefix: int) -> Merge:
+        return list(wrong_merges(bipartite_soft_matching(key, r, num_prefix)).values())[what]
+
+    model = tiny(4, matching=mine, depth=2, pool="avg")
+    assert model.config.num_tokens == 65
+    message = list(wrong_merges(bipartite_soft_matching(torch.randn(3, 65, 4), 4, 1)))[what]
+    with pytest.raises(ValueError, match=f"the matching mine .*{message}"):
+        model(images_for(model))
+    right = tiny(4, matching=lambda *args: bipartite_soft_matching(*args), depth=2, pool="avg")
+    assert torch.equal(right(images_for(right)), tiny(4, depth=2, pool="avg")(images_for(right)))
+
+
+@given(st.integers(1, 40), st.data())
+def test_the_most_similar_by_topk_are_those_of_a_stable_sort(count: int, data: st.DataObject) -> None:
+    values = st.lists(st.sampled_from([-1.0, 0.0, 0.25, 0.5, 1.0]), min_size=count, max_size=count)
+    similarity = torch.tensor(data.draw(st.lists(values, min_size=1, max_size=3)))
+    r = data.draw(st.integers(1, count))
+    (merged, stays), (expected, others) = _largest_by_topk(similarity, r), _largest(similarity, r)
+    assert torch.equal(merged.sort(-1).values, expected.sort(-1).values)
+    assert torch.equal(stays, others)

@@ -16,7 +16,6 @@ from tests.helpers import images_for, tiny
 from tomevit import private
 from tomevit.deploy.optimize import compile_whole
 from tomevit.layers.packed import PackedLinear, can_pack
-from tomevit.layers.uninitialised import Linear
 from tomevit.measure.bounds import Limits, bounds
 
 NAMES = (
@@ -62,7 +61,7 @@ def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["_reorder_linear_weight", "_linear_pointwise"])
 def test_weights_are_not_packed_without_the_operators(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    x, plain = torch.randn(5, 8), Linear(8, 8)
+    x, plain = torch.randn(5, 8), nn.Linear(8, 8)
     monkeypatch.setattr(private, "_onednn", lambda asked: None if asked == name else getattr(torch.ops.mkldnn, asked))
     packed = PackedLinear(plain)
     assert packed._packed is None
@@ -84,11 +83,12 @@ def test_packed_weights_are_never_trusted_without_a_count_of_writes(monkeypatch:
     assert private.times_written(tensor) != private.times_written(tensor)
 
 
-def test_hooks_are_taken_for_granted_without_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["_global_forward_hooks", "_global_backward_pre_hooks"])
+def test_no_layer_is_plain_without_the_names(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     layer = nn.Linear(2, 2)
-    assert not private.has_hooks(layer)
-    without(monkeypatch, "torch.nn.modules.module._global_forward_hooks")
-    assert private.has_hooks(layer)
+    assert private.is_plain(layer, nn.Linear)
+    without(monkeypatch, f"torch.nn.modules.module.{name}")
+    assert not private.is_plain(layer, nn.Linear)
 
 
 def test_a_model_is_not_captured_where_its_answers_cannot_be_cloned(monkeypatch: pytest.MonkeyPatch) -> None:

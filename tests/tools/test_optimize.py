@@ -114,9 +114,9 @@ def test_emulated_types_are_widened_and_round_once(dtype: torch.dtype, monkeypat
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter)
     wide, x = layer.to(dtype).float()(x.to(dtype).float()), x.to(dtype)
-    assert torch.equal(layer.to(dtype)(x), wide.to(dtype))
+    assert torch.equal(backends.call(layer.to(dtype), x), wide.to(dtype))
     with torch.autocast("cpu", dtype):
-        assert torch.equal(layer.float()(x.float()), wide.to(dtype))
+        assert torch.equal(backends.call(layer.float(), x.float()), wide.to(dtype))
     q, k, v = torch.randn(3, 2, 4, 9, 16).to(dtype)
     size = torch.randint(1, 5, (2, 9, 1)).float()
     bias = size.log().to(dtype).float().mT[:, None]
@@ -157,7 +157,8 @@ def test_what_a_hook_kept_is_left_alone(where: str, act: str) -> None:
         expected = model(images)
         handle = HOOKS[where](model, keep)
         try:
-            assert torch.equal(model(images), expected)
+            # The last qkv sees all tokens then, and a product of more rows rounds otherwise.
+            assert relative_error(model(images), expected) < 1e-5
         finally:
             handle.remove()
     assert kept

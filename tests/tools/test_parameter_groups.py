@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_layer_decay_is_timms() -> None:
     }
     ours = groups_of(model, weight_decay=0.05, layer_decay=0.75)
     expected |= dict.fromkeys(("norm.weight", "norm.bias"), (1.0, 0.0))
-    assert {name: (group["lr_scale"], group["weight_decay"]) for name, group in ours.items()} == expected
+    assert {name: (group["scale"], group["weight_decay"]) for name, group in ours.items()} == expected
 
 
 @pytest.mark.parametrize("fields", [{}, {"dist_token": True}, {"reg_tokens": 2}, {"layer_scale": 0.1}, {"pool": "avg"}])
@@ -50,7 +51,7 @@ def test_every_parameter_is_in_one_group(fields: dict[str, object]) -> None:
     for name, group in groups.items():
         matrix = name.endswith("weight") and model.get_parameter(name).ndim > 1
         assert group["weight_decay"] == (0.1 if matrix else 0.0), name
-        assert group["lr"] == group["lr_scale"]
+        assert group["lr"] == group["scale"]
     assert groups["blocks.3.mlp.fc1.weight"]["name"] == "blocks.3"
     assert groups["blocks.3.mlp.fc1.bias"]["name"] == "blocks.3, no decay"
     assert groups["blocks.3.mlp.fc1.bias"]["lr"] == 0.5
@@ -118,11 +119,32 @@ def test_a_fresh_head(dist_token: bool) -> None:
     assert [name for name, _ in model.named_parameters() if "head" in name] == []
 
 
+def test_a_group_has_its_rate_once_whoever_sets_it() -> None:
+    model, schedulers = tiny(), importlib.import_module("timm.scheduler")
+    makers: list[Callable[[torch.optim.Optimizer], object]] = [
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        lambda optimizer: schedulers.CosineLRScheduler(optimizer, t_initial=10).step(0),
+        lambda optimizer: schedulers.StepLRScheduler(optimizer, decay_t=5).step_update(0),
+        lambda optimizer: schedulers.create_scheduler_v2(optimizer, "poly", num_epochs=10)[0].step(0),
+    ]
+    expected = {group["name"]: group["lr"] for group in tomevit.param_groups(model, 1e-3, layer_decay=0.5)}
+    assert set(expected.values()) == {1e-3 * 0.5**i for i in range(6)}
+    for make in makers:
+        optimizer = torch.optim.AdamW(tomevit.param_groups(model, 1e-3, layer_decay=0.5))
+        make(optimizer)
+        found = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert found == pytest.approx(expected)
+        assert [1e-3 * group["scale"] for group in optimizer.param_groups] == pytest.approx([*found.values()])
+
+
 def wrapped(model: VisionTransformer) -> list[torch.nn.Module]:
     return [
         torch.compile(model, backend="eager"),
         torch.optim.swa_utils.AveragedModel(model),
         torch.nn.DataParallel(torch.compile(model, backend="eager")),
+        torch.compile(torch.nn.DataParallel(model), backend="eager"),
+        importlib.import_module("timm.utils").ModelEmaV3(model),
     ]
 
 
@@ -135,6 +157,95 @@ def test_the_model_in_a_wrapper(tmp_path: Path) -> None:
         assert [(group["name"], group["lr"]) for group in groups] == names
         tomevit.save(wrapper, tmp_path / f"{i}.safetensors")
         assert torch.equal(tomevit.load(tmp_path / f"{i}.safetensors")(images), model(images))
+        assert repr(tomevit.transform(wrapper)) == repr(tomevit.transform(model))
+
+
+def test_r_set_on_a_wrapper(tmp_path: Path) -> None:
+    """Where it does not reach the model, all of ours that is given the wrapper says so; with the call it does."""
+    functions: list[Callable[[torch.nn.Module], object]] = [
+        tomevit.transform,
+        tomevit.optimize,
+        lambda wrapper: tomevit.param_groups(wrapper, 1.0),
+        lambda wrapper: tomevit.save(wrapper, tmp_path / "x.safetensors"),
+        lambda wrapper: tomevit.export(wrapper, tmp_path / "x.pth", "timm"),
+        lambda wrapper: tomevit.export_program(wrapper, tmp_path / "x.onnx"),
+        lambda wrapper: tomevit.create("digits_p1", pretrained=wrapper),
+    ]
+    reached = []
+    for wrapper in wrapped(tiny(8)):
+        model = next(module for module in wrapper.modules() if isinstance(module, VisionTransformer))
+        images, model.r = images_for(model), 8
+        wrapper.r = 0  # type: ignore[assignment]
+        reached.append(model.r == 0)
+        if model.r:
+            for function in functions:
+                with pytest.raises(
+                    ValueError, match=r"^r was set on a \w+, where it acts on nothing: pass it with the"
+                ):
+                    function(wrapper)
+            del wrapper.r
+            tomevit.param_groups(wrapper, 1.0)
+        merged = wrapper(images)
+        assert torch.equal(merged, model(images))
+        assert torch.equal(wrapper(images, r=4), model(images, 4))
+        assert not torch.equal(wrapper(images, r=4), merged)
+    assert reached == [True, False, False, False, False]
+    assert [*tmp_path.iterdir()] == []
+
+
+class Adapter(torch.nn.Module):
+    """As peft's stand in a model: beside the layer that was there."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Adapted(torch.nn.Module):
+    """As peft wraps it then."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        model.requires_grad_(False)
+        for block in model.blocks:
+            block.mlp.fc1 = Adapter(block.mlp.fc1)  # type: ignore[union-attr]
+        self.base_model = model
+
+
+def adapted_by_peft(model: VisionTransformer) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["fc1"]))
+
+
+@pytest.mark.parametrize("adapt", [Adapted, adapted_by_peft])
+def test_a_model_with_adapters(adapt: Callable[[VisionTransformer], torch.nn.Module], tmp_path: Path) -> None:
+    model = tiny(8)
+    wrapper = adapt(model)
+    for given in (wrapper, torch.nn.DataParallel(wrapper), model):
+        for function in (
+            tomevit.optimize,
+            lambda given: tomevit.save(given, tmp_path / "x.safetensors"),
+            lambda given: tomevit.export(given, tmp_path / "x.pth", "timm"),
+            lambda given: tomevit.export_program(given, tmp_path / "x.onnx"),
+            lambda given: tomevit.push(given, "owner/repo"),
+            lambda given: tomevit.create("digits_p1", pretrained=given),
+        ):
+            with pytest.raises(ValueError, match=r"^model .*: give what .*merge_and_unload\(\) .*returns$"):
+                function(given)
+    with pytest.raises(
+        ValueError, match=r"give its get_base_model\(\) to train .* what its merge_and_unload\(\) returns"
+    ):
+        tomevit.param_groups(wrapper, 1.0)
+    groups = tomevit.param_groups(model, 1.0, layer_decay=0.5)
+    assert [(group["name"], group["lr"], len(group["params"])) for group in groups] == [
+        (f"blocks.{i}", 0.5 ** (4 - i), 2) for i in range(4)
+    ]
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_is_no_model_of_ours(tmp_path: Path) -> None:

@@ -375,7 +375,7 @@ def test_swa() -> None:
     model = tiny(8).train()
     images = images_for(model)
     optimizer = torch.optim.SGD(tomevit.param_groups(model, lr=0.02, layer_decay=0.5))
-    scales = [group["lr_scale"] for group in optimizer.param_groups]
+    scales = [group["scale"] for group in optimizer.param_groups]
     schedule = SWALR(optimizer, [0.01 * scale for scale in scales], anneal_epochs=2)
     average, seen = AveragedModel(model), []
     for _ in range(3):
@@ -383,7 +383,7 @@ def test_swa() -> None:
         schedule.step()
         average.update_parameters(model)
         seen.append(weights(model))
-    rates = [group["lr"] / group["lr_scale"] for group in optimizer.param_groups]
+    rates = [group["lr"] / group["scale"] for group in optimizer.param_groups]
     assert rates == pytest.approx([0.01] * len(rates))
     expected = [torch.stack(parameter).mean(0) for parameter in zip(*seen, strict=True)]
     torch.testing.assert_close(weights(average), expected, rtol=1e-5, atol=1e-6)
@@ -557,7 +557,7 @@ def test_schedulers_keep_the_layers_apart() -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
     for i in range(4):
         for group in optimizer.param_groups:
-            assert group["lr"] == pytest.approx(0.1 * group["lr_scale"] / (1 + i))
+            assert group["lr"] == pytest.approx(0.1 * group["scale"] / (1 + i))
         step(model, optimizer, images_for(model))
         schedule.step()
     assert len({group["lr"] for group in optimizer.param_groups}) == model.config.depth + 2
@@ -594,8 +594,8 @@ def test_a_resumed_run_is_the_run() -> None:
     assert_bits(weights(resumed[0]), weights(whole[0]))
     names = [group["name"] for group in resumed[1].param_groups]
     assert names[0::2] == ["embedding", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
-    assert [(g["lr"], g["lr_scale"]) for g in resumed[1].param_groups] == [
-        (g["lr"], g["lr_scale"]) for g in whole[1].param_groups
+    assert [(g["lr"], g["scale"]) for g in resumed[1].param_groups] == [
+        (g["lr"], g["scale"]) for g in whole[1].param_groups
     ]
 
 

@@ -50,8 +50,8 @@ def convert(
 ) -> None:
     """Write a checkpoint of any known format as one self-describing file.
 
-    SOURCE is a file, a directory with model.safetensors and config.json, a URL, hf-hub:owner/repo[@revision], or a name
-    of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
+    SOURCE is a file, a directory with one checkpoint, as model.safetensors and config.json, the index of several files,
+    a URL, hf-hub:owner/repo[@revision], or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
     """
     report = conversion.convert(
         source,

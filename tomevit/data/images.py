@@ -187,7 +187,9 @@ def stream(
         num_workers=workers,
         collate_fn=_collate,
     )
-    yield from loader
+    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
+        batches = iter(loader)
+    yield from batches
 
 
 @contextmanager
@@ -233,7 +235,7 @@ def prepare_image(source: str | bytes | Image | Tensor, transform: Transform, *,
 
 
 def _collate(items: Sequence[tuple[int, Tensor | str]]) -> Batch:
-    places = torch.tensor([i for i, image in items if isinstance(image, Tensor)], dtype=torch.int64)
+    places = torch.tensor([i for i, image in items if isinstance(image, Tensor)], dtype=torch.int64, device="cpu")
     images = [image for _, image in items if isinstance(image, Tensor)]
     unreadable = [(i, reason) for i, reason in items if isinstance(reason, str)]
-    return Batch(places, torch.stack(images) if images else torch.empty(0), unreadable)
+    return Batch(places, torch.stack(images) if images else torch.empty(0, device="cpu"), unreadable)

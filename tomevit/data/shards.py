@@ -185,12 +185,15 @@ def stream_samples(
     begin = [(place, 0) for place in range(len(shards))] if begin is None else begin
     todo = [(place, shards[place], first) for place, first in begin]
     # A process without a shard would only take memory.
-    yield from DataLoader(
+    loader = DataLoader(
         _Shards(todo, transform, batch, upright),
         batch_size=None,
         num_workers=min(workers, len(todo)),
         collate_fn=_as_it_is,
     )
+    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
+        batches = iter(loader)
+    yield from batches
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -226,5 +229,7 @@ class _Shards(IterableDataset[Batch]):
             except ImageError as error:  # of the shard
                 unreadable.append((shard, error.reason))
                 last = True
-            yield Batch(place, first, keys, torch.stack(images) if images else torch.empty(0), unreadable, last)
+            yield Batch(
+                place, first, keys, torch.stack(images) if images else torch.empty(0, device="cpu"), unreadable, last
+            )
             first += count

@@ -22,7 +22,6 @@ from tomevit import private
 from tomevit.layers import Block, backends
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
-from tomevit.layers.uninitialised import Linear
 from tomevit.models import VisionTransformer, unwrap_transformer
 
 K = TypeVar("K", bound=Hashable)
@@ -44,6 +43,7 @@ FUSED = "matching and merging in two Triton kernels"
 LASTING = {FOLDED, *WIDENED.values(), FUSED}  # what a copy of an optimized model still has
 
 
+@torch.inference_mode(False)  # tensors made in that mode do not tell when new weights are written into them
 def optimize(
     model: nn.Module,
     *,
@@ -83,8 +83,7 @@ def optimize(
     if device.type == "cpu" and dtype in backends.EMULATED:
         model.float()
         done.append(WIDENED[dtype])
-    if model.config.layer_scale is not None and model.pos_embed.dtype != torch.float16:
-        _fold_layer_scale(model)
+    if model.config.layer_scale is not None and model.pos_embed.dtype != torch.float16 and _fold_layer_scale(model):
         done.append(FOLDED)
     if fused_merge and FUSED not in done:
         _fuse_merge(model)
@@ -101,23 +100,27 @@ def optimize(
     return model
 
 
-def _fold_layer_scale(model: VisionTransformer) -> None:
+def _fold_layer_scale(model: VisionTransformer) -> bool:
+    """Multiply each LayerScale into the layer before it; False, and nothing done, where one is not plain."""
+    pairs = [pair for b in _blocks(model) for pair in ((b.attn.proj, b.ls1), (b.mlp.fc2, b.ls2))]
+    if not all(private.is_plain(layer, nn.Linear) and private.is_plain(scale, LayerScale) for layer, scale in pairs):
+        return False
+    for layer, scale in cast("list[tuple[nn.Linear, LayerScale]]", pairs):
+        # float32 keeps half precision from being rounded twice.
+        gamma = scale.gamma.to(torch.promote_types(scale.gamma.dtype, torch.float32))
+        layer.weight.copy_(layer.weight * gamma[:, None])
+        layer.bias.copy_(layer.bias * gamma)
     for block in _blocks(model):
-        for layer, scale in ((block.attn.proj, block.ls1), (block.mlp.fc2, block.ls2)):
-            assert isinstance(scale, LayerScale)
-            # float32 keeps half precision from being rounded twice.
-            gamma = scale.gamma.to(torch.promote_types(scale.gamma.dtype, torch.float32))
-            layer.weight.copy_(layer.weight * gamma[:, None])
-            layer.bias.copy_(layer.bias * gamma)
         block.ls1, block.ls2 = nn.Identity(), nn.Identity()
     model.config = replace(model.config, layer_scale=None)
     model.card = replace(model.card, config=model.config)
+    return True
 
 
 def _pack(model: VisionTransformer, *, required: bool) -> str:
     """Pack the blocks' weights for as many rows as are faster so, and say what that gives; nothing, if none are."""
-    blocks = [[(*found, PackedLinear(found[-1])) for found in _linears(block, Linear)] for block in _blocks(model)]
-    blocks = [block for block in blocks if any(can_pack(layer.weight) for _, _, layer, _ in block)]
+    found = ([each for each in _linears(block, nn.Linear) if can_pack(each[-1].weight)] for block in _blocks(model))
+    blocks = [[(*each, PackedLinear(each[-1])) for each in block] for block in found if block]
     if required:
         if not blocks:
             raise ValueError(
@@ -139,7 +142,7 @@ def _pack(model: VisionTransformer, *, required: bool) -> str:
     return gain
 
 
-def _gains(blocks: Sequence[Sequence[Sequence[Linear]]]) -> dict[int, float]:
+def _gains(blocks: Sequence[Sequence[Sequence[nn.Linear]]]) -> dict[int, float]:
     """How many times as fast products of ROWS rows are, through layers that are given for each block, plain and packed.
 
     In every call through those of another block: in a model, too, a weight is no longer in the cache when it is needed.
@@ -179,12 +182,14 @@ def _unpack(model: VisionTransformer) -> None:
 
 
 def _linears(block: Block, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
-    """A block's layers of this very kind, subclasses left out, each as parent, name and layer."""
+    """A block's layers of this very kind, each as parent, name and layer; without subclasses, and what is made to run
+    otherwise.
+    """
     return [
         (parent, name, layer)
         for parent in (block.attn, block.mlp)
         for name, layer in parent.named_children()
-        if type(layer) is kind
+        if type(layer) is kind and "forward" not in vars(layer)
     ]
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
+from tomevit.layers.packed import PackedLinear
 from tomevit.layers.uninitialised import layer_norm, linear
 
 
@@ -28,7 +29,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout:
     """
     bias = None
     if size is not None:
-        log_size = size.to(torch.promote_types(q.dtype, torch.float32)).log().to(q.dtype)
+        log_size = size.to(backends.at_least_float32(q.dtype)).log().to(q.dtype)
         bias = rearrange(log_size, "b n 1 -> b 1 1 n")
     return backends.without_emulation(partial(F.scaled_dot_product_attention, dropout_p=dropout), q, k, v, bias)
 
@@ -57,17 +58,23 @@ class Attention(nn.Module):
         Returns:
             (B, N or num_read, D), and the keys (B, H, N, d).
         """
-        if num_read is None:
-            q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=self.head_dim)
-        else:
-            dim = x.shape[2]
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = backends.without_emulation(
-                F.linear, x[:, :num_read], weight[:dim], None if bias is None else bias[:dim]
-            )
-            q = rearrange(q, "b n (h d) -> b h n d", d=self.head_dim)
-            kv = backends.without_emulation(F.linear, x, weight[dim:], None if bias is None else bias[dim:])
-            k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, d=self.head_dim)
+        q, k, v = self._qkv(x) if num_read is None else self._qkv_read(x, num_read)
         q, k = self.q_norm(q), self.k_norm(k)
         x = attend(q, k, v, size, self.attn_dropout if self.training else 0.0)
-        return self.dropout(self.proj(rearrange(x, "b h n d -> b n (h d)"))), k
+        return self.dropout(backends.call(self.proj, rearrange(x, "b h n d -> b n (h d)"))), k
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = backends.call(self.qkv, x)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=self.head_dim).unbind()
+        return q, k, v
+
+    def _qkv_read(self, x: Tensor, num_read: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first tokens alone. Whatever else is put in the place of the layer is called, and sees all."""
+        if not private.is_plain(self.qkv, nn.Linear, PackedLinear):
+            q, k, v = self._qkv(x)
+            return q[:, :, :num_read], k, v
+        dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
+        q = backends.without_emulation(F.linear, x[:, :num_read], weight[:dim], None if bias is None else bias[:dim])
+        kv = backends.without_emulation(F.linear, x, weight[dim:], None if bias is None else bias[dim:])
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, d=self.head_dim).unbind()
+        return rearrange(q, "b n (h d) -> b h n d", d=self.head_dim), k, v

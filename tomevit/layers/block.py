@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attention
-from tomevit.layers.matching import Matching, find_matching
+from tomevit.layers.matching import MATCHINGS, Matching, check_merge, find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
 from tomevit.layers.uninitialised import layer_norm
@@ -18,8 +18,15 @@ MatchAndMerge = Callable[[Tokens, Tensor, int, int], Tokens]
 
 
 def match_and_merge(matching: Matching, tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
-    """Merge r tokens, those that the matching finds similar in the keys (B, H, N, d), averaged over the heads."""
-    return merge_tokens(tokens, matching(key.mean(1), r, num_prefix))
+    """Merge r tokens, those that the matching finds similar in the keys (B, H, N, d), averaged over the heads.
+
+    Raises:
+        ValueError: a matching of the user's own merges other tokens than r of those that it was given.
+    """
+    merge = matching(key.mean(1), r, num_prefix)
+    if matching not in MATCHINGS.values():
+        check_merge(merge, matching, key.shape[2], r, num_prefix)
+    return merge_tokens(tokens, merge)
 
 
 class Block(nn.Module):
@@ -50,7 +57,8 @@ class Block(nn.Module):
         """
         x, size, slots = tokens
         attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
-        tokens = Tokens(x[:, :num_read] + self.drop_path(self.ls1(attended)), size, slots)
+        x = x if num_read is None else x[:, :num_read]
+        tokens = Tokens(x + self.drop_path(self.ls1(attended)), size, slots)
         if r > 0:
             tokens = self.match_and_merge(tokens, key, r, self.num_prefix)
         del attended, key  # the keys hold all of qkv, which need not be there when memory peaks

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
@@ -28,9 +25,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        proj = self.proj
-        patches = backends.without_emulation(partial(F.conv2d, stride=proj.stride), images, proj.weight, proj.bias)
-        return rearrange(patches, "b d h w -> b (h w) d")
+        return backends.call(self.proj, images).flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H W, D)
 
 
 def add_prefix_and_positions(

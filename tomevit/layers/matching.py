@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tomevit.layers import backends
@@ -25,14 +24,14 @@ from tomevit.layers.merge import Merge, rows
 Matching = Callable[[Tensor, int, int], Merge]
 
 
-@torch.no_grad()
 def bipartite_soft_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
     """Bipartite soft matching (ToMe, section 3): even tokens each find their most similar odd one; the r best merge.
 
     Even and odd count from the first token, prefix included, so that weights trained with merging see the same sets.
     """
-    match = torch.ops.tomevit.bipartite_soft_matching if backends.hides_merging(key) else _bipartite
-    return Merge(*match(key, r, num_prefix))
+    # The operator's results may not share memory, as empty ones do.
+    match = torch.ops.tomevit.bipartite_soft_matching if r > 0 and backends.hides_merging(key) else _bipartite
+    return Merge(*match(key.detach(), r, num_prefix))
 
 
 def _bipartite(key: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +50,6 @@ def _(key: Tensor, r: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
     return keep, src, dst
 
 
-@torch.no_grad()
 def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) -> Merge:
     """Every k-th patch stays; of the others the r most similar to one of those join it, with r = None all of them.
 
@@ -67,13 +65,13 @@ def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) 
     return _join_most_similar(key, src, dst, len(src) if r is None else r, num_prefix)
 
 
-@torch.no_grad()
 def random_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
     """Patches drawn at random, r in each image, join the most similar of the rest: the baseline for a matching.
 
     Draws from torch's default generator: seed it for equal results.
     """
-    draw = torch.rand(key.shape[0], key.shape[1] - num_prefix, device=key.device).argsort(-1) + num_prefix
+    noise = torch.rand(key.shape[0], key.shape[1] - num_prefix, device=key.device, dtype=torch.float32)
+    draw = noise.argsort(-1) + num_prefix
     src, dst = draw[:, :r].sort(-1).values, draw[:, r:].sort(-1).values
     return _join_most_similar(key, src, dst, r, num_prefix)
 
@@ -106,18 +104,84 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
         keep = torch.cat([index.expand(batch, -1) for index in (prefix, src, dst)], 1)
         return Merge(keep, keep[:, :0], keep[:, :0])
     # float32 before the norm: squares of float16 overflow from 256 on.
-    key = F.normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
-    with torch.autocast(key.device.type, enabled=False):
-        scores = _take(key, src) @ _take(key, dst).mT  # (B, S, T)
-    similarity, nearest = scores.max(-1)  # (B, S)
-    order = similarity.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the earlier token
-    merged, stays = order[:, :r], order[:, r:].sort(-1).values
+    key = key.detach().to(backends.at_least_float32(key.dtype))
+    key = key / key.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    with backends.without_autocast(key):
+        scores = _take(key, src) @ _take(key, dst).transpose(1, 2)  # (B, S, T)
+    if backends.is_recorded():
+        nearest = scores.argmax(-1)
+        similarity = scores.gather(2, nearest[:, :, None]).squeeze(2)
+    else:
+        similarity, nearest = scores.max(-1)  # (B, S)
+    merged, stays = (_largest_by_topk if backends.is_recorded() else _largest)(similarity, r)
     src_of = src.__getitem__ if src.ndim == 1 else partial(src.gather, 1)
     return Merge(
-        keep=torch.cat([prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)], 1),
+        keep=_side_by_side(prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)),
         src=src_of(merged),
         dst=nearest.gather(1, merged) + (num_prefix + src.shape[-1] - r),
     )
+
+
+def _side_by_side(*indices: Tensor) -> Tensor:
+    """Indices (B, n) of several n as one."""
+    if not backends.is_exporting():
+        return torch.cat(indices, 1)
+    # Tools that quantise programs take every concatenation for one of activations, and stop at integers.
+    place = torch.arange(sum(index.shape[1] for index in indices), device=indices[0].device)
+    whole = place
+    for index in indices:
+        if width := index.shape[1]:
+            within = torch.where(torch.logical_and(place >= 0, place < width), place, torch.zeros_like(place))
+            whole = torch.where(place < 0, whole, index.index_select(1, within))
+            place = place - width
+    return whole
+
+
+def _largest(similarity: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Of similarities (B, S) the indices (B, r) of the largest, and (B, S - r) of the others, those ascending."""
+    order = similarity.argsort(dim=-1, descending=True, stable=True)  # stable: ties go to the earlier token
+    return order[:, :r], order[:, r:].sort(-1).values
+
+
+def _largest_by_topk(similarity: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The same, for runtimes without a stable sort: where values are equal, their topk takes whichever it likes."""
+    count = similarity.shape[1]
+    last = similarity.topk(r).values[:, -1:]  # to merge; only the value counts
+    # No two are equal: first what is more similar than the last, then what is as similar, each by position.
+    position = torch.arange(count, 0, -1, device=similarity.device)
+    rank = position + count * ((similarity > last).to(torch.int64) + (similarity >= last).to(torch.int64))
+    least, merged = rank.topk(r)
+    if not backends.is_traced() and r == count:
+        return merged, merged[:, :0]
+    return merged, (position * (rank < least[:, -1:]).to(torch.int64)).topk(count - r).indices
+
+
+def check_merge(merge: Merge, matching: Matching, tokens: int, r: int, num_prefix: int) -> None:
+    """Raises ValueError unless a merge of a matching of the user's own is one of r tokens, none of the prefix."""
+    name = getattr(matching, "__name__", repr(matching))
+    batch = merge.keep.shape[0]
+    wanted = {"keep": (batch, tokens - r), "src": (batch, r), "dst": (batch, r)}
+    for part, shape in wanted.items():
+        index = getattr(merge, part)
+        if tuple(index.shape) != shape or index.dtype != torch.int64:
+            raise ValueError(
+                f"the matching {name} gave {part} of shape {tuple(index.shape)}, {index.dtype}, and for r={r} of "
+                f"{tokens} tokens it must be {shape}, torch.int64"
+            )
+    if not backends.can_look_at(merge.keep):
+        return
+    everyone = torch.cat([merge.keep, merge.src], 1).sort(1).values
+    if not everyone.equal(torch.arange(tokens).expand(batch, -1)):
+        raise ValueError(f"the matching {name} must name each of the {tokens} tokens once, in keep or in src")
+    if not merge.keep[:, :num_prefix].equal(torch.arange(num_prefix).expand(batch, -1)):
+        raise ValueError(
+            f"the matching {name} must keep the first {num_prefix} tokens first: the prefix does not merge"
+        )
+    if r and not (num_prefix <= merge.dst.min() and merge.dst.max() < tokens - r):
+        raise ValueError(
+            f"the matching {name} joins tokens to {merge.dst.min()} to {merge.dst.max()}, and of those that stay they "
+            f"may join {num_prefix} to {tokens - r - 1}"
+        )
 
 
 def _take(key: Tensor, index: Tensor) -> Tensor:

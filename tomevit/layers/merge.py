@@ -34,7 +34,7 @@ def merge_tokens(tokens: Tokens, merge: Merge) -> Tokens:
     """Average the tokens that a merge joins, weighted by size, and keep sizes and slots in step (ToMe, section 3)."""
     x, size, slots = tokens
     if size is None:
-        size = x.new_ones((x.shape[0], x.shape[1], 1), dtype=torch.float32)
+        size = torch.ones(x.shape[0], x.shape[1], 1, dtype=torch.float32, device=x.device)
     x, size = merge_mean(x, size, merge)
     if slots is not None:
         slots = compose(slots, slot_map(merge))
@@ -66,15 +66,15 @@ def mean_by_product(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tens
     It needs no scatter, and so is deterministic on every device, compiles to few kernels and exports everywhere.
     """
     keep, src, dst = merge
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    joins = dst[:, None, :] == torch.arange(keep.shape[1], device=dst.device)[:, None]  # (B, M, N - M)
-    size_keep, size_src = rows(size, keep), rows(size, src)
+    dtype = backends.at_least_float32(x.dtype)
+    joins = (dst[:, None, :] == torch.arange(keep.shape[1], device=dst.device)[:, None]).to(size.dtype)  # (B, M, N - M)
+    size_keep, size_src = rows(size, keep), rows(size, src).transpose(1, 2)
     # Sums of integers below 2^24: exact in float32, in any order, on any device.
-    size_out = size_keep + (joins * size_src.mT).sum(2, keepdim=True)  # (B, M, 1)
+    size_out = size_keep + (joins * size_src).sum(2, keepdim=True)  # (B, M, 1)
     # Weights that sum to one: a sum over x itself could overflow float16.
-    weights = joins * (size_src.mT.to(dtype) / size_out)  # (B, M, N - M)
+    weights = joins * (size_src.to(dtype) / size_out)  # (B, M, N - M)
     kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) / size_out)
-    with torch.autocast(x.device.type, enabled=False):
+    with backends.without_autocast(x):
         return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
 
 
@@ -84,11 +84,10 @@ def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor
     Each group gathers in the row of one of its joining tokens, in order, and goes to its place from there: indexed
     additions on a CPU are sequential, so the result is deterministic. It has no gradient.
     """
-    batch, tokens, dim = x.shape
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    image = torch.arange(batch, device=x.device)[:, None]
-    keep, src = ((index + tokens * image).flatten() for index in (merge.keep, merge.src))  # of (B N) rows
-    target = (merge.dst + merge.keep.shape[1] * image).flatten()  # of (B M) rows
+    _, tokens, dim = x.shape
+    dtype = backends.at_least_float32(x.dtype)
+    keep, src = (_flat(index, tokens) for index in (merge.keep, merge.src))  # of (B N) rows
+    target = _flat(merge.dst, merge.keep.shape[1])  # of (B M) rows
     x, size = x.flatten(0, 1), size.flatten()
     out, size_out, size_src = x.index_select(0, keep), size.index_select(0, keep), size.index_select(0, src)
     size_before = size_out.index_select(0, target)
@@ -122,7 +121,7 @@ class _MeanByIndex(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         size, size_out, *merge = ctx.saved_tensors
         slots = slot_map(Merge(*merge))
-        share = size.to(torch.promote_types(grad.dtype, torch.float32)) / rows(size_out, slots)
+        share = size.to(backends.at_least_float32(grad.dtype)) / rows(size_out, slots)
         return (rows(grad, slots) * share).to(grad.dtype), None, None, None, None
 
 
@@ -141,10 +140,17 @@ merge_mean_op.register_autograd(_MeanByIndex.backward, setup_context=_MeanByInde
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of x (B, N, D) that index (B, M) names: (B, M, D)."""
+    """The rows of x (B, N, D) that index (B, M) names: (B, M, D). Indices from 0 to N - 1: torch stops at others."""
     # One index over the rows of the whole batch copies whole rows; gather would look up every element.
-    first = torch.arange(x.shape[0], device=index.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, (index + first).flatten()).reshape(*index.shape, x.shape[2])
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).reshape(*index.shape, x.shape[2])
+
+
+def _flat(index: Tensor, tokens: int) -> Tensor:
+    """An index (B, M) into each image's N tokens as one into the rows of the whole batch: (B M)."""
+    batch = index.shape[0]
+    # Looked up rather than added: an index beyond its image would name a row of the next.
+    row = torch.arange(batch * tokens, device=index.device).view(batch, tokens)
+    return row.gather(1, index).flatten()
 
 
 def slot_map(merge: Merge) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,33 +11,28 @@ from torch import Tensor, nn
 from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
+from tomevit.layers.packed import PackedLinear
 from tomevit.layers.uninitialised import linear
-
-
-class GELU(nn.GELU):
-    """torch's, in place if asked."""
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        gelu = torch.ops.aten.gelu_ if inplace else torch.ops.aten.gelu
-        return gelu(x, approximate=self.approximate)
 
 
 class QuickGELU(nn.Module):
     """x · sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        gate = torch.sigmoid(1.702 * x)
-        return x.mul_(gate) if inplace else x * gate
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": GELU,
-    "gelu_tanh": lambda: GELU(approximate="tanh"),
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
     "quick_gelu": QuickGELU,
 }
 
-
-INPLACE = (GELU, QuickGELU)
+#: What each activation does in place.
+IN_PLACE: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    nn.GELU: lambda act, x: torch.ops.aten.gelu_(x, approximate=act.approximate),
+    QuickGELU: lambda _, x: x.mul_(torch.sigmoid(1.702 * x)),
+}
 
 
 class Mlp(nn.Module):
@@ -51,17 +47,17 @@ class Mlp(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.fc1(x)
-        # A second tensor of this size would cost more than the activation; a hook may have kept the first.
+        hidden = backends.call(self.fc1, x)
+        # A second tensor of this size would cost more than the activation; of other layers somebody may hold the first.
         if (
-            isinstance(self.act, INPLACE)
-            and backends.may_overwrite(hidden)
-            and not private.has_hooks(self.fc1, self.act)
+            backends.may_overwrite(hidden)
+            and private.is_plain(self.act, *IN_PLACE)
+            and private.is_plain(self.fc1, nn.Linear, PackedLinear)
         ):
-            hidden = self.act(hidden, inplace=True)
+            hidden = IN_PLACE[type(self.act)](self.act, hidden)
         else:
             hidden = self.act(hidden)
-        return self.dropout(self.fc2(self.dropout(hidden)))
+        return self.dropout(backends.call(self.fc2, self.dropout(hidden)))
 
 
 class LayerScale(nn.Module):
@@ -89,7 +85,7 @@ class DropPath(nn.Module):
         if not (self.training and self.drops):
             return x
         # F.dropout would compare the probability with 0 and 1, and so have the compiler make a program for each block.
-        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device, dtype=torch.float32) >= self.probability
         return x * (kept.to(x.dtype) / (1 - self.probability))
 
     def extra_repr(self) -> str:

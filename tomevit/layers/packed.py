@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tomevit import private
 from tomevit.layers import backends
-from tomevit.layers.uninitialised import Linear
 
 #: Beyond, putting the weight in order takes no share of a product that would be worth saving on every processor.
 MOST_ROWS = 1023
@@ -23,12 +22,14 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in {torch.float32, torch.bfloat16} - backends.EMULATED
+        and not private.is_wrapped(weight)
+        and not weight.is_inference()  # it would not tell when others are written into it
         and private.has_onednn()
         and platform.machine() in {"x86_64", "AMD64"}
     )
 
 
-class PackedLinear(Linear):
+class PackedLinear(nn.Linear):
     """A linear layer for inference, with a second copy of its weight in oneDNN's order.
 
     The copy serves where it is faster and can: up to `most_rows`, no gradient, no autocast, a device and a type that
@@ -54,9 +55,9 @@ class PackedLinear(Linear):
             return super().forward(x)
         return private.multiply_packed(x, self._packed, self.bias)
 
-    def unpacked(self) -> Linear:
+    def unpacked(self) -> nn.Linear:
         """The plain layer, on the same weight."""
-        layer = Linear.__new__(Linear)
+        layer = nn.Linear.__new__(nn.Linear)
         _take_over(layer, self)
         del layer.most_rows, layer._packed, layer._packed_of
         return layer

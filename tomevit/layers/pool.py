@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from tomevit.layers import backends
 from tomevit.layers.merge import Tokens
 
 
 def mean_patch(tokens: Tokens, num_prefix: int) -> Tensor:
     """The mean over the initial patches, (B, D): each token counts as often as the patches it stands for."""
-    x = tokens.x[:, num_prefix:]
-    if tokens.size is None:
+    x, size = tokens.x, tokens.size
+    if num_prefix:
+        x, size = x[:, num_prefix:], None if size is None else size[:, num_prefix:]
+    if size is None:
         return x.mean(1)
-    size = tokens.size[:, num_prefix:].to(torch.promote_types(x.dtype, torch.float32))
+    size = size.to(backends.at_least_float32(x.dtype))
     # Weights that sum to one; the sum of the sizes is the initial number of patches (tome.patch.mae divides by it).
     return (x * (size / size.sum(1, keepdim=True))).sum(1).to(x.dtype)

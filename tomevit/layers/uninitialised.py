@@ -5,10 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from tomevit.layers import backends
+from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -22,12 +19,5 @@ def bare(kind: type[Module], *args: Any, **kwargs: Any) -> Module:
     return module
 
 
-class Linear(nn.Linear):
-    """torch's, on the fastest way to the same result."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return backends.without_emulation(F.linear, x, self.weight, self.bias)
-
-
-linear = partial(bare, Linear)
+linear = partial(bare, nn.Linear)
 layer_norm = partial(bare, nn.LayerNorm)

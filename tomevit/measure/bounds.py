@@ -113,7 +113,7 @@ class Limits:
     def overhead(self) -> float:
         """Seconds that an operator takes on the host, Python included, in a model that computes next to nothing."""
         small = Config(img_size=(4, 4), patch_size=1, embed_dim=8, depth=4, num_heads=1, num_classes=1)
-        model, image, times = build(small, r=1).eval(), torch.zeros(1, 3, 4, 4), 20
+        model, image, times = build(small, r=1).eval(), torch.zeros(1, 3, 4, 4, device="cpu"), 20
 
         def forwards() -> None:
             for _ in range(times):
@@ -128,7 +128,7 @@ class Limits:
     @cached_property
     def fault(self) -> float:
         """Seconds that the system takes to hand out a page of memory."""
-        target = torch.empty(COPIED, dtype=torch.uint8)
+        target = torch.empty(COPIED, dtype=torch.uint8, device="cpu")
         before = _page_faults()
         fresh = seconds(lambda: target.fill_(1))
         faults = _page_faults() - before

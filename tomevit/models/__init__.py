@@ -30,7 +30,17 @@ __all__ = [
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model within torch's wrappers: torch.compile, data parallelism, averaged models."""
+    """The model within torch's wrappers: torch.compile, data parallelism, averaged models.
+
+    Raises:
+        ValueError: r was set on a wrapper. Any module lets itself be given any attribute, and nothing of ours runs when
+            that happens, or sees the wrapper when it is called: this is the first place that can say so.
+    """
+    if "r" in vars(model):  # ours is a property
+        raise ValueError(
+            f"r was set on a {type(model).__name__}, where it acts on nothing: pass it with the call, as in "
+            f"model(images, r=0), or set it on the model within, and delete this one (del model.r)"
+        )
     for name in WRAPPED:
         if (inner := getattr(model, name, None)) is not None:
             return unwrap(inner)
@@ -38,16 +48,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap_transformer(model: nn.Module) -> VisionTransformer:
-    """The vision transformer within torch's wrappers.
+    """The vision transformer within torch's wrappers, whose weights are all there is to it.
 
     Raises:
-        ValueError: it is another module.
+        ValueError: it is another module, or has adapters.
     """
     inner = unwrap(model)
     if not isinstance(inner, VisionTransformer):
         hint = ": give its encoder" if isinstance(inner, MaskedAutoencoder) else ""
+        if has_adapters(inner):
+            hint = ": give what its merge_and_unload() returns"
         raise ValueError(f"model is a {type(inner).__name__}, and must be a VisionTransformer of tomevit's{hint}")
+    if has_adapters(inner):
+        raise ValueError(
+            "model has adapters beside its weights: give what merge_and_unload() of the peft model around it returns"
+        )
     return inner
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether peft put adapters into it: they keep the layers that they stand for under this name."""
+    return any(name.endswith(".base_layer") for name, _ in model.named_modules())
 
 
 def build_meta(config: Config, r: Schedule = 0) -> VisionTransformer:

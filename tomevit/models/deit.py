@@ -24,6 +24,6 @@ class DistilledVisionTransformer(VisionTransformer):
     head_dist: nn.Module
 
     def forward_head(self, tokens: Tokens) -> Tensor | DistilledLogits:  # type: ignore[override]
-        x = self.fc_norm(tokens.x[:, :2])
-        logits = DistilledLogits(self.head(x[:, 0]), self.head_dist(x[:, 1]))
+        cls, dist = (self.fc_norm(tokens.x[:, i]) for i in (0, 1))
+        logits = DistilledLogits(self.head(cls), self.head_dist(dist))
         return logits if self.training else (logits.cls + logits.dist) / 2

@@ -96,11 +96,12 @@ def initial_weights(model: nn.Module, config: Config) -> dict[str, Tensor]:
     They depend on torch's default generator, and not on the number of threads that draw them.
     """
     parameters, rules = model.state_dict(), INITS[config.init]
-    generators = [Generator().manual_seed(seed) for seed in torch.randint(2**62, (len(parameters),)).tolist()]
+    seeds = torch.randint(2**62, (len(parameters),), device="cpu").tolist()
+    generators = [Generator().manual_seed(seed) for seed in seeds]
     scales = {f"{name}.gamma": m.init_value for name, m in model.named_modules() if isinstance(m, LayerScale)}
 
     def draw(name: str, shape: torch.Size, generator: Generator) -> Tensor:
-        tensor = torch.empty(shape)
+        tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
         if config.init == "mae" and name.endswith("pos_embed"):
             return sincos_positions(config.grid, *shape[1:])
         for pattern, rule in rules.items():
@@ -145,8 +146,9 @@ def sincos_positions(grid: tuple[int, int], length: int, dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, and this one is {dim}")
-    frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    channel, *lengths = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (dim // 4, *grid))
+    frequency = 10000 ** -(channel / (dim // 4))
+    row, column = torch.meshgrid(*lengths, indexing="ij")
     angles = [axis.flatten()[:, None] * frequency for axis in (column, row)]  # (N, dim / 4)
     patches = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], 1)
     return torch.cat([patches.new_zeros(length - len(patches), dim), patches])[None].float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -14,6 +14,7 @@ from tomevit.config import Config
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.for_timm import group_matcher
 from tomevit.models.init import initial_weights
 from tomevit.models.vit import VisionTransformer, run
 from tomevit.schedule import Schedule
@@ -32,7 +33,8 @@ class Reconstruction(NamedTuple):
 class MaskedAutoencoder(nn.Module):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
-    The encoder is a model of the zoo and learns in place; in training mode or not, as it was. Its tokens may merge:
+    The encoder is a model of the zoo and learns in place; in training mode or not, as it was, and the decoder is on its
+    device, in its dtype. Its tokens may merge:
     every visible patch still has a vector of its own when the decoder begins. To fine-tune,
     `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
 
@@ -73,7 +75,7 @@ class MaskedAutoencoder(nn.Module):
                 f"mask_ratio is {mask_ratio}: of {config.num_patches} patches some must be hidden, and some visible"
             )
         decoder = replace(config, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads)
-        self.decoder = build_decoder(decoder, config.embed_dim)
+        self.decoder = build_decoder(decoder, config.embed_dim).to(encoder.pos_embed)
         encoder.reset_classifier(0)
         encoder.pos_embed.requires_grad_(False)
         self.encoder = encoder
@@ -83,6 +85,15 @@ class MaskedAutoencoder(nn.Module):
     def config(self) -> Config:
         """The encoder's."""
         return self.encoder.config
+
+    @property
+    def r(self) -> Schedule:
+        """The encoder's."""
+        return self.encoder.r
+
+    @r.setter
+    def r(self, value: Schedule) -> None:
+        self.encoder.r = value
 
     def forward(self, images: Tensor, r: Schedule | None = None, *, noise: Tensor | None = None) -> Reconstruction:
         """Hide patches, and predict them.
@@ -98,7 +109,7 @@ class MaskedAutoencoder(nn.Module):
         """
         shape = (images.shape[0], self.config.num_patches)
         if noise is None:
-            noise = torch.rand(shape, device=images.device)
+            noise = torch.rand(shape, device=images.device, dtype=torch.float32)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise is {tuple(noise.shape)}, and must have a value for every patch: {shape}")
         order = noise.argsort(1)
@@ -111,7 +122,7 @@ class MaskedAutoencoder(nn.Module):
         if self.norm_pix:
             variance, mean = torch.var_mean(target, -1, keepdim=True)
             target = (target - mean) * (variance + 1e-6).rsqrt()
-        mask = torch.ones(shape, device=images.device).scatter(1, visible, 0.0)
+        mask = torch.ones(shape, device=images.device, dtype=torch.float32).scatter(1, visible, 0.0)
         loss = ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
         return Reconstruction(loss, pred, mask)
 
@@ -130,6 +141,15 @@ class MaskedAutoencoder(nn.Module):
         return {
             f"{half}.{name}" for half, module in halves.items() for name, _ in module.named_parameters(recurse=False)
         }
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """The encoder's: how images are prepared, in timm's words."""
+        return self.encoder.pretrained_cfg
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002
+        """By which names parameters belong to which layer, for timm's layer decay; the decoder is the last."""
+        return group_matcher(r"encoder\.")
 
     def mae_state_dict(self) -> dict[str, Tensor]:
         """The weights under the names of facebookresearch/mae, as "model" in its checkpoints."""

@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tomevit.config import Card, Config
+from tomevit.layers import backends
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
 from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmInterface, nn.Module):
     """A vision transformer in which tokens merge.
 
     Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.
@@ -50,7 +52,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim))
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
-        drop_path = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
+        drop_path = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
         self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
         self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()
@@ -173,7 +175,7 @@ class VisionTransformer(nn.Module):
         visible: Tensor | None = None,
     ) -> Tokens:
         tokens = self._embed(images, trace, visible)
-        *merged, last = self.schedule(r, tokens.x.shape[1])
+        *merged, last = self.schedule(r, None if visible is None else self.config.num_prefix + visible.shape[1])
         for block, count in zip(self.blocks[:-1], merged, strict=True):
             tokens = self._run(block, tokens, count)
         # Where only prefix tokens are read, a merge in the last block would change nothing that is.
@@ -182,7 +184,8 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor, trace: bool, visible: Tensor | None = None) -> Tokens:
         config = self.config
-        if images.ndim != 4 or tuple(images.shape[1:]) != (config.in_chans, *config.img_size):
+        # torch.jit.trace makes tensors of shapes, and would warn that they are compared.
+        if not backends.is_traced() and tuple(images.shape)[1:] != (config.in_chans, *config.img_size):
             raise ValueError(
                 f"images are {tuple(images.shape)}, and this model takes (B, {config.in_chans}, {config.img_size[0]}, "
                 f"{config.img_size[1]}); for another size create it with img_size=(height, width)"
@@ -193,15 +196,24 @@ class VisionTransformer(nn.Module):
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
         if visible is not None:
-            if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != len(images):
-                raise ValueError(
-                    f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "
-                    f"numbers of the visible patches in each of the {len(images)} images"
-                )
+            self._check_visible(visible, len(images))
             first = torch.arange(config.num_prefix, device=x.device).expand(x.shape[0], -1)
             x = rows(x, torch.cat([first, visible + config.num_prefix], 1))
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
         return Tokens(self.norm_pre(self.pos_drop(x)), None, slots)
+
+    def _check_visible(self, visible: Tensor, images: int) -> None:
+        patches = self.config.num_patches
+        if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != images or not visible.shape[1]:
+            raise ValueError(
+                f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "
+                f"numbers of the visible patches in each of the {images} images"
+            )
+        # Elsewhere the values would have to be waited for; an index out of range is stopped by the device itself.
+        if backends.can_look_at(visible):
+            least, most = (value.item() for value in visible.aminmax())
+            if least < 0 or most >= patches:
+                raise ValueError(f"visible names patches {least} to {most}, and an image has 0 to {patches - 1}")
 
     def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
         return run(block, tokens, r, num_read, checkpointing=self.grad_checkpointing)

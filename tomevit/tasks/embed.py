@@ -195,7 +195,7 @@ def _vectors(
 ) -> Tensor:
     """The vectors (B, D) of a batch as they are stored; of no images, as a shard's last batch may have, none."""
     if not len(prepared):
-        return torch.empty(0, width, dtype=dtype)
+        return torch.empty(0, width, dtype=dtype, device="cpu")
     found = features(prepared.to(device), r=r).float()
     return (F.normalize(found, dim=1) if normalize else found).to("cpu", dtype)
 

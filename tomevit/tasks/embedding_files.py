@@ -65,7 +65,7 @@ def read(path: str | PathLike[str]) -> Embeddings:
     info = read_info(path)
     if Path(path).suffix == ".parquet":
         return _read_parquet(path, info)
-    with safe_open(path, framework="pt") as file:
+    with torch.device("cpu"), safe_open(path, framework="pt") as file:
         keys, ends = file.get_tensor("keys").numpy(), file.get_tensor("key_ends").numpy()
         shard = file.get_tensor("shard") if "shards" in info else None
         return Embeddings(file.get_tensor("embeddings"), _strings(keys, ends), shard, info)
@@ -263,7 +263,7 @@ def _read_parquet(path: str | PathLike[str], info: dict[str, Any]) -> Embeddings
     shard = None
     if "shards" in info:
         places = {name: place for place, name in enumerate(info["shards"])}
-        shard = torch.tensor([places[name] for name in table["shard"].to_pylist()], dtype=torch.int32)
+        shard = torch.tensor([places[name] for name in table["shard"].to_pylist()], dtype=torch.int32, device="cpu")
     return Embeddings(torch.from_numpy(vectors), Strings(table["key"].to_pylist()), shard, info)
 
 

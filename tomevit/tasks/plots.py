@@ -94,10 +94,11 @@ def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) 
     _, index, count = torch.unique(groups.flatten(), return_inverse=True, return_counts=True)
     # The hue follows the group's first patch: it stays when the group grows. The steps down and across are those that
     # spread points best in a plane (powers of 1 over the plastic number), so that neighbours differ on any grid.
-    position = torch.arange(len(index))
+    position = torch.arange(len(index), device=index.device)
     first = torch.full_like(count, len(index)).scatter_reduce(0, index, position, "amin")
     places = [divmod(i, groups.shape[1]) for i in first.tolist()]
-    colours = torch.tensor([hsv_to_rgb((row * 0.7549 + column * 0.5698) % 1, 0.75, 0.95) for row, column in places])
+    paints = [hsv_to_rgb((row * 0.7549 + column * 0.5698) % 1, 0.75, 0.95) for row, column in places]
+    colours = torch.tensor(paints, dtype=torch.float32, device=index.device)
     colours[count == 1] = 0.32
     lines = colours[_enlarge(index.view(groups.shape), height, across)].permute(2, 0, 1)
     painted = paint_groups(image, groups) / 255
@@ -134,7 +135,9 @@ def draw_attention(image: Tensor, groups: Tensor, share: Tensor, scale: int = 24
 
     height, across = groups.shape[0] * scale, groups.shape[1] * scale
     level = _enlarge(share / share.max(), height, across)
-    glow = torch.tensor(colormaps[GLOW](level.numpy())[..., :3], dtype=torch.float32).permute(2, 0, 1)
+    glow = torch.tensor(colormaps[GLOW](level.numpy())[..., :3], dtype=torch.float32, device=level.device).permute(
+        2, 0, 1
+    )
     grey = image.to(torch.float32).mean(0)[None, None] / 255
     if image.shape[1] > 4 * groups.shape[0]:
         grey = F.interpolate(grey, (height, across), mode="bilinear", antialias=True)

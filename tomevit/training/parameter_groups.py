@@ -6,18 +6,21 @@ from typing import Any
 
 from torch import nn
 
-from tomevit.models import MaskedAutoencoder, VisionTransformer, unwrap
+from tomevit.models import MaskedAutoencoder, VisionTransformer, has_adapters, unwrap
 
 
 def param_groups(
     model: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Parameter groups for any of torch's optimizers, with layer-wise learning rates.
+    """Parameter groups for any optimizer of torch's or timm's, with layer-wise learning rates.
 
     As MAE and BEiT fine-tune (arXiv:2111.06377, table 9; arXiv:2106.08254; facebookresearch/mae, util/lr_decay.py):
     the learning rate falls by `layer_decay` from each layer to the one below it. The first is the patch embedding with
     tokens and positions, then come the blocks, and the last are the final norm and the heads, or the decoder. Biases,
     norms, LayerScale, tokens and positions do not decay.
+
+    Schedulers of torch's and timm's begin at each group's `lr`, which has its scale in it. A loop that sets all rates
+    itself, as MAE's does, says `group["lr"] = lr * group["scale"]`.
 
     Args:
         model: in a wrapper of torch's or not; parameters that do not require gradients are left out.
@@ -26,15 +29,17 @@ def param_groups(
         layer_decay: 1 for the same learning rate everywhere.
 
     Returns:
-        One dict for each layer and kind, first layers first: `params`, `lr`, `weight_decay`, and for a scheduler and
-        for people `lr_scale` (lr times this is the group's) and `name`, as in "blocks.3, no decay".
+        One dict for each layer and kind, first layers first: `params`, `lr`, `weight_decay`, and for loops and people
+        `scale` (lr times this is the group's) and `name`, as in "blocks.3, no decay".
 
     Raises:
         ValueError: lr or weight_decay is negative, or layer_decay not above 0 and at most 1, or model is none of ours.
     """
     model = unwrap(model)
     if not isinstance(model, VisionTransformer | MaskedAutoencoder):
-        raise ValueError(f"model is a {type(model).__name__}, and must be a model of tomevit's")
+        adapted = ": give its get_base_model() to train the adapters in it, or what its merge_and_unload() returns"
+        hint = adapted if has_adapters(model) else ""
+        raise ValueError(f"model is a {type(model).__name__}, and must be a model of tomevit's{hint}")
     if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and must be 0 or more")
     if not 0 < layer_decay <= 1:
@@ -50,7 +55,7 @@ def param_groups(
                     "params": [],
                     "lr": lr * scale,
                     "weight_decay": weight_decay if decays else 0.0,
-                    "lr_scale": scale,
+                    "scale": scale,  # timm's schedulers would multiply by an "lr_scale" once more
                     "name": f"{_name(layer, top)}{'' if decays else ', no decay'}",
                 }
             groups[layer, decays]["params"].append(parameter)

@@ -37,7 +37,7 @@ from tomevit.cards import decode_header
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError, UnreadableError
 from tomevit.headers import read_header
-from tomevit.weights import files
+from tomevit.weights import files, shards
 from tomevit.weights.download import (
     DiskError,
     UnreachableError,
@@ -48,11 +48,11 @@ from tomevit.weights.download import (
     is_resumable,
     is_web_page,
 )
+from tomevit.zoo import HUB_FILES
 
 log = logging.getLogger("tomevit")
 
 DRAFTS = "converted"  # the directory in unfinished/NAME/ that a conversion writes to
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names, the preferred first
 
 
 class Fetched(NamedTuple):
@@ -318,20 +318,14 @@ def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
         path, found = _path_to_bring(source, folder, name), replace(source, file=name)
     elif source.hub:
         path, found = _first_on_hub(source)
-        # …/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256.
-        etag = path.readlink().name if path.is_symlink() else ""
+        etag = "" if shards.is_index(path) else _etag(path)
     else:
         assert source.url, f"{source} is neither a URL nor on the hub nor in the package"
         ours, name = True, _possible_names(source)[0]
         path, found = unfinished / _file_name(name), replace(source, file=name)
         download(source.url, path)
-    found = replace(found, sha256=files.sha256(path), md5=files.md5(path) if source.md5 else None)
-    if len(etag) == 64 and found.sha256 != etag:
-        path.resolve().unlink()  # or huggingface_hub would hand it out for ever
-        path.unlink()
-        raise CheckpointError(
-            f"{found.file} of {source.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
-        )
+    found = replace(found, sha256=shards.sha256(path), md5=files.md5(path) if source.md5 else None)
+    _check_etag(path, etag, found)
     if wrong := "is a web page, not weights" if is_web_page(path) else _wrong_hash(source, found):
         if ours:
             path.unlink()
@@ -343,9 +337,43 @@ def _first_on_hub(source: Source) -> tuple[Path, Source]:
     """The first of a source's names that its repository has, and the source with that name and the commit."""
     names = _possible_names(source)
     for name, path in files_on_hub(source, names):
-        return path, replace(source, file=name, revision=path.parents[name.count("/")].name)
+        found = replace(source, file=name, revision=path.parents[name.count("/")].name)
+        if shards.is_index(path):
+            for part, there in {name: path, **_listed_on_hub(path, found)}.items():
+                _check_etag(there, _etag(there), replace(found, file=part, sha256=files.sha256(there)))
+        return path, found
     repo = f"{source.hub} at {source.revision}" if source.revision else source.hub
-    raise DownloadError(f"{repo} on the hub has no {' and no '.join(names)}")
+    wanted = [name for name in names if not name.endswith(".json")]
+    raise DownloadError(f"{repo} on the hub has no {' and no '.join(wanted)}")
+
+
+def _listed_on_hub(index: Path, source: Source) -> dict[str, Path]:
+    """Those files of an index's that its repository has, beside it; offline, those in the hub's cache, if all are.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or fails.
+    """
+    names, found = shards.read_index(index), dict[str, Path]()
+    try:
+        found.update(files_on_hub(source, names))
+    except UnreachableError:
+        if found.keys() != names.keys():
+            raise
+    return found
+
+
+def _etag(path: Path) -> str:
+    """…/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256."""
+    return path.readlink().name if path.is_symlink() else ""
+
+
+def _check_etag(path: Path, etag: str, found: Source) -> None:
+    if len(etag) == 64 and found.sha256 != etag:
+        path.resolve().unlink()  # or huggingface_hub would hand it out for ever
+        path.unlink()
+        raise CheckpointError(
+            f"{found.file} of {found.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
+        )
 
 
 def _wrong_hash(published: Source, found: Source) -> str | None:

@@ -48,7 +48,7 @@ class Report:
 
     Attributes:
         source: the file, URL or repository.
-        sha256: of the source's file.
+        sha256: of the source's file; of several, of the index and the files that it lists, one behind the other.
         recognised: its format, where in the file it lay, and by what it was recognised.
         model: what it was taken for.
         names: for each parameter, the source's tensors that it was made of, without what all their names begin with.
@@ -91,8 +91,8 @@ def convert(
     """Write a checkpoint of any known format as a file of tomevit's own.
 
     Args:
-        source: a file; a directory with model.safetensors and config.json; a URL; hf-hub:owner/repo[@revision]; or a
-            name of the zoo, whose weights are then downloaded.
+        source: a file; a directory with one checkpoint, as model.safetensors and config.json; the index of several
+            files; a URL; hf-hub:owner/repo[@revision]; or a name of the zoo, whose weights are then downloaded.
         out: the file to write, which appears whole or not at all; None: MODEL.safetensors, where there is none yet.
         model: what the checkpoint is, as a name of the zoo or a card of your own; None: as recognised.
         format: a name in `tomevit.weights.formats.FORMATS`; None: as recognised.
@@ -129,7 +129,7 @@ def convert(
         path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        checkpoint.write(check_output(path, inputs=[located.path]), card, tensors, dtype=dtype)
+        checkpoint.write(check_output(path, inputs=located.files), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
 
 
@@ -314,7 +314,7 @@ def inspect(source: str | os.PathLike[str]) -> Contents:
     with _pointing_to_convert(), sources.locate(source) as located:
         card, tensors, report = read_weights(located)
         dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
-        size = located.path.stat().st_size
+        size = sum(file.stat().st_size for file in located.files)
     return Contents(located.path, card, None, size, report.recognised, dict(dtypes), dict(report.left_out))
 
 
@@ -339,9 +339,7 @@ def read_weights(
         told = format or located.origin.format or None
         found = files.open_checkpoint(located.path, key=key, holds_model=partial(holds_model, told=told))
         known = _card_of_model(model) or located.card
-        place = find_model(
-            list(found.tensors), found.key, told_format=told, told_prefix=prefix, model_known=known is not None
-        )
+        place = find_model(list(found.tensors), found.key, told_format=told, told_prefix=prefix, model=known)
         form = place.form
         _check_tensors_are_such(place, found)
         theirs = {name: found.tensors[place.names[name]] for name in place.names}
@@ -368,7 +366,9 @@ def read_weights(
             omitted |= dict.fromkeys(other_heads, reason) | _drop_heads(tensors, made_of, reason)
             observed = infer_architecture(tensors)
         changes = _complete_biases(tensors, made_of)
-        card = choose_card(observed, form, told=model, known=located.card, file=located.origin.file)
+        card = choose_card(
+            observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
+        )
         if card.weights and not card.config.num_classes and observed["num_classes"]:
             omitted |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
             observed = infer_architecture(tensors)
@@ -378,6 +378,12 @@ def read_weights(
         checkpoint.check_structure(config, tensors, "it")
         changes += _check_values(tensors)
 
+    if observed["pool_norm"] == "after" and config.pool != card.config.pool:
+        changes += ("the head reads the mean patch: the last norm is fc_norm",)
+    if config.in_chans != card.config.in_chans:
+        changes += (
+            f"images of {config.in_chans} instead of {card.config.in_chans} channels, with a mean and std each",
+        )
     left_out = dict.fromkeys(found.beside, "not weights of the model") | place.left_out
     left_out |= {place.names[name]: reason for name, reason in omitted.items()}
     origin = replace(located.origin, format=form.name)
@@ -404,7 +410,7 @@ def adapt_weights(weights: Weights, wanted: Mapping[str, Any], model: Card | Non
         ValueError: a field has no such value.
     """
     card, tensors, report = weights
-    if model is not None and model.config.pool_norm != card.config.pool_norm:
+    if model is not None and (model.config.pool_norm, card.config.pool_norm) == ("after", "before"):
         card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
         wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
@@ -425,7 +431,10 @@ def read_own_file(path: Path, model: str | Card | None = None, *, mapped: bool =
 
 def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:
     named, headless = _card_of_model(model), not card.config.num_classes
-    if named is not None and (wrong := differences(comparable_fields(card.config), named.config, headless=headless)):
+    same = named is not None and card.title == named.title
+    if named is not None and (
+        wrong := differences(comparable_fields(card.config), named.config, headless=headless, averaged=same)
+    ):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
         )

@@ -19,7 +19,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +41,7 @@ from tomevit.weights.other_files import (
 )
 from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk
 from tomevit.weights.reading import read_tensors, read_values
+from tomevit.weights.shards import files_of, is_index, read_index
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
 STATE_DICTS = (
@@ -89,7 +90,8 @@ def open_checkpoint(
     """Read the state dict of a checkpoint file, without running anything in it.
 
     Args:
-        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle.
+        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
+            index of several such files, which lie beside it.
         key: which state dict, as a dotted path ("model_ema"), where a file has several; for npz files with slashes
             ("params/txt"). "" is the top level. None: the only one there is.
         holds_model: whether tensors of these names are what is looked for. State dicts that are come before all others,
@@ -147,6 +149,8 @@ def _open_regular_file(path: str) -> BinaryIO:
 def _read_container(
     path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
 ) -> Checkpoint:
+    if is_index(Path(path)):
+        return _read_listed(path, key or "")
     head = file.read(2**16)
     if is_part_of_distributed(path, head):
         raise CheckpointError(f"is {DISTRIBUTED}")
@@ -180,6 +184,27 @@ def _describe_other_file(path: str, file: BinaryIO, head: bytes) -> str:
     if (text := describe_text(head)) is not None:
         return f"is {text}: the download went wrong"
     return f"is no checkpoint: it begins with {head[:8].hex(' ')}, as neither safetensors, npz nor torch files do"
+
+
+# several files
+
+
+def _read_listed(index: str, key: str) -> Checkpoint:
+    """What the files hold together that an index lists: each the tensors that the index says, and no others."""
+    tensors: dict[str, Tensor] = {}
+    beside: list[str] = []
+    for path, names in zip(files_of(Path(index))[1:], read_index(Path(index)).values(), strict=True):
+        try:
+            with _open_regular_file(str(path)) as file:
+                part = _read_container(str(path), file, key, lambda _: False)
+        except CheckpointError as error:
+            raise CheckpointError(f"lists {path.name}, which {error}") from error.__cause__
+        if wrong := sorted(names ^ part.tensors.keys()):
+            told = "is not in it, as the index says" if wrong[0] in names else "is in it, and the index does not say so"
+            raise CheckpointError(f"lists {path.name}, and does not fit it: {wrong[0]!r} {told}")
+        tensors |= part.tensors
+        beside += part.beside
+    return replace(part, path=index, tensors=tensors, beside=tuple(beside))
 
 
 # safetensors

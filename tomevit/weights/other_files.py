@@ -42,6 +42,13 @@ ZERO = (
     "one part of a DeepSpeed ZeRO checkpoint: in its directory, `python zero_to_fp32.py . pytorch_model.bin` makes one "
     "file of all parts"
 )
+_FSDP = (
+    "a checkpoint of FSDP in parts: `accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT` makes OUT/model.safetensors"
+)
+ADAPTER = (
+    "an adapter beside a model (peft): load both, save model.merge_and_unload() by save_pretrained, and give what that "
+    "writes"
+)
 _ORBAX = (
     "orbax.checkpoint as ocp, flax.traverse_util as t; "
     "np.savez('w.npz', **t.flatten_dict(ocp.PyTreeCheckpointer().restore('DIR'), sep='/'))"
@@ -121,15 +128,28 @@ def is_part_of_distributed(path: str, head: bytes) -> bool:
 
 def describe_directory(path: str | os.PathLike[str]) -> str | None:
     """What a directory is that holds no checkpoint file but weights of another kind, with the way to a file of them."""
+    path = Path(path)
+    distributed = _FSDP if path.name.startswith("pytorch_model_fsdp") else DISTRIBUTED.removeprefix("part of ")
+    zero = ZERO.replace("one part of a", "a")
     marks = {
-        ".metadata": DISTRIBUTED.removeprefix("part of "),
-        "zero_to_fp32.py": ZERO.replace("one part of a", "a"),
+        "adapter_config.json": ADAPTER,
+        "adapter_model.*": ADAPTER,
+        "pytorch_model_fsdp_*/.metadata": _FSDP,
+        "pytorch_model_fsdp_*rank*.bin": "a checkpoint of FSDP in parts: save it anew with the type FULL_STATE_DICT",
+        ".metadata": distributed,
+        "*.distcp": distributed,
+        "zero_to_fp32.py": zero,
+        "*_optim_states.pt": zero,
+        "global_step*/*_optim_states.pt": zero,
         "saved_model.pb": f"a TensorFlow SavedModel, which tomevit does not read: {_savez(_SAVED_MODEL)}",
         "*.index": f"a TensorFlow checkpoint, {_TENSORFLOW}",
+        "*.data-?????-of-?????": f"a TensorFlow checkpoint, {_TENSORFLOW}",
         "Manifest.json": f"a Core ML package, {_PROGRAM}",
         "_METADATA": f"an Orbax checkpoint (JAX), which tomevit does not read: {_savez(_ORBAX)}",
+        "manifest.ocdbt": f"an Orbax checkpoint (JAX), which tomevit does not read: {_savez(_ORBAX)}",
+        "data.pkl": "a file of torch.save, unpacked: `zip -0 -r weights.pth DIR`, run in the directory above, packs it",
     }
-    return next((f"is {what}" for mark, what in marks.items() if any(Path(path).glob(mark))), None)
+    return next((f"is {what}" for mark, what in marks.items() if any(path.glob(mark))), None)
 
 
 def shorten(text: str, length: int = 100) -> str:

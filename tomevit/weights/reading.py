@@ -41,7 +41,7 @@ def read_values(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> T
         MemoryError: there is no room for them.
     """
     try:
-        values = torch.empty(count, dtype=dtype)
+        values = torch.empty(count, dtype=dtype, device="cpu")
     except RuntimeError as error:  # of torch's allocator
         size = count * dtype.itemsize
         raise MemoryError(f"{file.name} does not fit into memory, of which there are no {size:,} bytes left") from error
@@ -76,6 +76,6 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
         if whole is None or start == end:
             values = read_values(file, start, (end - start) // dtype.itemsize, dtype)
         else:
-            values = torch.empty(0, dtype=dtype).set_(whole[start:end])
+            values = torch.empty(0, dtype=dtype, device="cpu").set_(whole[start:end])
         tensors[name] = values.reshape(shape)
     return tensors

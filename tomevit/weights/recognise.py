@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -85,13 +85,13 @@ def find_model(
     *,
     told_format: str | None = None,
     told_prefix: str | None = None,
-    model_known: bool = False,
+    model: Card | None = None,
 ) -> Found:
     """The one model in a state dict, and what lies beside it.
 
     Args:
         names: of the tensors, as the file has them.
-        key, told_format, model_known: see `find_format`.
+        key, told_format, model: see `find_format`.
         told_prefix: what the model's names begin with, with its last dot or without; "." for nothing.
 
     Raises:
@@ -103,7 +103,7 @@ def find_model(
             raise CheckpointError(f"it holds {other} and {name}: one parameter twice, but for wrappers: save one alone")
     prefix = _choose_prefix(plain, told_format, told_prefix)
     inside = {name.removeprefix(prefix): theirs for name, theirs in plain.items() if name.startswith(prefix)}
-    form = find_format(inside, key, told_format, model_known=model_known)
+    form = find_format(inside, key, told_format, model=model)
     beside = {
         name: theirs
         for name, theirs in plain.items()
@@ -176,14 +176,15 @@ def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, s
     return renamed, unusable
 
 
-def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model_known: bool = False) -> Format:
+def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model: Card | None = None) -> Format:
     """The one format that the tensors are of.
 
     Args:
         names: of the tensors.
         key: where in its file the state dict lay.
         told: the user's word; the variants of a format count as it.
-        model_known: formats that differ only in what models they stand for are the same then.
+        model: what it is, if that is known: of several formats it is that in which such weights are published, and
+            formats that differ only in what models they stand for are the same then.
 
     Raises:
         ValueError: told is no format.
@@ -208,7 +209,11 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
             f"of no known format: it holds {len(names)} tensors such as {enumerate_names(names, 4)}; "
             f"known are {', '.join(MAIN_FORMATS)}"
         )
-    if len(fits) > 1 and not (model_known and len({form.resampling for form in fits}) == 1):
+    if model is not None:
+        # Whose code wrote it, says where in its file the state dict lies: less than a user who names the model.
+        alike = [form for form in FORMATS.values() if any(not s.misses(names) for s in form.signatures)]
+        fits = _published_in(fits, model) or _published_in(alike, model) or fits
+    if len(fits) > 1 and not (model is not None and len({form.resampling for form in fits}) == 1):
         raise AmbiguousCheckpointError(
             f"its names fit {' and '.join(form.name for form in fits)}, which stand for other models or resample "
             f"positions differently: say which it is with format=, or --format",
@@ -216,6 +221,12 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
             [form.name for form in fits],
         )
     return fits[0]
+
+
+def _published_in(formats: Iterable[Format], model: Card) -> list[Format]:
+    """Those formats in which weights of the model's family are published."""
+    known = {source.format for card, source in zoo.published_sources() if card.title == model.title}
+    return [form for form in formats if known & {form.name, form.variant_of}]
 
 
 def explain_recognition(form: Format, names: Collection[str], key: str, prefix: str = "") -> str:
@@ -276,14 +287,19 @@ def comparable_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def differences(described: Mapping[str, Any], config: Config, *, headless: bool = False) -> list[str]:
+def differences(
+    described: Mapping[str, Any], config: Config, *, headless: bool = False, averaged: bool = False
+) -> list[str]:
     """Where an architecture, as `infer_architecture` or `comparable_fields` has it, is not the config's.
 
     Args:
         headless: the weights have no head: a fresh one may bring a norm of its own, behind the pooling.
+        averaged: they may pool the mean patch where the config reads the class token: timm's ViT then has its last norm
+            behind the pooling. MAE has a card for either.
     """
     ours = comparable_fields(config)
-    if headless and described["pool_norm"] == "before":
+    averaged = averaged and not config.dist_token and config.init != "mae"
+    if (headless and described["pool_norm"] == "before") or (averaged and described["pool_norm"] == "after"):
         del ours["pool_norm"]
     return [
         f"{name} {value} where the model has {ours[name]}"
@@ -305,7 +321,9 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     """
     config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
     if observed["pool_norm"] != config.pool_norm:
-        config = replace(config, pool_norm=observed["pool_norm"], pool="token" if config.class_token else "avg")
+        # Weights without a head end in a norm of every token; with fc_norm, timm's ViT reads the mean patch.
+        token = observed["pool_norm"] == "before" and config.class_token
+        config = replace(config, pool_norm=observed["pool_norm"], pool="token" if token else "avg")
     patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
         return asked
@@ -321,7 +339,13 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
 
 
 def choose_card(
-    observed: Mapping[str, Any], form: Format, *, told: str | Card | None, known: Card | None, file: str | None
+    observed: Mapping[str, Any],
+    form: Format,
+    *,
+    told: str | Card | None,
+    known: Card | None,
+    file: str | None,
+    format_told: bool = False,
 ) -> Card:
     """The card of what was observed: the one that was told, the one that is known, or the only one that fits.
 
@@ -331,6 +355,7 @@ def choose_card(
         told: the user's word.
         known: as published, or as the files beside it describe it.
         file: its name, which may be that of a published file.
+        format_told: the format is the user's word too, and not only what the names are like.
 
     Raises:
         CheckpointError: it does not fit; the message says what would.
@@ -338,8 +363,13 @@ def choose_card(
     """
     card = known if told is None else complete_told(told, known)
     if card is None:
-        return _choose_fitting(observed, form, file)
-    if wrong := differences(observed, card.config, headless=not observed["num_classes"]):
+        # MAE's fine-tuned weights and those of timm's ViT with average pooling have the same names.
+        alike = {form.name, form.variant_of}
+        if form.name == "mae" and observed["pool_norm"] == "after" and not format_told:
+            alike.add("timm")
+        return _choose_fitting(observed, alike, file)
+    own = isinstance(told, Card)  # which says how it pools
+    if wrong := differences(observed, card.config, headless=not observed["num_classes"], averaged=not own):
         fits = _find_fitting(observed)
         instead = f"It fits {join_with_or(card.name for card in fits)}" if fits else _describe_nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
@@ -348,9 +378,10 @@ def choose_card(
 
 def is_same_model(known: Card, asked: Card) -> bool:
     """Of the same name, or an encoder without a head for one that pools otherwise."""
-    if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
-        return known.name == asked.name
-    return not differences(comparable_fields(known.config), asked.config, headless=True)
+    if known.name == asked.name:
+        return True
+    encoder = not known.config.num_classes and known.config.pool_norm != asked.config.pool_norm
+    return encoder and not differences(comparable_fields(known.config), asked.config, headless=True)
 
 
 def complete_told(told: str | Card, known: Card | None) -> Card:
@@ -369,7 +400,7 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
         if not is_same_model(known, card) or card.weights not in (None, known.weights):
             raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {told}")
         return known
-    if wrong := differences(comparable_fields(known.config), card.config):
+    if wrong := differences(comparable_fields(known.config), card.config, averaged=known.title == card.title):
         raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
     return replace(
         card,
@@ -381,25 +412,23 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
     )
 
 
-def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None) -> Card:
-    """The one architecture that was observed, of the families that are published in this format."""
-    published = {(card.title, source.format) for card, source in zoo.published_sources()}
-    fits = [
-        card for card in _find_fitting(observed) if {(card.title, form.name), (card.title, form.variant_of)} & published
-    ] or _find_fitting(observed)
+def _choose_fitting(observed: Mapping[str, Any], formats: Collection[str | None], file: str | None) -> Card:
+    """The one architecture that was observed, of the families that are published in one of some formats."""
+    families = {card.title for card, source in zoo.published_sources() if source.format in formats}
+    fits = [card for card in _find_fitting(observed) if card.title in families] or _find_fitting(observed)
     if not fits:
         raise CheckpointError(
             f"it fits no model here. {_describe_nearest(observed)}, or describe yours by a Card as model="
         )
     # One per family: other resolutions of the same differ in nothing that weights have.
-    families = {card.title: card for card in reversed(fits)}
-    families |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
+    one = {card.title: card for card in reversed(fits)}
+    one |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
     same_file = [
         card.full_name
         for card, source in zoo.published_sources()
         if file and (source.url or "").endswith(f"/{file}") and not source.sha256
     ]
-    choices = [*same_file, *sorted(card.name for card in families.values())]
+    choices = [*same_file, *sorted(card.name for card in one.values())]
     if len(choices) > 1:
         named = " (by its name it is the first)" if same_file else ""
         raise AmbiguousCheckpointError(
@@ -408,11 +437,11 @@ def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None)
             "model",
             choices,
         )
-    return next(iter(families.values()))
+    return next(iter(one.values()))
 
 
 def _find_fitting(observed: Mapping[str, Any]) -> list[Card]:
-    return [card for card in zoo.architectures() if not differences(observed, card.config)]
+    return [card for card in zoo.architectures() if not differences(observed, card.config, averaged=True)]
 
 
 def _describe_nearest(observed: Mapping[str, Any]) -> str:

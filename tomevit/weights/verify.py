@@ -95,7 +95,8 @@ def _run_checks(
         return
     model = checkpoint.assemble(card, tensors, path).float()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(1, card.config.in_chans, *card.config.img_size, generator=generator)
+    shape = (1, card.config.in_chans, *card.config.img_size)
+    images = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     for r in [0] if card.r == 0 else [0, card.r]:
         yield _check_forward(model, images, r)
 

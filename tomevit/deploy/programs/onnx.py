@@ -121,15 +121,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     op: Any = onnxscript.opset18  # its types are those of tensors, and these functions are traced
 
-    def topk(values: Any, dim: int, largest: bool) -> Any:
-        # ONNX breaks ties by position, as a stable sort does. K is a constant, as TensorRT wants it.
-        return op.TopK(values, op.Constant(value_ints=[values.shape[dim]]), axis=dim, largest=int(largest), sorted=1)
-
-    def sort(self: Any, dim: int = -1, descending: bool = False) -> Any:
-        return topk(self, dim, descending)
-
-    def stable_sort(self: Any, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:  # noqa: ARG001
-        return topk(self, dim, descending)
+    def topk(self: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002
+        return op.TopK(self, op.Constant(value_ints=[k]), axis=dim, largest=int(largest), sorted=int(sorted))
 
     def attention(
         query: Any,
@@ -154,8 +147,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {
-        aten.sort.default: sort,
-        aten.sort.stable: stable_sort,
+        aten.topk.default: topk,  # with a constant, as TensorRT wants it
         aten.scaled_dot_product_attention.default: attention,
     }
 

@@ -238,7 +238,7 @@ def _fill_table(
     waiting = (table.answers[:, 0] == WAITING).nonzero().flatten()
     chunks = sorted({i // batch for i in waiting.tolist()})[rank::world]
     mine = [i for chunk in chunks for i in range(chunk * batch, min((chunk + 1) * batch, len(files)))]
-    truth, device, resumed = torch.tensor(labels), model.pos_embed.device, len(files) - len(waiting)
+    truth, device, resumed = torch.tensor(labels, device="cpu"), model.pos_embed.device, len(files) - len(waiting)
     done = unreadable = 0
     yield Step(done, len(mine), unreadable, resumed)
     with closing(stream(files, transform(model), batch=batch, workers=workers, indices=mine)) as batches:
@@ -271,9 +271,9 @@ def _answer_batch(
 ) -> _BatchAnswers:
     """Classify a batch at every r, in an order that shifts by one with each turn."""
     found = _BatchAnswers(
-        torch.empty(len(images), len(r_values), dtype=torch.int32),
-        torch.empty(len(images), len(r_values), dtype=torch.bool),
-        torch.empty(len(r_values)),
+        torch.empty(len(images), len(r_values), dtype=torch.int32, device="cpu"),
+        torch.empty(len(images), len(r_values), dtype=torch.bool, device="cpu"),
+        torch.empty(len(r_values), dtype=torch.float32, device="cpu"),
     )
     with explain_out_of_memory(len(images), images.device):
         for step in range(len(r_values)):

@@ -44,9 +44,9 @@ class AnswerTable(NamedTuple):
 
 def blank_table(images: int, r_values: int, batch: int) -> AnswerTable:
     return AnswerTable(
-        answers=torch.full((images, r_values), WAITING, dtype=torch.int32),
-        among5=torch.zeros(images, r_values, dtype=torch.bool),
-        seconds=torch.full((math.ceil(images / batch), r_values), math.nan),
+        answers=torch.full((images, r_values), WAITING, dtype=torch.int32, device="cpu"),
+        among5=torch.zeros(images, r_values, dtype=torch.bool, device="cpu"),
+        seconds=torch.full((math.ceil(images / batch), r_values), math.nan, dtype=torch.float32, device="cpu"),
         unreadable={},
     )
 
@@ -142,7 +142,7 @@ def _read(path: Path, key: Mapping[str, str], blank: AnswerTable) -> AnswerTable
         ValueError: the file is damaged, or of another evaluation; the message says of which.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("answers", "among5", "seconds")}
             metadata = file.metadata() or {}
         was = json.loads(metadata["evaluation"])

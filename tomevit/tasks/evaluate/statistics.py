@@ -121,7 +121,7 @@ def count_rows(
     answers, total = table.answers[known], int(known.sum())
     if total == 0:
         return []
-    right = answers == torch.tensor(labels)[known, None]
+    right = answers == torch.tensor(labels, device="cpu")[known, None]
     times = [column[~column.isnan()].tolist() for column in table.seconds.T]
     seconds = [Quartiles.of(column) if column else None for column in times]
     zero = next((i for i, r in enumerate(r_values) if not any(model.schedule(r))), None)

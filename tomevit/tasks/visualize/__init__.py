@@ -159,7 +159,7 @@ def attention_weights(block: Block, tokens: Tokens, num_queries: int = 1) -> Ten
     qkv = attention.qkv(block.norm1(tokens.x))
     q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=attention.head_dim)
     q, k = attention.q_norm(q[:, :, :num_queries]), attention.k_norm(k)
-    scores = q.to(torch.float32) @ k.to(torch.float32).mT * attention.head_dim**-0.5
+    scores = q.to(torch.float32) @ k.to(torch.float32).transpose(-2, -1) * attention.head_dim**-0.5
     if block.prop_attn and tokens.size is not None:
         scores += rearrange(tokens.size.log(), "b n 1 -> b 1 1 n")
     return scores.softmax(-1)
@@ -182,6 +182,7 @@ def group_sizes(groups: Tensor) -> Tensor:
 def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:
     """The pixels of an image that a transform has prepared, (C, H, W) uint8, to the bit."""
     mean, std = (
-        torch.tensor(values)[:, None, None] for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
+        torch.tensor(values, dtype=torch.float32, device=image.device)[:, None, None]
+        for values in (prepared_by.preprocess.mean, prepared_by.preprocess.std)
     )
     return image.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,71 @@
+"""What timm's helpers look for on a model, and would otherwise guess, without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from tomevit.config import Card, Config
+
+
+def group_matcher(prefix: str = "") -> dict[str, Any]:
+    """Patterns of the names of a transformer's parameters, layer by layer, as timm's ViTs have them.
+
+    The final norm is with the last block, and what no pattern fits is the last layer.
+    """
+    stem = rf"^{prefix}(?:cls_token|dist_token|reg_token|pos_embed|patch_embed|norm_pre)"
+    return {"stem": stem, "blocks": [(rf"^{prefix}blocks\.(\d+)", None), (rf"^{prefix}norm", (99999,))]}
+
+
+class TimmInterface:
+    """The attributes by which timm's optimizers, data configs, distillation and `save_for_hf` know a transformer.
+
+    Attributes:
+        in_chans, num_classes, global_pool: as timm's models have them.
+        embed_dim, num_features, head_hidden_size: channels of a token, and of what the heads read.
+        num_prefix_tokens: tokens in front of the patches.
+    """
+
+    config: Config
+    card: Card
+    head_names: tuple[str, ...]
+
+    in_chans = property(lambda self: self.config.in_chans)
+    num_classes = property(lambda self: self.config.num_classes)
+    global_pool = property(lambda self: self.config.pool)
+    embed_dim = num_features = head_hidden_size = property(lambda self: self.config.embed_dim)
+    num_prefix_tokens = property(lambda self: self.config.num_prefix)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """How images are prepared for the model, what its heads answer and how it is called, in timm's words."""
+        images = self.card.preprocess
+        cfg: dict[str, Any] = {
+            "input_size": (self.config.in_chans, *self.config.img_size),
+            "fixed_input_size": True,
+            "pool_size": None,
+            "interpolation": images.interpolation,
+            "crop_pct": images.crop_pct,
+            "crop_mode": {"shorter": "center", "squash": "squash"}[images.resize],
+            "mean": images.mean,
+            "std": images.std,
+            "num_classes": self.config.num_classes,
+            "first_conv": "patch_embed.proj",
+            "classifier": self.head_names if len(self.head_names) > 1 else self.head_names[0],
+        }
+        said = {
+            "architecture": self.card.timm,
+            "license": self.card.licence,
+            "label_names": self.card.class_names,
+        }
+        return cfg | {name: value for name, value in said.items() if value}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - its ViTs ignore it too
+        """By which names parameters belong to which layer, for timm's layer decay."""
+        return group_matcher()
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The head, or both."""
+        heads = tuple(getattr(self, name) for name in self.head_names)
+        return heads if len(heads) > 1 else heads[0]
