@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import re
 import resource
@@ -95,6 +96,7 @@ def damage(draw: st.DrawFn, content: bytes) -> bytes:
 @contextlib.contextmanager
 def memory_limit(size: int) -> Iterator[None]:
     """Let this process take no more than `size` bytes beyond what it has: what asks for more raises MemoryError."""
+    gc.collect()  # or what earlier tests left would make room later
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + size, before[1]))
