@@ -1,11 +1,15 @@
 """Loading and converting: the time to create a model from the cache, and the memory that a conversion needs.
 
     python -m benchmarks.weights load --model vit_l16 --store
+    python -m benchmarks.weights read --model vit_b16 --store
     python -m benchmarks.weights convert --model mae_h14 --store
 
 `load` compares create(..., pretrained=True), second time, with safetensors' load_file and a look at every page of what
-it gives, in one process, in turns. `convert` makes a checkpoint of the model's size in each container and converts it
-in a process of its own; the peak is what the system has as the largest resident memory, mapped file pages included.
+it gives, in one process, in turns. `read` compares a model whose weights are read into memory of their own, as those of
+all files are, with one whose weights are mapped, as those in the cache are: each in a process of its own, in turns,
+until the model is there and with a look at every page. `convert` makes a checkpoint of that size in each container and
+converts it in a process of its own. The peak is what the system has as the largest resident memory, mapped file pages
+included.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,7 +34,7 @@ from torch import Tensor
 import tomevit
 from tomevit.measure.timing import environment, interleave
 from tomevit.models import build_meta
-from tomevit.weights import rules
+from tomevit.weights import checkpoint, rules
 from tomevit.weights.formats import FORMATS
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,18 +52,29 @@ CONTAINERS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="time and memory of loading and converting weights")
-    parser.add_argument("what", choices=["load", "convert", "convert-one"])
-    parser.add_argument("--model", help="default: vit_l16 for load, mae_cls_h14 for convert")
+    parser.add_argument("what", choices=["load", "read", "convert", "read-one", "convert-one"])
+    parser.add_argument("--model", help="default: vit_l16 for load, vit_b16 for read, mae_cls_h14 for convert")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--file", help=argparse.SUPPRESS)
+    parser.add_argument("--mapped", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--store", action="store_true", help="keep the result in benchmarks/results/")
     args = parser.parse_args()
     if args.what == "convert-one":
         convert_one(args.file, args.model)
         return
-    model = args.model or {"load": "vit_l16", "convert": "mae_cls_h14"}[args.what]
-    with tempfile.TemporaryDirectory() as folder:
-        result = load(model, Path(folder), args.rounds) if args.what == "load" else convert(model, Path(folder))
+    if args.what == "read-one":
+        read_one(args.file, mapped=args.mapped)
+        return
+    model = args.model or {"load": "vit_l16", "read": "vit_b16", "convert": "mae_cls_h14"}[args.what]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        match args.what:
+            case "load":
+                result = load(model, folder, args.rounds)
+            case "read":
+                result = read(model, folder, args.rounds)
+            case _:
+                result = convert(model, folder)
     result = {"what": args.what, "model": model, **environment(), **result}
     print(json.dumps(result, indent=2))
     if args.store:
@@ -100,6 +116,51 @@ def load(model: str, folder: Path, rounds: int) -> dict[str, Any]:
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "over_load_file": {name: round(value / base, 3) for name, value in seconds.items()},
     }
+
+
+def read(model: str, folder: Path, rounds: int) -> dict[str, Any]:
+    path = folder / "model.safetensors"
+    tomevit.save(tomevit.create(model), path)
+    ways = {"mapped": ["--mapped"], "copied": []}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, options in ways.items():
+            command = [sys.executable, "-m", "benchmarks.weights", "read-one", "--file", str(path), *options]
+            rows[name].append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+    return {
+        "megabytes": round(path.stat().st_size / 1e6),
+        "rounds": rounds,
+        "medians": {
+            name: {key: round(statistics.median(row[key] for row in each), 4) for key in each[0]}
+            for name, each in rows.items()
+        },
+    }
+
+
+def read_one(file: str, *, mapped: bool) -> None:
+    build_meta(checkpoint.read(file, mapped=True)[0].card.config)  # what is imported and made once
+    before = memory_in_megabytes()
+    start = time.perf_counter()
+    header, tensors = checkpoint.read(file, mapped=mapped)
+    model = checkpoint.assemble(header.card, tensors, file)
+    there = time.perf_counter()
+    touch(model.state_dict())
+    touched = time.perf_counter()
+    after = memory_in_megabytes()
+    row = {
+        "seconds": there - start,
+        "seconds_with_every_page": touched - start,
+        "peak_megabytes": after["VmHWM"],
+        "of_which_python_and_torch": before["VmHWM"],
+        "more_of_its_own_megabytes": after["RssAnon"] - before["RssAnon"],  # not shared with the file, other processes
+    }
+    print(json.dumps(row))
+
+
+def memory_in_megabytes() -> dict[str, float]:
+    """What Linux tells of this process: VmHWM, the most that was resident; RssAnon, of it now what is of no file."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 / 1e6 for line in lines if line[-1] == "kB"}
 
 
 def touch(tensors: dict[str, Tensor]) -> float:

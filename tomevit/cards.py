@@ -18,10 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from tomevit.config import Card
 from tomevit.errors import CheckpointError
+from tomevit.headers import read_header
 from tomevit.schedule import schedule_from_json, schedule_to_json
 from tomevit.typed import conform
 
@@ -90,11 +89,11 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     """
     path = Path(path)
     try:
-        with safe_open(path, framework="np") as file:
-            header = decode_header(path, file.metadata() or {})
-            dtypes = Counter(file.get_slice(name).get_dtype() for name in sorted(file.keys()))
-    except SafetensorError as error:
+        with path.open("rb") as file:
+            metadata, tensors = read_header(file)
+    except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: it is damaged, or of another format ({error})") from error
+    header, dtypes = decode_header(path, metadata), Counter(tensor.dtype for tensor in tensors.values())
     words = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     named = {words.get(dtype, dtype): count for dtype, count in dtypes.items()}
     return Contents(path, header.card, header.sha256, path.stat().st_size, "tomevit's own format", named, {})
@@ -105,9 +104,9 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     try:
         if not Path(path).is_file():  # a pipe would wait for ever
             return False
-        with safe_open(path, framework="np") as file:
-            return KEY in (file.metadata() or {})
-    except (OSError, SafetensorError):
+        with Path(path).open("rb") as file:
+            return KEY in read_header(file)[0]
+    except (OSError, ValueError):
         return False
 
 

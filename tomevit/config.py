@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from tomevit.schedule import Schedule, check_schedule
@@ -138,6 +138,15 @@ class Preprocess:
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}, and must be a share above 0, up to 1")
 
+    def for_channels(self, channels: int) -> Preprocess:
+        """For images of so many channels: statistics that are the same for all stay, others become 0.5 (to [-1, 1])."""
+        if channels == len(self.mean):
+            return self
+        mean, std = (values[0] if len(set(values)) == 1 else None for values in (self.mean, self.std))
+        if mean is None or std is None:
+            mean = std = 0.5
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -164,7 +173,10 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What there is to know about a model and its weights. It travels in every file that tomevit writes."""
+    """What there is to know about a model and its weights. It travels in every file that tomevit writes.
+
+    Its preprocessing has as many channels as its config: see `Preprocess.for_channels`.
+    """
 
     name: str  # family_size[_resolution]
     weights: str | None = None  # the tag of one set of weights
@@ -183,6 +195,7 @@ class Card:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", check_schedule(self.r, self.config.depth))
+        object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
 
     @property
     def full_name(self) -> str:

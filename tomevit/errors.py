@@ -11,17 +11,31 @@ class CheckpointError(ValueError):
     """A file is damaged, hostile, or not what it was taken for. Nothing of it was loaded, nothing written."""
 
 
-class AmbiguousCheckpointError(CheckpointError):
+class UnreadableError(CheckpointError):
+    """A file is damaged, hostile, or no checkpoint, whatever the user says of it."""
+
+
+class MissingOptionError(CheckpointError):
+    """A file can be read, if the user says one thing more.
+
+    Attributes:
+        option: what to say: "format", "model", "key", "prefix" or "num_classes".
+    """
+
+    def __init__(self, message: str, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class AmbiguousCheckpointError(MissingOptionError):
     """A file can be read in several ways, and only the user knows which is meant.
 
     Attributes:
-        option: what to say: "format", "model" or "key".
-        choices: the values it can have.
+        choices: the values that the option can have.
     """
 
     def __init__(self, message: str, option: str, choices: list[str]) -> None:
-        super().__init__(message)
-        self.option = option
+        super().__init__(message, option)
         self.choices = choices
 
 

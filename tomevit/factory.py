@@ -16,8 +16,7 @@ from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
 from tomevit.weights import checkpoint
-from tomevit.weights.adapt import preprocess_for_channels
-from tomevit.weights.convert import adapt_weights, published_weights, weights_of
+from tomevit.weights.convert import adapt_weights, open_weights, published_weights
 
 
 def create(
@@ -25,6 +24,9 @@ def create(
     *,
     r: Schedule | None = None,
     pretrained: bool | str | PathLike[str] | nn.Module = False,
+    format: str | None = None,  # noqa: A002
+    key: str | None = None,
+    prefix: str | None = None,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
@@ -47,6 +49,8 @@ def create(
             card are copied. It must have the name's architecture, and brings its own image size and class count. Of an
             encoder without a head a model can be made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from
             "mae_cls_b16.pretrain".
+        format, key, prefix: of a checkpoint given as pretrained, where it does not say itself what `tomevit.convert`
+            asks for by these names.
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
             for another number.
         img_size: pixels, one number or (height, width), divisible by the patch size. Pretrained positions are
@@ -59,7 +63,7 @@ def create(
 
     Raises:
         ValueError: there is no such model, or an argument does not fit; the message says what would.
-        CheckpointError: pretrained weights are damaged, hostile, or of another model.
+        CheckpointError: pretrained weights are damaged, hostile, of another model, or in need of one more argument.
         DownloadError: they could not be had; the message says how to bring them.
     """
     chosen = zoo.card(name)
@@ -73,12 +77,24 @@ def create(
     if r is not None:
         check_schedule(r, config.depth)
 
+    if isinstance(pretrained, bool) and (format or key or prefix):
+        raise ValueError("format, key and prefix say what a checkpoint is: give it as pretrained=")
     if pretrained is False:
         model = build(config, chosen.r)
-        preprocess = preprocess_for_channels(chosen.preprocess, config.in_chans)
-        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=preprocess, r=chosen.r)
+        model.eval().card = replace(zoo.architecture(name), config=config, preprocess=chosen.preprocess, r=chosen.r)
     elif pretrained is True or isinstance(pretrained, str | PathLike | nn.Module):
-        weights = published_weights(chosen) if pretrained is True else weights_of(pretrained, name, img_size=size)
+        if pretrained is True:
+            weights = published_weights(chosen)
+        else:
+            weights = open_weights(
+                pretrained,
+                name,
+                format=format,
+                key=key,
+                prefix=prefix,
+                img_size=size,
+                fresh_head=num_classes is not None,
+            )
         if isinstance(pretrained, nn.Module):
             copies = {parameter: tensor.to("cpu", copy=True) for parameter, tensor in weights.tensors.items()}
             weights = weights._replace(tensors=copies)

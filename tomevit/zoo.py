@@ -31,6 +31,11 @@ from tomevit.errors import join_with_or, nearest
 #: How the names of checkpoints end.
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz", ".msgpack", ".onnx", ".pt2")
 
+#: The names that a repository of the hub has for its weights, the preferred first; an index lists several files.
+HUB_FILES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 #: How the addresses of checkpoints begin.
 ADDRESSES = ("http://", "https://", "hf-hub:")
@@ -178,12 +183,13 @@ def card(name: str) -> Card:
 def is_elsewhere(name: str) -> bool:
     """Whether it is an address, or a name that is no file's, rather than a file or directory here.
 
-    A directory without weights does not hide the model of its name: it may be where that one's results are written.
+    A directory hides the model of its name only if it has weights under one of `HUB_FILES`: else it may be where that
+    one's results are written.
     """
     path = Path(name)
     if not name or name.startswith(ADDRESSES) or not path.exists():
         return True
-    return path.is_dir() and not (path / "model.safetensors").is_file() and _names_model(name)
+    return path.is_dir() and not any((path / file).is_file() for file in HUB_FILES) and _names_model(name)
 
 
 def _names_model(name: str) -> bool:

@@ -32,7 +32,7 @@ from tests.elsewhere import Elsewhere
 from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
-from tomevit.errors import CheckpointError, DownloadError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UnreadableError
 from tomevit.weights import cache, download
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
@@ -391,16 +391,57 @@ def test_a_cached_file_that_cannot_be_read_is_made_again(server: Server, content
     assert converted_from(path) == DATA
 
 
-def test_a_failed_conversion_leaves_nothing(server: Server) -> None:
+def test_a_file_that_is_no_checkpoint_leaves_nothing(server: Server) -> None:
     given = card(at(server.put("/w.pth", DATA)))
 
     def fail(given: Card, fetched: Fetched, draft: Path) -> None:
         draft.write_bytes(b"half")
         draft.with_name(".draft.123").write_bytes(b"half")
-        raise CheckpointError("no weights")
+        raise UnreadableError("no weights")
 
     with pytest.raises(CheckpointError, match="no weights"):
         obtain(given, fail)
+    assert kept() == []
+    assert converted_from(obtain(given)) == DATA
+
+
+QUESTIONS = {
+    "a question": AmbiguousCheckpointError("it fits two models", "model", ["a", "b"]),
+    "a wrong answer": CheckpointError("it has nothing at 'modle'"),
+    "Ctrl-C": KeyboardInterrupt(),
+    "no memory": MemoryError(),
+    "a bug": RuntimeError(),
+}
+
+
+@pytest.mark.parametrize("error", QUESTIONS.values(), ids=QUESTIONS)
+def test_a_download_stays_until_its_conversion_is_done(server: Server, error: BaseException) -> None:
+    given = Card(name="url-1234", sources=(at(server.put("/w.pth", DATA)),))
+    leftover = ["unfinished/url-1234/w.pth", "unfinished/url-1234/w.pth.json"]
+
+    def fail(given: Card, fetched: Fetched, draft: Path) -> None:
+        draft.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(type(error)):
+        cached(given, partial(fail, given), variant="first")
+    assert kept() == leftover
+    with pytest.raises(type(error)), fetch(given):
+        raise error
+    assert kept() == leftover
+    path = cached(given, partial(convert, given), variant="second")
+    assert converted_from(path) == DATA
+    assert kept() == [f"weights/url-1234-second-{sha256(DATA)[:16]}.safetensors"]
+    assert server.paths() == ["/w.pth"]
+
+
+def test_a_download_that_stayed_is_checked_again(server: Server) -> None:
+    given = card(at(server.put("/w.pth", DATA), sha256=sha256(DATA)))
+    with pytest.raises(KeyboardInterrupt), fetch(given):
+        raise KeyboardInterrupt
+    (home() / "unfinished" / "vit_x1.tag" / "w.pth").write_bytes(OTHER)
+    with pytest.raises(CheckpointError, match="has sha256"):
+        obtain(given)
     assert kept() == []
     assert converted_from(obtain(given)) == DATA
 
@@ -1054,7 +1095,8 @@ def test_a_disk_that_fills_up(server: Server, environment: dict[str, str], kind:
     ) as caught:
         Elsewhere(environment, with_file_limit, source, limit, converter).result()
     assert environment["HF_HOME" if kind == "hub" else "TOMEVIT_HOME"] in str(caught.value)
-    assert kept() == [f"weights/{old.name}"]
+    stays = ["unfinished/vit_x1.tag/w.pth", "unfinished/vit_x1.tag/w.pth.json"] if kind == "conversion" else []
+    assert kept() == [*stays, f"weights/{old.name}"]
     assert not list(Path(environment["HF_HOME"]).rglob("*.incomplete"))
     assert converted_from(old) == OTHER
     assert converted_from(obtain(card(source))) == DATA
@@ -1099,7 +1141,8 @@ def test_a_small_disk(server: Server, environment: dict[str, str]) -> None:
     assert "early.pth.part cannot be written: No space left on device: 0.6 MB do not fit into the 0.4 MB" in early
     assert "late.pth.part cannot be written: No space left on device: the file does not fit into" in late
     assert "converted cannot be written: No space left on device: 0.3 MB do not fit into" in conversion
-    assert after_early == after_late == after_conversion == ""
+    assert after_early == after_late == ""
+    assert after_conversion == "unfinished/vit_x1.tag/w.pth unfinished/vit_x1.tag/w.pth.json"
 
 
 def without_privileges(source: Source) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
@@ -19,9 +21,11 @@ import tomevit
 from tests.helpers import images_for, tiny
 from tomevit import cards
 from tomevit.config import Card, Figure, Preprocess, Source
+from tomevit.headers import read_header
 from tomevit.layers import bipartite_soft_matching
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
+from tomevit.weights.reading import read_tensors
 
 CARD = Card(
     name="mine",
@@ -138,6 +142,56 @@ def test_a_loaded_model_does_not_change_its_file(path: Path) -> None:
         for parameter in model.parameters():
             parameter.fill_(3.0)
     assert path.read_bytes() == before
+
+
+def test_a_loaded_model_does_not_need_its_file(path: Path) -> None:
+    model = tiny(8, seed=1)
+    tomevit.save(model, path)
+    stays = path.with_name("stays.safetensors")
+    tomevit.save(tiny(8, seed=2), stays)
+    before = path.read_bytes()
+    for damage in (lambda: path.write_bytes(stays.read_bytes()), lambda: os.truncate(path, 100), path.unlink):
+        path.write_bytes(before)
+        loaded, optimized = tomevit.load(path), tomevit.optimize(tomevit.load(path), packed=False, keep_memory=False)
+        damage()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+        torch.testing.assert_close(optimized(images_for(model)), model(images_for(model)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell their mappings otherwise")
+def test_a_file_of_the_cache_is_mapped_once(path: Path) -> None:
+    model = tiny(8)
+    tomevit.save(model, path)
+    before = path.read_bytes()
+    tensors = checkpoint.read(path, mapped=True)[1]
+    assert Path("/proc/self/maps").read_text().count(str(path)) == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensors[name], tensor)
+        tensors[name].zero_()
+    assert path.read_bytes() == before
+    del tensors
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_cannot_be_mapped_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise RuntimeError("unable to mmap")
+
+    model = tiny(8)
+    tomevit.save(model, path)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", fail)
+    tensors = checkpoint.read(path, mapped=True)[1]
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_file_cut_short_while_it_is_read(path: Path) -> None:
+    tomevit.save(tiny(8), path)
+    with path.open("rb") as file:
+        stored = read_header(file)[1]
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(ValueError, match="cut short while it was read"):
+            read_tensors(file, stored)
 
 
 def test_of_one_tensor_at_a_time_there_is_a_copy() -> None:

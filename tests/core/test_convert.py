@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tomevit
 from benchmarks.peers import timm, torchvision
@@ -387,6 +388,101 @@ def test_create_adapts(tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> No
     same = tomevit.create("deit_ti16", pretrained=path, in_chans=6)
     weight = deit_ti16["patch_embed.proj.weight"]
     assert torch.equal(same.patch_embed.proj.weight, torch.cat([weight, weight], 1) / 2)
+
+
+@pytest.fixture
+def averaged(tmp_path: Path) -> Path:
+    """timm's ViT with global_pool="avg", whose last norm is fc_norm."""
+    config = replace(tomevit.card("vit_ti16").config, num_classes=5)
+    tensors = foreign.fill(foreign.mae_finetuned(foreign.sizes(config)))
+    return foreign.write(tmp_path / "averaged.safetensors", tensors)
+
+
+@pytest.mark.parametrize("key", ["", "model", "state_dict"])
+@pytest.mark.parametrize("name", ["vit_ti16", "vit_tiny_patch16_224", "deit_ti16"])
+def test_average_pooling_is_read_as_the_model_that_is_named(averaged: Path, name: str, key: str) -> None:
+    path = foreign.write(averaged.with_suffix(".pth"), load_file(averaged), key=key)
+    theirs = timm.create_model("vit_tiny_patch16_224", global_pool="avg", num_classes=5).eval()
+    theirs.load_state_dict(load_file(averaged))
+    images = foreign.fill({"images": (1, 3, 224, 224)}, seed=1)["images"]
+    for model in (
+        tomevit.create(name, pretrained=path),
+        tomevit.create(name, pretrained=path, pool="avg"),
+        tomevit.load(tomevit.convert(path, path.with_name("out.safetensors"), model=name).out or ""),
+        tomevit.create(name, pretrained=path.with_name("out.safetensors")),
+    ):
+        assert (model.card.name, model.card.preprocess) == (tomevit.card(name).name, tomevit.card(name).preprocess)
+        assert (model.config.pool, model.config.pool_norm, model.config.prop_attn) == ("avg", "after", True)
+        assert model.card.origin is not None
+        assert model.card.origin.format == "timm"
+        with torch.inference_mode():
+            assert relative_error(model(images), theirs(images)) < 1e-5
+
+
+def test_average_pooling_by_format_by_card_and_by_the_file_beside_it(averaged: Path) -> None:
+    out = averaged.with_name("out.safetensors")
+    report = tomevit.convert(averaged, out, model="vit_ti16", format="timm")
+    assert report.changes == ("the head reads the mean patch: the last norm is fc_norm",)
+    zoo = tomevit.card("vit_ti16")
+    own = replace(zoo, config=replace(zoo.config, pool="avg", pool_norm="after"))
+    assert tomevit.convert(averaged, out, model=own).changes == ()
+    with pytest.raises(CheckpointError, match="pool_norm after where the model has before"):
+        tomevit.convert(averaged, out, model=zoo)  # it says how it pools
+    with pytest.raises(CheckpointError, match="pool_norm after where the model has before"):
+        tomevit.create("mae_cls_b16", pretrained=tiny(pool="avg", pool_norm="after"))
+    directory = averaged.parent / "directory"
+    directory.mkdir()
+    averaged.rename(directory / "model.safetensors")
+    (directory / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "global_pool": "avg"}')
+    for model in (None, "vit_ti16"):
+        assert tomevit.convert(directory, out, model=model).model == "vit_ti16"
+        assert tomevit.load(out).config.prop_attn
+
+
+def test_average_pooling_of_which_nothing_is_said_is_asked_about(tmp_path: Path, averaged: Path) -> None:
+    asked = []
+
+    def ask(error: AmbiguousCheckpointError) -> str:
+        asked.append((error.option, sorted(error.choices)))
+        return {"format": "timm", "model": "vit_ti16"}[error.option]
+
+    report = tomevit.convert(averaged, tmp_path / "out.safetensors", ask=ask)
+    assert report.model == "vit_ti16"
+    assert asked == [("format", ["mae", "timm"]), ("model", ["deit_ti16", "vit_ti16"])]
+
+
+def test_an_encoder_that_averages_takes_a_head(tmp_path: Path) -> None:
+    tensors = foreign.fill(foreign.mae_finetuned(foreign.sizes(tomevit.card("vit_ti16").config)))
+    path = foreign.write(tmp_path / "encoder.pth", {n: t for n, t in tensors.items() if not n.startswith("head.")})
+    tomevit.convert(path, tmp_path / "out.safetensors", model="vit_ti16")
+    for source in (path, tmp_path / "out.safetensors"):
+        model = tomevit.create("vit_ti16", pretrained=source, num_classes=3)
+        assert (model.config.pool, model.config.pool_norm, model.config.num_classes) == ("avg", "after", 3)
+    assert tomevit.convert(tmp_path / "out.safetensors", tmp_path / "again.safetensors", model="vit_ti16")
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_other_channels_have_the_preprocessing_that_goes_with_them(tmp_path: Path, channels: int) -> None:
+    shapes = foreign.deit(foreign.sizes(replace(tomevit.card("deit_ti16").config, num_classes=5)))
+    tensors = foreign.fill(shapes | {"patch_embed.proj.weight": (192, channels, 16, 16)})
+    path = foreign.write(tmp_path / "model.pth", tensors, key="model")
+    report = tomevit.convert(path, tmp_path / "out.safetensors")
+    assert report.changes == (f"images of {channels} instead of 3 channels, with a mean and std each",)
+    own = replace(tomevit.card("deit_ti16"), config=replace(tomevit.card("deit_ti16").config, in_chans=channels))
+    tomevit.convert(path, tmp_path / "own.safetensors", model=own)
+    for model in (
+        tomevit.load(tmp_path / "out.safetensors"),
+        tomevit.load(tmp_path / "own.safetensors"),
+        tomevit.create("deit_ti16", pretrained=path),
+        tomevit.create("deit_ti16", pretrained=path, in_chans=channels),
+        tomevit.create("deit_ti16", in_chans=channels),
+        tiny(in_chans=channels),
+    ):
+        half = (0.5,) * channels
+        assert (model.config.in_chans, model.card.preprocess.mean, model.card.preprocess.std) == (channels, half, half)
+        size = model.config.img_size
+        image = torch.zeros(channels, *size, dtype=torch.uint8)
+        assert model(tomevit.transform(model)(image)[None]).isfinite().all()
 
 
 # --------------------------------------------------------------------------------------------------------- our own file

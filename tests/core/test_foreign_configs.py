@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -122,7 +123,7 @@ def test_images_are_prepared_as_timm_does(name: str, tmp_path: Path) -> None:
     [
         ({}, "vit_ti16"),
         ({"img_size": 64, "in_chans": 1}, "vit_ti16"),
-        ({"global_pool": "avg", "num_classes": 5}, "vit_192x12_p16"),  # no model of the zoo's
+        ({"global_pool": "avg", "num_classes": 5}, "vit_ti16"),
     ],
 )
 def test_we_read_what_timm_writes(arguments: dict[str, Any], name: str, tmp_path: Path) -> None:
@@ -151,6 +152,140 @@ def test_a_fine_tuned_model_is_not_taken_for_the_weights_it_began_with(tmp_path:
     assert card is not None
     assert (card.name, card.weights, card.sources, card.figures) == ("vit_b16", None, (), ())
     assert (card.config.num_classes, card.class_names, card.licence) == (2, ("hot dog", "n2"), "apache-2.0")
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "pool_norm"),
+    [
+        ({"pretrained_cfg": {"global_pool": "avg"}}, "vit_b16", "after"),
+        ({"model_args": {"global_pool": "avg"}}, "vit_b16", "after"),
+        ({"global_pool": "avg", "pretrained_cfg": {"tag": "augreg_in21k_ft_in1k"}}, "vit_b16", "after"),
+        ({"model_args": {"global_pool": "avg", "fc_norm": False}}, "vit_b16", "before"),
+        ({"architecture": "deit_base_patch16_224", "global_pool": "avg"}, "deit_b16", "after"),
+        ({"global_pool": "avg", "pretrained_cfg": {"tag": "mae"}}, "mae_b16", "after"),
+    ],
+)
+def test_average_pooling_is_of_the_family_that_the_file_names(
+    said: dict[str, Any], name: str, pool_norm: str, tmp_path: Path
+) -> None:
+    card = card_from_configs(put(tmp_path, {"config.json": {"architecture": "vit_base_patch16_224"} | said}))
+    assert card is not None
+    assert (card.name, card.config.pool, card.config.pool_norm) == (name, "avg", pool_norm)
+    assert card.config.prop_attn == (not name.startswith("mae"))
+
+
+def test_mae_is_still_mae_after_it_was_written(tmp_path: Path) -> None:
+    found = card_from_configs(put(tmp_path, configs_from_card(tomevit.card("mae_l16"), "timm")))
+    assert found is not None
+    assert (found.name, found.config.prop_attn) == ("mae_l16", False)
+
+
+TRAINING = ["drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"]
+TRAINING += ["drop_block_rate", "weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "device", "dtype"]
+TRAINING += ["scriptable", "exportable", "no_jit", "cache_dir", "checkpoint_path", "pretrained", "pretrained_strict"]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_what_only_training_cares_about_is_passed_over(name: str, tmp_path: Path) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {name: 0.1, "scale_mlp_norm": False}}
+    card = card_from_configs(put(tmp_path, {"config.json": config}))
+    assert card is not None
+    assert card.name == "vit_ti16"
+
+
+def test_every_argument_of_timms_vit_is_known(tmp_path: Path) -> None:
+    """Where it has its default, or speaks of training alone, it is read: no other model is refused for one of these."""
+    arguments = inspect.signature(timm.models.VisionTransformer.__init__).parameters
+    plain = {name: p.default for name, p in arguments.items() if isinstance(p.default, bool | int | float | str)}
+    assert {"proj_bias", "scale_attn_norm", "final_norm", "drop_path_rate", "pos_embed"} <= plain.keys()
+    card = card_from_configs(
+        put(tmp_path, {"config.json": {"architecture": "vit_base_patch16_224", "model_args": plain}})
+    )
+    assert card is not None
+    assert card.name == "vit_b16"
+
+
+IDLE = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "drop_path_rate": 0.1, "dtype": "float32"}
+IDLE |= {
+    "problem_type": "single_label_classification",
+    "torch_dtype": "float16",
+    "use_cache": True,
+    "return_dict": True,
+}
+IDLE |= {"gradient_checkpointing": True, "finetuning_task": "x", "layerdrop": 0.1, "encoder_stride": 16}
+IDLE |= {
+    "pooler_output_size": 768,
+    "pooler_act": "tanh",
+    "output_attentions": True,
+    "pruned_heads": {},
+    "num_labels": 2,
+}
+
+
+def test_what_changes_no_weight_and_no_answer_in_transformers_is_passed_over(tmp_path: Path) -> None:
+    config = {"model_type": "vit", "id2label": {"0": "a", "1": "b"}}
+    plain = card_from_configs(put(tmp_path, {"config.json": config}))
+    assert card_from_configs(put(tmp_path, {"config.json": config | IDLE})) == plain
+
+
+GREY: list[tuple[dict[str, Any], dict[str, Any], tuple[float, ...], tuple[float, ...]]] = [
+    ({"architecture": "vit_tiny_patch16_224", "model_args": {"in_chans": 1}}, {}, (0.5,), (0.5,)),
+    (
+        {"architecture": "vit_tiny_patch16_224", "pretrained_cfg": {"input_size": [1, 224, 224], "mean": [0.1307]}}
+        | {"mean": [0.1]},
+        {},
+        (0.1307,),
+        (0.5,),
+    ),
+    (
+        {"architecture": "vit_tiny_patch16_224", "input_size": [1, 224, 224], "mean": [0.485, 0.456, 0.406]}
+        | {"std": [0.229, 0.224, 0.225]},
+        {},
+        (0.5,),
+        (0.5,),
+    ),
+    (
+        {"architecture": "vit_tiny_patch16_224", "input_size": [13, 224, 224], "mean": [0.0] * 3, "std": [1.0] * 3},
+        {},
+        (0.0,) * 13,
+        (1.0,) * 13,
+    ),
+    ({"model_type": "vit", "num_channels": 1}, {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, (0.5,), (0.25,)),
+    ({"model_type": "vit", "num_channels": 1}, {"image_mean": 0.3, "image_std": [0.4]}, (0.3,), (0.4,)),
+    ({"model_type": "vit", "num_channels": 4}, {"image_processor_type": "CLIPImageProcessor"}, (0.5,) * 4, (0.5,) * 4),
+]
+
+
+@pytest.mark.parametrize(("config", "processor", "mean", "std"), GREY)
+def test_statistics_have_the_models_channels(
+    config: dict[str, Any], processor: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], tmp_path: Path
+) -> None:
+    card = card_from_configs(put(tmp_path, {"config.json": config, "preprocessor_config.json": processor}))
+    assert card is not None
+    assert (card.preprocess.mean, card.preprocess.std) == (mean, std)
+    assert card.config.in_chans == len(mean)
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": None}, {"height": None, "width": None}, {}, None])
+def test_a_size_of_null_is_the_processors_own(size: Any, tmp_path: Path) -> None:
+    files = {"config.json": {"model_type": "deit"}, "preprocessor_config.json": {"size": size}}
+    card = card_from_configs(put(tmp_path, files))
+    assert card is not None
+    assert (card.preprocess.resize, card.preprocess.crop_pct) == ("squash", 0.875)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("timm", {"mlp_ratio": 1e5}, "mlp_ratio is 100000.0, and must be from 0 to 65536 to be written"),
+        ("hf_vit", {"mlp_ratio": 1e5}, "intermediate_size is 2400000, and must be from 1 to 1048576 to be written"),
+        ("timm", {"in_chans": 5000}, "in_chans is 5000"),
+        ("timm", {"img_size": (2**15, 2**15)}, "img_size is (32768, 32768)"),
+    ],
+)
+def test_what_is_not_read_is_not_written(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        configs_from_card(described(**fields), kind)
 
 
 def test_a_tag_tells_families_of_one_name_apart(tmp_path: Path) -> None:
@@ -494,6 +629,15 @@ MALFORMED: list[tuple[Any, Any, str]] = [
     (TIMMS | {"model_args": {"block_fn": "ParallelThingsBlock"}}, {}, "block_fn"),
     (TIMMS | {"model_args": {"depth": 1e3}}, {}, "depth"),
     (TIMMS | {"model_args": {"global_pool": "map"}}, {}, "global_pool"),
+    (TIMMS | {"model_args": {"features_only": True}}, {}, "features_only"),
+    (TIMMS | {"model_args": {"out_indices": [1]}}, {}, "out_indices"),
+    (TIMMS | {"model_args": {"scale_mlp_norm": True}}, {}, "scale_mlp_norm"),
+    (TIMMS | {"model_args": {"proj_bias": False}}, {}, "proj_bias"),
+    (TIMMS | {"model_args": {"norm_layer": "rmsnorm"}}, {}, "norm_layer"),
+    (TIMMS | {"model_args": {"pretrained_cfg_overlay": {"mean": [0.5]}}}, {}, "pretrained_cfg_overlay"),
+    (VIT | {"quantization_config": {"load_in_8bit": True}}, {}, "quantization_config"),
+    (VIT | {"pruned_heads": {"0": [1]}}, {}, "pruned_heads"),
+    (VIT | {"num_channels": 4}, {"image_mean": [0.5, 0.5]}, "image_mean"),
     (TIMMS | {"model_args": {"class_token": False}}, {}, "class token"),
 ]
 

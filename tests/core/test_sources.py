@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,16 @@ from tests.server import Server
 from tomevit import zoo
 from tomevit.config import Preprocess
 from tomevit.models import build
-from tomevit.weights import checkpoint
+from tomevit.weights import cache, checkpoint
 from tomevit.weights.convert import weights_of
 from tomevit.weights.sources import card_of_source
+
+
+@pytest.fixture(scope="module")
+def deit_ti16() -> dict[str, torch.Tensor]:
+    """A checkpoint of the smallest published size."""
+    return foreign.fill(foreign.deit(foreign.sizes(tomevit.card("deit_ti16").config)))
+
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "DataParallel": nn.DataParallel,
@@ -88,7 +96,7 @@ def test_published_weights_have_the_card_of_today(monkeypatch: pytest.MonkeyPatc
     )
     stored = build(old.config, old.r)
     checkpoint.write(tmp_path / "stored.safetensors", old, dict(stored.state_dict()))
-    monkeypatch.setattr("tomevit.weights.cache.cached", lambda card, convert: tmp_path / "stored.safetensors")
+    monkeypatch.setattr("tomevit.weights.cache.cached", lambda *_, **__: tmp_path / "stored.safetensors")
     model = tomevit.create("deit_ti16", pretrained=True)
     assert (model.r, model.card.licence, model.card.preprocess) == (today.r, today.licence, today.preprocess)
     assert (model.config.prop_attn, model.config.act) == (today.config.prop_attn, today.config.act)
@@ -113,6 +121,57 @@ def test_a_copy_of_a_published_file_has_the_card_of_today(
         weights = weights_of(f"{server.url}/copy.pth")
         assert (weights.card.full_name, weights.card.licence) == (card.full_name, licence)
     assert server.paths().count("/copy.pth") == 1
+
+
+@pytest.mark.usefixtures("set_environment")
+def test_an_answer_costs_no_second_download(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, deit_ti16: dict[str, torch.Tensor]
+) -> None:
+    file = foreign.write(tmp_path / "w.pth", deit_ti16, key="state_dict", state_dict_ema=deit_ti16).read_bytes()
+    url, home = server.put("/w.pth", file), cache.home()
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(tomevit.AmbiguousCheckpointError, match="several state dicts"):
+        tomevit.create("deit_ti16", pretrained=url)
+    with pytest.raises(tomevit.CheckpointError, match="has nothing at 'state'"):
+        tomevit.create("deit_ti16", pretrained=url, key="state")
+    with pytest.raises(tomevit.AmbiguousCheckpointError, match=r"--model$"):
+        tomevit.convert(url, tmp_path / "out.safetensors", key="state_dict")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tomevit.create("deit_ti16", pretrained=url, key="state_dict")
+    model = tomevit.create("deit_ti16", pretrained=url, key="state_dict_ema")
+    assert torch.equal(model.head.weight, deit_ti16["head.weight"])  # type: ignore[arg-type]
+    assert server.paths() == ["/w.pth"]
+    assert not list((home / "unfinished").iterdir())
+
+
+@pytest.mark.usefixtures("set_environment")
+def test_what_comes_from_the_hub_outlives_its_file(
+    server: Server, environment: dict[str, str], tmp_path: Path, deit_ti16: dict[str, torch.Tensor]
+) -> None:
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        file = foreign.write(tmp_path / name, deit_ti16).read_bytes()
+        server.put_hub(f"owner/{Path(name).stem}", name, file)
+        model = tomevit.create("deit_ti16", pretrained=f"hf-hub:owner/{Path(name).stem}")
+        for blob in Path(environment["HF_HOME"]).rglob("blobs/*"):
+            blob.write_bytes(b"")
+        assert all(torch.equal(tensor, deit_ti16[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems tell their mappings otherwise")
+@pytest.mark.usefixtures("set_environment")
+def test_the_cache_alone_is_mapped(server: Server, tmp_path: Path, deit_ti16: dict[str, torch.Tensor]) -> None:
+    url = server.put("/w.pth", foreign.write(tmp_path / "w.pth", deit_ti16).read_bytes())
+    models = [tomevit.create("deit_ti16", pretrained=url), tomevit.create("digits_p1", pretrained=True)]
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "safetensors" in line}
+    (cached,) = (cache.home() / "weights").iterdir()
+    assert str(cached) in mapped
+    assert not any(path.startswith(str(Path(tomevit.__file__).parent)) for path in mapped)
+    del models
 
 
 def test_a_directory_of_results_does_not_hide_the_model_of_its_name(

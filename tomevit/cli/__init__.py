@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
     except OtherProcessError:
         status = 2
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if arguments[0] == "--traceback":
             raise
         status = _fail(str(error), 2)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from tomevit.cli.options import Size
+from tomevit.cli.options import Size, by_pattern, group_by_reason
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
@@ -32,6 +31,7 @@ from tomevit.weights.verify import verify as run_verify
     "--format", "format_name", metavar="NAME", help=f"Its format, of {', '.join(MAIN_FORMATS)}; default: as recognised."
 )
 @click.option("--key", help="Where in the file the state dict lies, as in model_ema, if it holds several.")
+@click.option("--prefix", help="What the model's names begin with, as in student.backbone, if it holds several models.")
 @click.option("--num-classes", type=click.IntRange(0), help="Replace the head, or both heads, by fresh weights.")
 @click.option("--img-size", type=Size(), help="Resample the positions: pixels, as in 384 or 224x320.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Round the weights; default: the source's.")
@@ -42,6 +42,7 @@ def convert(
     model: str | None,
     format_name: str | None,
     key: str | None,
+    prefix: str | None,
     num_classes: int | None,
     img_size: tuple[int, int] | None,
     dtype: str | None,
@@ -49,8 +50,8 @@ def convert(
 ) -> None:
     """Write a checkpoint of any known format as one self-describing file.
 
-    SOURCE is a file, a directory with model.safetensors and config.json, a URL, hf-hub:owner/repo[@revision], or a name
-    of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
+    SOURCE is a file, a directory with one checkpoint, as model.safetensors and config.json, the index of several files,
+    a URL, hf-hub:owner/repo[@revision], or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
     """
     report = conversion.convert(
         source,
@@ -58,6 +59,7 @@ def convert(
         model=model,
         format=format_name,
         key=key,
+        prefix=prefix,
         num_classes=num_classes,
         img_size=img_size,
         dtype=DTYPES[dtype] if dtype else None,
@@ -82,37 +84,28 @@ def _print(report: Report) -> None:
     click.echo(
         f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names"
     )
-    patterns = (f"{' + '.join(_by_pattern(sources))} -> {_by_pattern([name])[0]}" for name, sources in renamed.items())
+    patterns = (f"{' + '.join(by_pattern(sources))} -> {by_pattern([name])[0]}" for name, sources in renamed.items())
     for line in dict.fromkeys(patterns):
         click.echo(f"            {line}")
-    for what, why in _grouped(report.left_out).items():
-        click.echo(f"left out    {', '.join(_by_pattern(what))}: {why}")
+    for what, why in group_by_reason(report.left_out).items():
+        click.echo(f"left out    {', '.join(by_pattern(what))}: {why}")
     for change in report.changes:
         click.echo(f"changed     {change}")
     click.echo(f"written     {report.out}")
-
-
-def _by_pattern(names: Iterable[str]) -> list[str]:
-    """Each name once, however many blocks have it."""
-    return list(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=[./])", "{i}", name, count=1) for name in names))
-
-
-def _grouped(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return {tuple(names): reason for reason, names in reasons.items()}
 
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--against", metavar="SOURCE", help="A source, as convert takes it, that every tensor must agree with.")
 @click.option("--key", help="Where in that source the state dict lies, if it holds several.")
+@click.option("--prefix", help="What the model's names begin with there, if it holds several models.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
-def verify(ctx: click.Context, file: Path, against: str | None, key: str | None, as_json: bool) -> None:
+def verify(
+    ctx: click.Context, file: Path, against: str | None, key: str | None, prefix: str | None, as_json: bool
+) -> None:
     """Check a file that tomevit wrote: structure, shapes, digest, values, and a forward pass; status 1 if any fails."""
-    checks = run_verify(file, against=against, key=key)
+    checks = run_verify(file, against=against, key=key, prefix=prefix)
     if as_json:
         click.echo(json.dumps([check._asdict() for check in checks], indent=2))
     else:

@@ -248,8 +248,8 @@ def _file(contents: Contents) -> Iterator[str]:
         yield f"class names    {printable(names)}{more}"
     if card.notes:
         yield f"notes          {printable(card.notes)}"
-    for name, reason in contents.left_out.items():
-        yield f"left out       {printable(name)}: {reason}"
+    for left_out, reason in options.group_by_reason(contents.left_out).items():
+        yield f"left out       {printable(', '.join(options.by_pattern(left_out)))}: {reason}"
 
 
 def _place(source: Source) -> str:

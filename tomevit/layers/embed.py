@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
@@ -26,7 +25,7 @@ class PatchEmbed(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return rearrange(backends.call(self.proj, images), "b d h w -> b (h w) d")
+        return backends.call(self.proj, images).flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H W, D)
 
 
 def add_prefix_and_positions(

@@ -105,17 +105,36 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
         return Merge(keep, keep[:, :0], keep[:, :0])
     # float32 before the norm: squares of float16 overflow from 256 on.
     key = key.detach().to(backends.at_least_float32(key.dtype))
-    key = key / key.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    key = key / key.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-12)
     with backends.without_autocast(key):
         scores = _take(key, src) @ _take(key, dst).transpose(1, 2)  # (B, S, T)
-    similarity, nearest = scores.max(-1)  # (B, S)
+    if backends.is_recorded():
+        nearest = scores.argmax(-1)
+        similarity = scores.gather(2, nearest[:, :, None]).squeeze(2)
+    else:
+        similarity, nearest = scores.max(-1)  # (B, S)
     merged, stays = (_largest_by_topk if backends.is_recorded() else _largest)(similarity, r)
     src_of = src.__getitem__ if src.ndim == 1 else partial(src.gather, 1)
     return Merge(
-        keep=torch.cat([prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)], 1),
+        keep=_side_by_side(prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)),
         src=src_of(merged),
         dst=nearest.gather(1, merged) + (num_prefix + src.shape[-1] - r),
     )
+
+
+def _side_by_side(*indices: Tensor) -> Tensor:
+    """Indices (B, n) of several n as one."""
+    if not backends.is_exporting():
+        return torch.cat(indices, 1)
+    # Tools that quantise programs take every concatenation for one of activations, and stop at integers.
+    place = torch.arange(sum(index.shape[1] for index in indices), device=indices[0].device)
+    whole = place
+    for index in indices:
+        if width := index.shape[1]:
+            within = torch.where(torch.logical_and(place >= 0, place < width), place, torch.zeros_like(place))
+            whole = torch.where(place < 0, whole, index.index_select(1, within))
+            place = place - width
+    return whole
 
 
 def _largest(similarity: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -129,12 +148,12 @@ def _largest_by_topk(similarity: Tensor, r: int) -> tuple[Tensor, Tensor]:
     count = similarity.shape[1]
     last = similarity.topk(r).values[:, -1:]  # to merge; only the value counts
     # No two are equal: first what is more similar than the last, then what is as similar, each by position.
-    position = torch.arange(count, 0, -1, device=similarity.device).to(torch.float32)
-    rank = position + count * ((similarity > last).to(torch.float32) + (similarity >= last).to(torch.float32))
+    position = torch.arange(count, 0, -1, device=similarity.device)
+    rank = position + count * ((similarity > last).to(torch.int64) + (similarity >= last).to(torch.int64))
     least, merged = rank.topk(r)
     if not backends.is_traced() and r == count:
         return merged, merged[:, :0]
-    return merged, (position * (rank < least[:, -1:]).to(torch.float32)).topk(count - r).indices
+    return merged, (position * (rank < least[:, -1:]).to(torch.int64)).topk(count - r).indices
 
 
 def check_merge(merge: Merge, matching: Matching, tokens: int, r: int, num_prefix: int) -> None:

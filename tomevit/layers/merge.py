@@ -148,8 +148,6 @@ def rows(x: Tensor, index: Tensor) -> Tensor:
 def _flat(index: Tensor, tokens: int) -> Tensor:
     """An index (B, M) into each image's N tokens as one into the rows of the whole batch: (B M)."""
     batch = index.shape[0]
-    if backends.is_recorded():
-        return (index + torch.arange(batch, device=index.device)[:, None] * tokens).flatten()
     # Looked up rather than added: an index beyond its image would name a row of the next.
     row = torch.arange(batch * tokens, device=index.device).view(batch, tokens)
     return row.gather(1, index).flatten()

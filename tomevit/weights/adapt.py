@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tomevit.config import Card, Config, Preprocess
+from tomevit.config import Card, Config
 from tomevit.models import initial_heads
 from tomevit.weights.rules import Resampling
 
@@ -42,7 +42,6 @@ def adapt(
     if wanted.in_chans != found.in_chans:
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
-        card = replace(card, preprocess=preprocess_for_channels(card.preprocess, wanted.in_chans))
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
     if wanted.pool_norm != found.pool_norm:
         # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).
@@ -92,13 +91,6 @@ def convert_channels(weight: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return weight.sum(1, keepdim=True)
     return weight.repeat(1, -(-channels // old), 1, 1)[:, :channels] * (old / channels)
-
-
-def preprocess_for_channels(preprocess: Preprocess, channels: int) -> Preprocess:
-    """Other channels than those the statistics were taken of map to [-1, 1]."""
-    if channels == len(preprocess.mean):
-        return preprocess
-    return replace(preprocess, mean=(0.5,) * channels, std=(0.5,) * channels)
 
 
 def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) -> str:

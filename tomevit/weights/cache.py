@@ -4,12 +4,16 @@ Everything lies under `home()`, with one name per set of weights ("vit_b16.augre
 
     weights/NAME-HASH.safetensors   the converted file; HASH begins the sha256 of the file it was made from
     downloads/NAME/FILE             what someone without a network brings; only read, never removed
-    unfinished/NAME/                a download under way, which the next process resumes, and a conversion's draft
+    unfinished/NAME/                a download under way, which the next process resumes, or one whose conversion did
+                                    not come to its end (a question, Ctrl-C, a full disk): it serves the next call, and
+                                    goes when a conversion is done; and a conversion's draft
     locks/NAME.lock                 held by the one process that fills the above
 
 A file appears in weights/ whole or not at all, and its own header says what it was made from. Finding it needs no lock,
-and no right to write. Files from the Hugging Face hub stay in the cache of huggingface_hub, which reads HF_HOME,
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files are downloaded says `tomevit.weights.download`.
+and no right to write. Nobody writes to it afterwards, so that it may be mapped into memory. All but the locks of living
+processes may be removed at any time; on a network file system, when no process uses the weights. Files from the Hugging
+Face hub stay in the cache of huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files
+are downloaded says `tomevit.weights.download`.
 """
 
 from __future__ import annotations
@@ -28,12 +32,12 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 
 from tomevit.cards import decode_header
 from tomevit.config import Card, Source
-from tomevit.errors import CheckpointError, DownloadError
-from tomevit.weights import files
+from tomevit.errors import CheckpointError, DownloadError, UnreadableError
+from tomevit.headers import read_header
+from tomevit.weights import files, shards
 from tomevit.weights.download import (
     DiskError,
     UnreachableError,
@@ -41,12 +45,14 @@ from tomevit.weights.download import (
     explain_disk_errors,
     files_on_hub,
     is_offline,
+    is_resumable,
     is_web_page,
 )
+from tomevit.zoo import HUB_FILES
 
 log = logging.getLogger("tomevit")
 
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names, the preferred first
+DRAFTS = "converted"  # the directory in unfinished/NAME/ that a conversion writes to
 
 
 class Fetched(NamedTuple):
@@ -65,7 +71,7 @@ def home() -> Path:
     return (shared if shared.is_absolute() else Path.home() / ".cache") / "tomevit"
 
 
-def cached(card: Card, convert: Callable[[Fetched, Path], None]) -> Path:
+def cached(card: Card, convert: Callable[[Fetched, Path], None], *, variant: str = "") -> Path:
     """The converted file of a card's weights, fetched and converted on first use.
 
     One process fetches and converts; others that want the same weights wait for it.
@@ -74,6 +80,7 @@ def cached(card: Card, convert: Callable[[Fetched, Path], None]) -> Path:
         card: with sources, tried in order, first those whose file someone brought to downloads/.
         convert: writes the converted file, with the card and the fetched file's source as its origin in the header;
             called with the fetched file and the path to write to. What it may write beside that path is removed.
+        variant: of one download several converted files can be made: which.
 
     Raises:
         DownloadError: no source can be reached, or no place to write.
@@ -82,39 +89,55 @@ def cached(card: Card, convert: Callable[[Fetched, Path], None]) -> Path:
     for source in card.sources:
         if source.package and source.format == "tomevit":
             return _packaged_file(source)
-    if (found := _find(card)) is not None:
+    made = replace(card, name=f"{card.name}-{variant}") if variant else card
+    if (found := _find(made)) is not None:
         return found
     with _locked(card.full_name) as unfinished:
-        if (found := _find(card)) is not None:  # by now, made by the process that this one waited for
+        if (found := _find(made)) is not None:  # by now, made by the process that this one waited for
             return found
-        fetched = _first_available(card, unfinished)
-        drafts = unfinished / "converted"
-        try:
-            with explain_disk_errors(drafts, needed=fetched.path.stat().st_size):
-                shutil.rmtree(drafts, ignore_errors=True)  # of a process that died
-                drafts.mkdir()
-                draft = drafts / "converted.safetensors"
-                convert(fetched, draft)
-                path = home() / "weights" / _converted_name(card, str(fetched.source.sha256)[:16])
-                path.parent.mkdir(exist_ok=True)
-                return draft.replace(path)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        published, fetched = _first_available(card, unfinished)
+        _check_unchanged(made, published, fetched)
+        drafts = unfinished / DRAFTS
+        with _removed_after_use(unfinished), explain_disk_errors(drafts, needed=fetched.path.stat().st_size):
+            shutil.rmtree(drafts, ignore_errors=True)  # of a process that died
+            drafts.mkdir()
+            draft = drafts / "converted.safetensors"
+            convert(fetched, draft)
+            path = home() / "weights" / _converted_name(made, str(fetched.source.sha256)[:16])
+            path.parent.mkdir(exist_ok=True)
+            return draft.replace(path)
 
 
 @contextmanager
 def fetch(card: Card) -> Iterator[Fetched]:
-    """The verified file of a card's weights as published; a download of tomevit's own lasts as long as the context.
+    """The verified file of a card's weights as published; a download of tomevit's own lasts as long as the context, or,
+    if that ends with an error that is not the file's, until the next call has used it.
 
     Raises:
         DownloadError, CheckpointError: as `cached`.
     """
     with _locked(card.full_name) as unfinished:
-        fetched = _first_available(card, unfinished)
-        try:
+        published, fetched = _first_available(card, unfinished)
+        _check_unchanged(card, published, fetched)
+        with _removed_after_use(unfinished):
             yield fetched
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _removed_after_use(unfinished: Path) -> Iterator[None]:
+    """A directory goes when the block ends well, or finds the download in it to be no checkpoint.
+
+    Else the download stays: the user may say more of it, or free some space, and gigabytes need not come again.
+    """
+    keep = True
+    try:
+        yield
+        keep = False
+    except UnreadableError:
+        keep = False
+        raise
+    finally:
+        shutil.rmtree(unfinished / DRAFTS if keep else unfinished, ignore_errors=True)
 
 
 def beside(source: Source, names: Iterable[str]) -> dict[str, Path]:
@@ -144,10 +167,10 @@ def _made_from(source: Source, card: Card) -> dict[Path, Source]:
     for path in sorted((home() / "weights").glob(_converted_name(card, "[0-9a-f]" * 16))):
         try:
             # Names are durable before contents are: a power failure can leave a short file behind a good name, which
-            # safe_open refuses, since its header says how much should follow.
-            with safe_open(path, framework="np") as file:
-                made_as = decode_header(path, file.metadata() or {}).card
-        except (FileNotFoundError, SafetensorError, CheckpointError):
+            # read_header refuses, since it says how much should follow.
+            with path.open("rb") as file:
+                made_as = decode_header(path, read_header(file)[0]).card
+        except (FileNotFoundError, ValueError):
             continue
         origin = made_as.origin or Source(format="")
         same = (origin.url, origin.hub) == (source.url, source.hub)
@@ -157,7 +180,8 @@ def _made_from(source: Source, card: Card) -> dict[Path, Source]:
     return found
 
 
-def _first_available(card: Card, unfinished: Path) -> Fetched:
+def _first_available(card: Card, unfinished: Path) -> tuple[Source, Fetched]:
+    """The first of a card's sources that can be had, as it is published, and its file."""
     if not card.sources:
         raise DownloadError(f"{card.full_name} is not published anywhere that tomevit knows of")
     sources = sorted(card.sources, key=lambda source: _find_brought(source, card.full_name) is None)
@@ -176,8 +200,7 @@ def _first_available(card: Card, unfinished: Path) -> Fetched:
             continue
         if reasons:
             log.warning("%s is read from %s: %s", card.full_name, _spell(source), "; ".join(reasons))
-        _check_unchanged(card, source, fetched)
-        return fetched
+        return source, fetched
     bring = f"download {_web_address(sources[0])} elsewhere and put it at {_path_to_bring(sources[0], card.full_name)}"
     if is_offline():
         raise DownloadError(f"{card.full_name} is not in the cache, and HF_HUB_OFFLINE is set: {bring}")
@@ -279,7 +302,7 @@ def _locked(name: str) -> Iterator[Path]:
             unfinished.mkdir(parents=True, exist_ok=True)
         yield unfinished
     finally:
-        if not any(unfinished.glob("*.part")):  # nothing to resume
+        if not any(is_resumable(note) for note in unfinished.glob("*.json")):
             shutil.rmtree(unfinished, ignore_errors=True)
         lock.release()
 
@@ -295,20 +318,14 @@ def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
         path, found = _path_to_bring(source, folder, name), replace(source, file=name)
     elif source.hub:
         path, found = _first_on_hub(source)
-        # …/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256.
-        etag = path.readlink().name if path.is_symlink() else ""
+        etag = "" if shards.is_index(path) else _etag(path)
     else:
         assert source.url, f"{source} is neither a URL nor on the hub nor in the package"
         ours, name = True, _possible_names(source)[0]
         path, found = unfinished / _file_name(name), replace(source, file=name)
         download(source.url, path)
-    found = replace(found, sha256=files.sha256(path), md5=files.md5(path) if source.md5 else None)
-    if len(etag) == 64 and found.sha256 != etag:
-        path.resolve().unlink()  # or huggingface_hub would hand it out for ever
-        path.unlink()
-        raise CheckpointError(
-            f"{found.file} of {source.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
-        )
+    found = replace(found, sha256=shards.sha256(path), md5=files.md5(path) if source.md5 else None)
+    _check_etag(path, etag, found)
     if wrong := "is a web page, not weights" if is_web_page(path) else _wrong_hash(source, found):
         if ours:
             path.unlink()
@@ -320,9 +337,43 @@ def _first_on_hub(source: Source) -> tuple[Path, Source]:
     """The first of a source's names that its repository has, and the source with that name and the commit."""
     names = _possible_names(source)
     for name, path in files_on_hub(source, names):
-        return path, replace(source, file=name, revision=path.parents[name.count("/")].name)
+        found = replace(source, file=name, revision=path.parents[name.count("/")].name)
+        if shards.is_index(path):
+            for part, there in {name: path, **_listed_on_hub(path, found)}.items():
+                _check_etag(there, _etag(there), replace(found, file=part, sha256=files.sha256(there)))
+        return path, found
     repo = f"{source.hub} at {source.revision}" if source.revision else source.hub
-    raise DownloadError(f"{repo} on the hub has no {' and no '.join(names)}")
+    wanted = [name for name in names if not name.endswith(".json")]
+    raise DownloadError(f"{repo} on the hub has no {' and no '.join(wanted)}")
+
+
+def _listed_on_hub(index: Path, source: Source) -> dict[str, Path]:
+    """Those files of an index's that its repository has, beside it; offline, those in the hub's cache, if all are.
+
+    Raises:
+        DownloadError: the hub cannot be reached, or fails.
+    """
+    names, found = shards.read_index(index), dict[str, Path]()
+    try:
+        found.update(files_on_hub(source, names))
+    except UnreachableError:
+        if found.keys() != names.keys():
+            raise
+    return found
+
+
+def _etag(path: Path) -> str:
+    """…/snapshots/COMMIT/FILE is a link to …/blobs/ETAG, and the ETag of a large file is its sha256."""
+    return path.readlink().name if path.is_symlink() else ""
+
+
+def _check_etag(path: Path, etag: str, found: Source) -> None:
+    if len(etag) == 64 and found.sha256 != etag:
+        path.resolve().unlink()  # or huggingface_hub would hand it out for ever
+        path.unlink()
+        raise CheckpointError(
+            f"{found.file} of {found.hub} came damaged: it has sha256 {found.sha256}, the hub says {etag}; try again"
+        )
 
 
 def _wrong_hash(published: Source, found: Source) -> str | None:

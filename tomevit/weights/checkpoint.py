@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tomevit.cards import Header, decode_header, encode_header, first_line
 from tomevit.config import Card, Config
 from tomevit.errors import CheckpointError
+from tomevit.headers import read_header
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
 from tomevit.output import new_file
+from tomevit.weights.reading import read_tensors
+from tomevit.weights.rules import without_wrappers
 
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -53,11 +55,16 @@ def save(
         OSError: the file cannot be written; what was there before is untouched.
     """
     inner = unwrap_transformer(model)
-    tensors = inner.state_dict() if state_dict is None else state_dict
+    tensors = state_dict_of(inner) if state_dict is None else state_dict
     check_whole(tensors)
     if state_dict is not None and (wrong := _find_misfits(_shapes(inner.config), state_dict)):
         raise ValueError(f"state_dict is of another model: {wrong[0][0]} is missing, left over or of another shape")
     write(path, card_of(inner, card), tensors)
+
+
+def state_dict_of(model: VisionTransformer) -> dict[str, Tensor]:
+    """A model's tensors by the names that they have where none of its blocks is in a wrapper of torch's."""
+    return {without_wrappers(name): tensor for name, tensor in model.state_dict().items()}
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
@@ -75,7 +82,7 @@ def card_of(model: VisionTransformer, card: Card | None = None) -> Card:
     Raises:
         ValueError: layers were replaced, and the config does not say so: from it the model could not be built again.
     """
-    if wrong := _find_misfits(_shapes(model.config), model.state_dict()):
+    if wrong := _find_misfits(_shapes(model.config), state_dict_of(model)):
         name, wanted, given = wrong[0]
         raise ValueError(
             f"the model is not what its config says: {name} is {given or 'missing'} and should be "
@@ -170,6 +177,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def load(path: str | os.PathLike[str]) -> VisionTransformer:
     """The model in a file that `save` wrote, in evaluation mode, on the CPU, in the file's dtype.
 
+    Its weights are read into memory: what becomes of the file afterwards does not matter to the model.
+
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: not a file of tomevit's, or one of a newer version, or damaged.
@@ -178,12 +187,15 @@ def load(path: str | os.PathLike[str]) -> VisionTransformer:
     return assemble(header.card, tensors, path)
 
 
-def read(path: str | os.PathLike[str], *, fitting: bool = True) -> tuple[Header, dict[str, Tensor]]:
-    """What a file that `save` wrote says of itself, and its tensors: mapped into memory, not read.
+def read(
+    path: str | os.PathLike[str], *, fitting: bool = True, mapped: bool = False
+) -> tuple[Header, dict[str, Tensor]]:
+    """What a file that `save` wrote says of itself, and its tensors.
 
     Args:
         path: the file.
         fitting: check that the tensors are those of the card's architecture.
+        mapped: map them into memory instead of reading them: for files alone that nobody writes to.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load`.
@@ -193,10 +205,13 @@ def read(path: str | os.PathLike[str], *, fitting: bool = True) -> tuple[Header,
         directory = f": {path} is a directory" if Path(path).is_dir() else ""
         raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
-        with torch.device("cpu"), safe_open(path, framework="pt") as file:  # safetensors 0.4 asks for torch's default
-            header = decode_header(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        with Path(path).open("rb") as file:
+            metadata, stored = read_header(file)
+            header = decode_header(path, metadata)
+            tensors = read_tensors(file, stored, mapped=mapped)
+    except CheckpointError:
+        raise
+    except ValueError as error:
         raise CheckpointError(
             f"{path} cannot be read as a file of tomevit's own: it is damaged, or of another format, "
             f"which tomevit convert reads ({error})"

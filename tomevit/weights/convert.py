@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 from tomevit import zoo
 from tomevit.cards import Contents, is_ours
 from tomevit.config import Card, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, join_with_or
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, rules, sources
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.recognise import (
+    Found,
     adopt_inferred,
     check_format,
     choose_card,
@@ -30,7 +33,9 @@ from tomevit.weights.recognise import (
     complete_told,
     differences,
     explain_recognition,
-    find_format,
+    find_heads,
+    find_model,
+    holds_model,
     infer_architecture,
     is_same_model,
 )
@@ -43,10 +48,10 @@ class Report:
 
     Attributes:
         source: the file, URL or repository.
-        sha256: of the source's file.
-        recognised: its format, and by what.
+        sha256: of the source's file; of several, of the index and the files that it lists, one behind the other.
+        recognised: its format, where in the file it lay, and by what it was recognised.
         model: what it was taken for.
-        names: for each parameter, the source's tensors that it was made of.
+        names: for each parameter, the source's tensors that it was made of, without what all their names begin with.
         left_out: for all else in the source, why it is not in the result.
         changes: what was resampled, replaced or rounded: sentences.
         out: the file written.
@@ -77,6 +82,7 @@ def convert(
     model: str | Card | None = None,
     format: str | None = None,  # noqa: A002
     key: str | None = None,
+    prefix: str | None = None,
     num_classes: int | None = None,
     img_size: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
@@ -85,29 +91,33 @@ def convert(
     """Write a checkpoint of any known format as a file of tomevit's own.
 
     Args:
-        source: a file; a directory with model.safetensors and config.json; a URL; hf-hub:owner/repo[@revision]; or a
-            name of the zoo, whose weights are then downloaded.
+        source: a file; a directory with one checkpoint, as model.safetensors and config.json; the index of several
+            files; a URL; hf-hub:owner/repo[@revision]; or a name of the zoo, whose weights are then downloaded.
         out: the file to write, which appears whole or not at all; None: MODEL.safetensors, where there is none yet.
         model: what the checkpoint is, as a name of the zoo or a card of your own; None: as recognised.
         format: a name in `tomevit.weights.formats.FORMATS`; None: as recognised.
         key: where in the file the state dict lies, if it holds several.
-        num_classes: another class count puts fresh weights into the head, or into both heads of a distilled model.
+        prefix: what the names of the model's parameters begin with, as in "student.backbone.", if the state dict holds
+            several models; "." for nothing.
+        num_classes: another class count puts fresh weights into the head, or into both heads of a distilled model; so
+            does any where the source's head is more than one linear layer.
         img_size: (height, width) in pixels; positions are resampled as the source's project does it.
         dtype: floating; None: the source's.
         ask: called where the checkpoint fits several things, returns one of the error's choices; None: the error.
 
     Raises:
         CheckpointError: the file is damaged or hostile, fits no model, or not the one that was named.
-        AmbiguousCheckpointError: it fits several formats or models.
+        MissingOptionError, AmbiguousCheckpointError: it fits several formats or models, or holds several: the message
+            says with which argument to name one.
         DownloadError: it could not be had.
         ValueError: a name or an option that does not exist.
         FileNotFoundError, OSError: nothing to read, or no place to write.
     """
     shape = {"num_classes": num_classes, "img_size": img_size}
     _check_before_reading(out, model, format, shape)
-    told: dict[str, Any] = {"model": model, "format": format, "key": key}
+    told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
     with sources.locate(source) as located:
-        weights = _read_asking(located, told, img_size, ask)
+        weights = _read_asking(located, told, img_size, ask, fresh_head=num_classes is not None)
         if isinstance(model, str) and not is_same_model(weights.card, zoo.card(model)):
             raise CheckpointError(f"{located.name} holds {weights.card.full_name} by its own account, and not {model}")
         with torch.random.fork_rng(devices=[]):
@@ -119,7 +129,7 @@ def convert(
         path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        checkpoint.write(check_output(path, inputs=[located.path]), card, tensors, dtype=dtype)
+        checkpoint.write(check_output(path, inputs=located.files), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
 
 
@@ -128,11 +138,13 @@ def _read_asking(
     told: dict[str, Any],
     img_size: tuple[int, int] | None,
     ask: Callable[[AmbiguousCheckpointError], str] | None,
+    *,
+    fresh_head: bool,
 ) -> Weights:
     """As `read_weights`; where the checkpoint fits several things, the user is asked, and told has the answer."""
     while True:
         try:
-            return read_weights(located, **told, img_size=img_size)
+            return read_weights(located, **told, img_size=img_size, fresh_head=fresh_head)
         except AmbiguousCheckpointError as error:
             if ask is None:
                 raise
@@ -169,43 +181,57 @@ def _check_dtype(tensors: Mapping[str, Tensor], old: torch.dtype, new: torch.dty
     return f"{dtype_name(old)} rounded to {dtype_name(new)}"
 
 
-def weights_of(
+def weights_of(source: nn.Module | str | os.PathLike[str], model: str | Card | None = None) -> Weights:
+    """The weights that a user means, under native names: what every function and command asks that takes a model.
+
+    Args, Returns, Raises: as `open_weights`. Where that asks for an argument, which the caller does not take, the error
+    says that `tomevit convert` does.
+    """
+    with _pointing_to_convert():
+        return open_weights(source, model)
+
+
+def open_weights(
     source: nn.Module | str | os.PathLike[str],
     model: str | Card | None = None,
     *,
+    format: str | None = None,  # noqa: A002
+    key: str | None = None,
+    prefix: str | None = None,
     img_size: tuple[int, int] | None = None,
+    fresh_head: bool = False,
 ) -> Weights:
-    """The weights that a user means, under native names: what every function and command asks that takes a model.
+    """The weights that a user means, under native names.
 
     Args:
         source: a model, in a wrapper of torch's or not; a checkpoint of any known format: a file, a directory, a URL,
             hf-hub:owner/repo[@revision]; or a name of the zoo, timm's among them. Published weights and what a URL
             gives are converted into the cache; the card of published ones is the zoo's of today.
         model: what they must be; None: what they are.
+        format, key, prefix: of a checkpoint, as `convert` takes them.
         img_size: helps only to read positions of a grid that is not square.
+        fresh_head: whether the head will be replaced, and need not be one linear layer.
 
     Returns:
-        Tensors as they are: a model's own, of a file those mapped from it where that is safe, nothing resampled.
+        Tensors as they are, nothing resampled: a model's own; of a file copies, which no longer need it; those mapped
+        from a file in the cache, where tomevit alone writes.
 
     Raises:
         ValueError, CheckpointError, DownloadError, FileNotFoundError: as `convert`.
     """
     if isinstance(source, nn.Module):
+        _check_not_told("the model", format, key, prefix)
         source = unwrap_transformer(source)
-        tensors = {name: tensor.detach() for name, tensor in source.state_dict().items()}
+        tensors = {name: tensor.detach() for name, tensor in checkpoint.state_dict_of(source).items()}
         checkpoint.check_whole(tensors)
         return _as_described(checkpoint.card_of(source), tensors, "the model", model)
-    try:
-        return _weights_of_source(os.fspath(source), model, img_size)
-    except AmbiguousCheckpointError as error:
-        error.args = (f"{error} of tomevit convert, whose file every command and function takes",)
-        raise
-
-
-def _weights_of_source(name: str, model: str | Card | None, img_size: tuple[int, int] | None) -> Weights:
+    name = os.fspath(source)
+    told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
+    told |= {"img_size": img_size, "fresh_head": fresh_head}
     if zoo.is_elsewhere(name):
         card = sources.card_of_source(name)
         if card.weights:
+            _check_not_told(card.full_name, format, key, prefix)
             if model is not None:
                 complete_told(model, card)
             return published_weights(card)
@@ -213,20 +239,31 @@ def _weights_of_source(name: str, model: str | Card | None, img_size: tuple[int,
             raise ValueError(f"no weights are published for {card.full_name}: give a file of your own")
         if card.sources[0].url:
             # What is made of an unknown file depends on what it is taken for.
-            distinct = hashlib.sha256(f"{name} {model} {img_size}".encode()).hexdigest()[:16]
-            card = replace(card, name=f"{card.name}-{distinct}")
-            stored = read_own_file(_cached(card, model=model, img_size=img_size), model)
+            said = [f"{name} {model} {img_size}", *filter(None, (format, key, prefix)), *["fresh head"] * fresh_head]
+            distinct = hashlib.sha256(" ".join(said).encode()).hexdigest()[:16]
+            stored = _read_cached(card, variant=distinct, **told)
             published = sources.find_published(stored.card.origin)
             if published is None or published[0].full_name != stored.card.full_name:
                 return stored
             return _with_card_of_today(stored, published[0])
     with sources.locate(name) as located:
-        weights = read_weights(located, model=model, img_size=img_size)
-    if not (located.downloaded or is_ours(located.path)):
-        # They are mapped from a file that a user may write anew, in place, while the model is in use.
-        for name in list(weights.tensors):
-            weights.tensors[name] = weights.tensors[name].clone()
-    return weights
+        return read_weights(located, **told)
+
+
+@contextmanager
+def _pointing_to_convert() -> Iterator[None]:
+    """What is asked for, tomevit convert takes."""
+    try:
+        yield
+    except MissingOptionError as error:
+        error.args = (f"{error} of tomevit convert, whose file every command and function takes",)
+        raise
+
+
+def _check_not_told(what: str, format: str | None, key: str | None, prefix: str | None) -> None:  # noqa: A002
+    """Raises ValueError if the user says where in a file the model lies that describes itself."""
+    if format or key or prefix:
+        raise ValueError(f"{what} takes neither a format nor a key nor a prefix")
 
 
 def published_weights(card: Card) -> Weights:
@@ -240,7 +277,7 @@ def published_weights(card: Card) -> Weights:
     """
     if not card.sources:
         raise ValueError(f"no weights are published for {card.full_name}: pretrained= takes a file of your own")
-    return _with_card_of_today(read_own_file(_cached(card)), zoo.card(card.full_name))
+    return _with_card_of_today(_read_cached(card), zoo.card(card.full_name))
 
 
 def _with_card_of_today(stored: Weights, current: Card) -> Weights:
@@ -257,12 +294,15 @@ def with_config(card: Card, config: Config) -> Card:
     return replace(card, config=config, figures=figures, class_names=class_names)
 
 
-def _cached(card: Card, **told: Any) -> Path:
+def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = None, **told: Any) -> Weights:
+    """The weights of a card's first source that can be had, converted on first use."""
+
     def write(fetched: cache.Fetched, draft: Path) -> None:
-        weights = read_weights(sources.locate_fetched(fetched, card), **told)
+        weights = read_weights(sources.locate_fetched(fetched, card), model=model, **told)
         checkpoint.write(draft, weights.card, weights.tensors)
 
-    return cache.cached(card, write)
+    path = cache.cached(card, write, variant=variant)
+    return read_own_file(path, model, mapped=path.is_relative_to(cache.home()))
 
 
 def inspect(source: str | os.PathLike[str]) -> Contents:
@@ -271,10 +311,10 @@ def inspect(source: str | os.PathLike[str]) -> Contents:
     Raises:
         CheckpointError, FileNotFoundError: as `convert`.
     """
-    with sources.locate(source) as located:
+    with _pointing_to_convert(), sources.locate(source) as located:
         card, tensors, report = read_weights(located)
         dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
-        size = located.path.stat().st_size
+        size = sum(file.stat().st_size for file in located.files)
     return Contents(located.path, card, None, size, report.recognised, dict(dtypes), dict(report.left_out))
 
 
@@ -284,44 +324,74 @@ def read_weights(
     model: str | Card | None = None,
     format: str | None = None,  # noqa: A002
     key: str | None = None,
+    prefix: str | None = None,
     img_size: tuple[int, int] | None = None,
+    fresh_head: bool = False,
 ) -> Weights:
     """Tensors under native names, checked against the architecture: as they are, nothing resampled or replaced.
 
-    Args, Raises: as `convert`; img_size helps only to read positions of a grid that is not square.
+    Args, Raises: as `open_weights` and `convert`.
     """
     with sources.name_errors_after(located):
         if is_ours(located.path):
-            if format or key:
-                raise ValueError(f"{located.path} is a file of tomevit's own: it takes neither a format nor a key")
+            _check_not_told(f"{located.path} is a file of tomevit's own: it", format, key, prefix)
             return read_own_file(located.path, model)
-        found = files.open_checkpoint(located.path, key=key)
-        names = list(found.tensors)
-        known = model is not None or located.card is not None
-        form = find_format(names, found.key, format or located.origin.format or None, model_known=known)
-        heads = form.count_heads(found.tensors)
-        tensors, made_of, left_out = rules.to_native(form, found.tensors)
-        left_out |= dict.fromkeys(found.beside, "not weights of the model")
-        if any(reason == rules.PRE_LOGITS for reason in left_out.values()):
-            left_out |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
+        told = format or located.origin.format or None
+        found = files.open_checkpoint(located.path, key=key, holds_model=partial(holds_model, told=told))
+        known = _card_of_model(model) or located.card
+        place = find_model(list(found.tensors), found.key, told_format=told, told_prefix=prefix, model=known)
+        form = place.form
+        _check_tensors_are_such(place, found)
+        theirs = {name: found.tensors[place.names[name]] for name in place.names}
+        found.tensors.clear()
+        linear, other_heads = find_heads(form, theirs)
+        theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
+        heads = form.count_heads(theirs)
+        tensors, made_of, omitted = rules.to_native(form, theirs)
+        names = {ours: name for name, ours in linear.items()}
+        made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
+        if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
+            omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
         observed = infer_architecture(tensors)
-        card = choose_card(observed, form, told=model, known=located.card, file=located.origin.file)
+        other_heads += _find_heads_of_another_width(tensors, made_of, observed["embed_dim"])
+        if other_heads:
+            if not fresh_head and (known is None or known.config.num_classes):
+                raise MissingOptionError(
+                    f"its head, {enumerate_names(other_heads)}, is not one linear layer on the model's features: "
+                    f"num_classes= (--num-classes) puts a fresh one in its place, or none by 0",
+                    "num_classes",
+                )
+            reason = "not one linear layer on the model's features, as a head is here"
+            omitted |= dict.fromkeys(other_heads, reason) | _drop_heads(tensors, made_of, reason)
+            observed = infer_architecture(tensors)
+        changes = _complete_biases(tensors, made_of)
+        card = choose_card(
+            observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
+        )
         if card.weights and not card.config.num_classes and observed["num_classes"]:
-            left_out |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
+            omitted |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
             observed = infer_architecture(tensors)
         if heads not in (None, card.config.num_heads):
             raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
         config = adopt_inferred(card.config, observed, img_size)
         checkpoint.check_structure(config, tensors, "it")
-        changes = _check_values(tensors)
+        changes += _check_values(tensors)
 
+    if observed["pool_norm"] == "after" and config.pool != card.config.pool:
+        changes += ("the head reads the mean patch: the last norm is fc_norm",)
+    if config.in_chans != card.config.in_chans:
+        changes += (
+            f"images of {config.in_chans} instead of {card.config.in_chans} channels, with a mean and std each",
+        )
+    left_out = dict.fromkeys(found.beside, "not weights of the model") | place.left_out
+    left_out |= {place.names[name]: reason for name, reason in omitted.items()}
     origin = replace(located.origin, format=form.name)
     card = replace(with_config(card, config), origin=origin)
     report = Report(
         source=located.name,
         sha256=origin.sha256 or "",
-        recognised=explain_recognition(form, names, found.key),
+        recognised=explain_recognition(form, place.names, found.key, found.prefix + place.prefix),
         model=card.full_name,
         names=made_of,
         left_out=left_out,
@@ -340,7 +410,7 @@ def adapt_weights(weights: Weights, wanted: Mapping[str, Any], model: Card | Non
         ValueError: a field has no such value.
     """
     card, tensors, report = weights
-    if model is not None and model.config.pool_norm != card.config.pool_norm:
+    if model is not None and (model.config.pool_norm, card.config.pool_norm) == ("after", "before"):
         card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
         wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
@@ -353,15 +423,18 @@ def resampling(card: Card) -> Resampling:
     return FORMATS.get(card.origin.format if card.origin else "", TIMM).resampling
 
 
-def read_own_file(path: Path, model: str | Card | None = None) -> Weights:
+def read_own_file(path: Path, model: str | Card | None = None, *, mapped: bool = False) -> Weights:
     """The weights in a file of ours; with a model named, of that architecture or a CheckpointError."""
-    header, tensors = checkpoint.read(path)
+    header, tensors = checkpoint.read(path, mapped=mapped)
     return _as_described(header.card, tensors, str(path), model)
 
 
 def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: str | Card | None) -> Weights:
     named, headless = _card_of_model(model), not card.config.num_classes
-    if named is not None and (wrong := differences(comparable_fields(card.config), named.config, headless=headless)):
+    same = named is not None and card.title == named.title
+    if named is not None and (
+        wrong := differences(comparable_fields(card.config), named.config, headless=headless, averaged=same)
+    ):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
         )
@@ -388,6 +461,35 @@ def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]],
     for name in heads:
         del tensors[name]
     return dropped
+
+
+def _check_tensors_are_such(place: Found, found: files.Checkpoint) -> None:
+    """Raises CheckpointError if a parameter is something else than a tensor: without it the model is another."""
+    above = f"{found.key}." if found.key else ""
+    for name in found.beside:
+        plain = rules.without_wrappers(name.removeprefix(above))
+        is_inside = name.startswith(above) and plain.startswith(place.prefix)
+        if is_inside and place.form.has_place_for(plain.removeprefix(place.prefix)):
+            raise CheckpointError(f"its {name} is no tensor that tomevit reads")
+
+
+def _find_heads_of_another_width(
+    tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], width: int
+) -> list[str]:
+    """The source's names of heads that stand on more or less than one token's features."""
+    heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
+    return [source for name in heads if tensors[name].shape[1:] != (width,) for source in sources[name]]
+
+
+def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Heads of linear layers without a bias get one of zeros."""
+    changes: tuple[str, ...] = ()
+    for head in ("head", "head_dist"):
+        if f"{head}.weight" in tensors and f"{head}.bias" not in tensors:
+            tensors[f"{head}.bias"] = torch.zeros_like(tensors[f"{head}.weight"][:, 0])
+            sources[f"{head}.bias"] = ()
+            changes += (f"a bias of zeros given to {head}, which has none",)
+    return changes
 
 
 def _check_values(tensors: dict[str, Tensor]) -> tuple[str, ...]:

@@ -288,6 +288,12 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def is_resumable(note: Path) -> bool:
+    """Whether beside a note of `download` there is something of the file, or all of it."""
+    whole = note.with_suffix("")
+    return whole.exists() or whole.with_name(f"{whole.name}.part").exists()
+
+
 def _read_note(path: Path) -> dict[str, Any]:
     try:
         note = json.loads(path.read_text(encoding="utf-8"))

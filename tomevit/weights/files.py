@@ -7,33 +7,41 @@ plain: names and dense tensors on the CPU.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import hashlib
-import html
 import io
 import math
-import mmap
 import os
 import re
 import shutil
 import stat
 import struct
-import threading
+import sys
 import zipfile
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
-from tomevit.weights.pickles import MAX_DIMS, NUMPY_ARRAY, NUMPY_SCALAR, Walk
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, UnreadableError
+from tomevit.headers import read_header
+from tomevit.weights.other_files import (
+    DISTRIBUTED,
+    ZERO,
+    describe_archive,
+    describe_file,
+    describe_text,
+    is_part_of_distributed,
+    shorten,
+)
+from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk
+from tomevit.weights.reading import read_tensors, read_values
+from tomevit.weights.shards import files_of, is_index, read_index
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
 STATE_DICTS = (
@@ -41,8 +49,6 @@ STATE_DICTS = (
     # exponential moving averages
     *("model_ema", "model_ema_state_dict", "state_dict_ema", "ema", "ema_model", "ema_state_dict"),
 )
-#: What wrappers put in front of every name: DataParallel, torch.compile, trainers.
-PREFIXES = ("module.", "model.", "_orig_mod.")
 #: Where the weights lie in a JAX archive. Other names are beside them: the optimizer, a text tower.
 NPZ_PREFIXES = ("opt/target/", "params/img/", "params/")
 
@@ -56,24 +62,6 @@ NPY_HEADER = re.compile(
     re.DOTALL,
 )
 
-#: Of one safetensors file; each reads the header again, which takes long where there are very many tensors.
-MAX_MAPPINGS = 1024
-#: The first bytes of files that are no checkpoints.
-OTHER_FILES = {
-    b"version https://git-lfs": "a git-lfs pointer, which only names the file: run `git lfs pull`",
-    b"\x1f\x8b": "gzip-compressed: unpack it first",
-    b"BZh": "bzip2-compressed: unpack it first",
-    b"\xfd7zXZ": "xz-compressed: unpack it first",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed: unpack it first",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
-    b"Rar!": "a rar archive: unpack it first",
-    b"\x89HDF": "an HDF5 file (Keras, TensorFlow), which tomevit does not read",
-    b"\x93NUMPY": "a single numpy array, not a state dict",
-    b"GGUF": "a GGUF file, which tomevit does not read",
-    b"%PDF": "a PDF document",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-}
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
 MAX_ENTRIES = 2**14  # of a zip archive
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
@@ -87,44 +75,51 @@ class Checkpoint:
     path: str
     container: str  # "safetensors", "npz" or "torch"
     key: str  # where in the file the state dict lay: "" for a flat one, "model", "model_ema.module"
-    prefix: str  # what was stripped off every name: "", "module.", "model._orig_mod.", "opt/target/"
-    tensors: dict[str, Tensor]  # dense, on the CPU; mapped from the file where the format allows
+    prefix: str  # what was stripped off every name in an npz file: "", "opt/target/"
+    tensors: dict[str, Tensor]  # dense, on the CPU, in memory of their own
     beside: tuple[str, ...] = ()  # what lay beside the tensors: "optimizer", "epoch", "args"
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, key: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    holds_model: Callable[[Collection[str]], bool] = lambda _: False,
+) -> Checkpoint:
     """Read the state dict of a checkpoint file, without running anything in it.
 
-    Mapped tensors are copied when written to, and need the file to stay as it is.
-
     Args:
-        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle.
+        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
+            index of several such files, which lie beside it.
         key: which state dict, as a dotted path ("model_ema"), where a file has several; for npz files with slashes
             ("params/txt"). "" is the top level. None: the only one there is.
+        holds_model: whether tensors of these names are what is looked for. State dicts that are come before all others,
+            wherever in a torch checkpoint they lie; without any, one is looked for under the usual names.
 
     Returns:
-        Tensors in their own dtypes, float16 to float64 and integer buffers, under their names without common prefix.
+        Tensors in their own dtypes, float16 to float64 and integer buffers, under their names.
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file.
         CheckpointError: the file is damaged, hostile, or no checkpoint; it asks for more memory than its size warrants;
             it holds no weights at `key`. The message says which.
-        AmbiguousCheckpointError: it has several state dicts, and `key` is None.
+        MissingOptionError, AmbiguousCheckpointError: it has none that is recognised, or several, and `key` is None.
     """
     path = os.fspath(path)
     with _open_regular_file(path) as file:
         try:
-            return _check_and_strip_prefixes(_read_container(path, file, key))
-        except AmbiguousCheckpointError as error:
-            raise AmbiguousCheckpointError(f"{path} {_printable_line(error)}", error.option, error.choices) from None
+            return _check_tensors(_read_container(path, file, key, holds_model))
         except CheckpointError as error:
-            raise CheckpointError(f"{path} {_printable_line(error)}") from error.__cause__
+            error.args = (f"{path} {_printable_line(error)}",)
+            if key is None and not isinstance(error, MissingOptionError):
+                raise UnreadableError(*error.args) from error.__cause__
+            raise
         except MemoryError:  # what the file asks for is warranted, but not to be had
             raise
         # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
         except Exception as error:
-            raise CheckpointError(f"{path} is damaged: {_printable_line(error)}") from error
+            raise UnreadableError(f"{path} is damaged: {_printable_line(error)}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -151,68 +146,78 @@ def _open_regular_file(path: str) -> BinaryIO:
     return Path(path).open("rb")
 
 
-def _read_container(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+def _read_container(
+    path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
+) -> Checkpoint:
+    if is_index(Path(path)):
+        return _read_listed(path, key or "")
     head = file.read(2**16)
+    if is_part_of_distributed(path, head):
+        raise CheckpointError(f"is {DISTRIBUTED}")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         with _open_zip(file) as archive:
             names = archive.namelist()
             if names and all(name.endswith(".npy") for name in names):
                 return _read_npz(path, archive, key)
-            if any(re.search(r"(^|/)(constants\.pkl|code/|model\.json)", name) for name in names):
-                raise CheckpointError(
-                    "is a TorchScript archive: load it with torch.jit.load, and torch.save its state_dict()"
-                )
+            if (known := describe_archive(names)) is not None:
+                raise CheckpointError(f"is {known}")
             if any(name.endswith("/data.pkl") for name in names):
-                return _read_torch_zip(path, file, archive, key)
+                return _read_torch_zip(path, file, archive, key, holds_model)
             raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
     if head.startswith(LEGACY):
-        return _read_torch_legacy(path, file, key)
+        return _read_torch_legacy(path, file, key, holds_model)
     if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
-        return _read_safetensors(path, key)
-    raise CheckpointError(_describe_other_file(head))
+        return _read_safetensors(path, file, key)
+    raise CheckpointError(_describe_other_file(path, file, head))
 
 
-def _describe_other_file(head: bytes) -> str:
+def _describe_other_file(path: str, file: BinaryIO, head: bytes) -> str:
     """What a file is that is no checkpoint."""
     if not head:
         return "is empty"
-    for magic, description in OTHER_FILES.items():
-        if head.startswith(magic):
-            return f"is {description}"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it first"
+    file.seek(-min(8, len(head)), os.SEEK_END)
+    if (known := describe_file(path, head, file.read())) is not None:
+        return f"is {known}"
     if head.startswith(b"\x80") or re.match(rb"c[\w.]+\n[\w.]+\n", head):
         Walk(_memory_limit(len(head))).load(io.BytesIO(head))  # says what it wants to run
         return "is a pickle, but not one of torch.save's"
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)  # may end within a character
-    except UnicodeDecodeError:
-        text = "\0"
-    text = text.strip()[:4096]
-    if text.startswith("<"):
-        title = re.search(r"<title[^>]*>(.*?)</title|<message>(.*?)</message", text, re.IGNORECASE | re.DOTALL)
-        words = html.unescape(title[1] or title[2]) if title else re.sub(r"<[^>]*>", " ", text)
-        return f'is a web page ("{_shorten(words)}"): the download went wrong'
-    if text.isprintable() or re.fullmatch(r"[^\x00-\x08\x0e-\x1f\x7f]*", text):
-        return f'is text ("{_shorten(text)}"), not weights: the download went wrong'
+    if (text := describe_text(head)) is not None:
+        return f"is {text}: the download went wrong"
     return f"is no checkpoint: it begins with {head[:8].hex(' ')}, as neither safetensors, npz nor torch files do"
+
+
+# several files
+
+
+def _read_listed(index: str, key: str) -> Checkpoint:
+    """What the files hold together that an index lists: each the tensors that the index says, and no others."""
+    tensors: dict[str, Tensor] = {}
+    beside: list[str] = []
+    for path, names in zip(files_of(Path(index))[1:], read_index(Path(index)).values(), strict=True):
+        try:
+            with _open_regular_file(str(path)) as file:
+                part = _read_container(str(path), file, key, lambda _: False)
+        except CheckpointError as error:
+            raise CheckpointError(f"lists {path.name}, which {error}") from error.__cause__
+        if wrong := sorted(names ^ part.tensors.keys()):
+            told = "is not in it, as the index says" if wrong[0] in names else "is in it, and the index does not say so"
+            raise CheckpointError(f"lists {path.name}, and does not fit it: {wrong[0]!r} {told}")
+        tensors |= part.tensors
+        beside += part.beside
+    return replace(part, path=index, tensors=tensors, beside=tuple(beside))
 
 
 # safetensors
 
 
-def _read_safetensors(path: str, key: str | None) -> Checkpoint:
+def _read_safetensors(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
     if key:
         raise CheckpointError(f"has no state dict at {key!r}: safetensors files are flat")
+    file.seek(0)
     try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-        # Each tensor is mapped on its own, so that its memory is free again as soon as it has been converted.
-        tensors: dict[str, Tensor] = {}
-        for group in [[name] for name in names] if len(names) <= MAX_MAPPINGS else [names]:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in group}
-    except SafetensorError as error:
+        metadata, stored = read_header(file)
+        tensors = read_tensors(file, stored)
+    except ValueError as error:
         raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
     return Checkpoint(path, "safetensors", "", "", tensors, metadata=metadata)
 
@@ -302,7 +307,13 @@ def _read_npy(archive: zipfile.ZipFile, name: str) -> Tensor:
 # torch
 
 
-def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: str | None) -> Checkpoint:
+def _read_torch_zip(
+    path: str,
+    file: BinaryIO,
+    archive: zipfile.ZipFile,
+    key: str | None,
+    holds_model: Callable[[Collection[str]], bool],
+) -> Checkpoint:
     entries = {entry.filename: entry for entry in archive.infolist()}
     root = archive.namelist()[0].split("/")[0]  # torch takes the first entry's
     if f"{root}/data.pkl" not in entries:
@@ -310,151 +321,186 @@ def _read_torch_zip(path: str, file: BinaryIO, archive: zipfile.ZipFile, key: st
     if packed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
         raise CheckpointError(f"was packed anew: torch.save stores, and {packed[0]!r} is compressed")
     walk = Walk(_memory_limit(os.fstat(file.fileno()).st_size))
-    walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    tree = walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
     for storage in walk.storages.values():
         entry = entries.get(f"{root}/data/{storage.key}")
-        if entry is None or entry.file_size < storage.numel * storage.itemsize:
+        if entry is None or entry.file_size < storage.nbytes:
             raise CheckpointError(f"is damaged: {storage.numel} values are not in {root}/data/{storage.key}")
     for name in entries:
         with archive.open(name) as member:
             while member.read(CHUNK):  # to the end: that checks the sum
                 pass
-    # By the name ".safetensors" torch.load would take it for another format.
-    source, mapped = (file, False) if path.endswith(".safetensors") else (path, True)
-    file.seek(0)
-    return _select_state_dict(path, _load_with_torch(source, walk, mapped=mapped), key)
+    swapped = f"{root}/byteorder" in entries and archive.read(f"{root}/byteorder") != sys.byteorder.encode()
+
+    def values(storage: Storage) -> Tensor:
+        header = entries[f"{root}/data/{storage.key}"].header_offset
+        file.seek(header + ZIP_HEADER - 4)  # the lengths of a name and of a field that lie between header and data
+        start = header + ZIP_HEADER + sum(struct.unpack("<HH", file.read(4)))
+        values = read_values(file, start, storage.numel, storage.dtype)
+        if swapped:
+            values.untyped_storage().byteswap(storage.dtype)  # type: ignore[no-untyped-call]
+        return values
+
+    return _select_state_dict(path, tree, key, holds_model, cache(values))
 
 
-def _read_torch_legacy(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
+def _read_torch_legacy(
+    path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
+) -> Checkpoint:
     size = os.fstat(file.fileno()).st_size
     walk = Walk(_memory_limit(size))
     file.seek(0)
     for _ in range(4):  # magic number, protocol version, system, object
-        walk.load(file)
+        tree = walk.load(file)
     keys = walk.load(file)
     if type(keys) is not list or sorted(map(str, keys)) != sorted(walk.storages):
         raise CheckpointError("is damaged: its list of storages does not fit its tensors")
+    starts = {}
     for name in keys:
         storage = walk.storages[name]
         if (count := file.read(8)) and count != struct.pack("<q", storage.numel):
             raise CheckpointError(f"is damaged: storage {name!r} has not the {storage.numel} values it should have")
-        end = file.tell() + storage.numel * storage.itemsize
+        starts[name] = file.tell()
+        end = starts[name] + storage.nbytes
         if not count or end > size:
             raise CheckpointError(f"is truncated: it has {size:,} bytes, and storage {name!r} ends at {end:,}")
         file.seek(end)
-    with _NoDescriptor(io.FileIO(path)) as source:
-        return _select_state_dict(path, _load_with_torch(source, walk, mapped=False), key)
+
+    def values(storage: Storage) -> Tensor:
+        return read_values(file, starts[storage.key], storage.numel, storage.dtype)
+
+    return _select_state_dict(path, tree, key, holds_model, cache(values))
 
 
-class _NoDescriptor(io.BufferedReader):
-    """A file that torch.load does not try as a tar archive first, as it does with all that have a descriptor."""
-
-    def fileno(self) -> int:
-        raise io.UnsupportedOperation
-
-
-_LOCK = threading.Lock()
-
-
-def _load_with_torch(source: Any, walk: Walk, *, mapped: bool) -> Any:
-    """torch.load of a file that was walked; its settings, which are the process's, are left as found."""
-    allowed = [Namespace, *(_numpy_globals() if walk.numpy else ())]
-    with _LOCK, contextlib.ExitStack() as stack:
-        known = torch.serialization.get_safe_globals()
-        stack.enter_context(torch.serialization.safe_globals([item for item in allowed if item not in known]))
-        if mapped and os.name != "nt":
-            stack.enter_context(torch.serialization.set_default_mmap_options(mmap.MAP_PRIVATE))
-        return torch.load(source, map_location="cpu", mmap=mapped, weights_only=True)
-
-
-def _numpy_globals() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    # The functions, whatever module this numpy has them in, under the names that any numpy gave them.
-    scalar, reconstruct = np.float64(0).__reduce__()[0], np.empty(0).__reduce__()[0]
-    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    names: list[Any] = [(scalar, name) for name in NUMPY_SCALAR] + [(reconstruct, name) for name in NUMPY_ARRAY]
-    return [*names, np.ndarray, np.dtype, *dtypes]
-
-
-def _select_state_dict(path: str, tree: Any, key: str | None) -> Checkpoint:
+def _select_state_dict(
+    path: str,
+    tree: Any,
+    key: str | None,
+    holds_model: Callable[[Collection[str]], bool],
+    values: Callable[[Storage], Tensor],
+) -> Checkpoint:
     """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"holds a {type(tree).__name__}, not a state dict")
-    found = list(_find_state_dicts(tree))
+    found = list(_find_models(tree, holds_model)) or list(_find_state_dicts(tree))
+    if not found and (not isinstance(tree, Mapping) or (isinstance(tree, Unknown) and not tree)):
+        raise CheckpointError(f"holds a {_kind_of(tree)}, not a state dict")
     if key is None:
         if not found:
-            raise CheckpointError(
-                f"has no state dict where tomevit looks; it has {_list_names(tree)}: name one with key= (--key)"
-            )
+            _check_for_zero(tree)
+            message = f"has no state dict where tomevit looks; it has {_list_names(tree)}: name one with key= (--key)"
+            raise MissingOptionError(message, "key")
         if len(found) > 1:
             message = f"has several state dicts, {_list_names(found)}: name one with key= (--key)"
             raise AmbiguousCheckpointError(message, "key", found)
         key = found[0]
     node, beside = _follow_key(tree, key)
-    state = {name: _as_tensor(value) for name, value in node.items()} if isinstance(node, Mapping) else {}
-    tensors = {name: value for name, value in state.items() if isinstance(name, str) and value is not None}
-    if not tensors:
+    state = _children(node)
+    names = _names_of_tensors(state)
+    if not names:
         raise CheckpointError(f"has no state dict at {key!r}; it has {_list_names(found or tree)}")
+    tensors = {name: _as_tensor(state[name], values) for name in names}
+    if not any(tensor.numel() for tensor in tensors.values()):
+        _check_for_zero(tree)
     beside += [_join_key(key, name) for name in state if name not in tensors]
     return Checkpoint(path, "torch", key, "", tensors, tuple(beside))
 
 
-def _find_state_dicts(tree: Mapping[Any, Any], key: str = "", depth: int = 4) -> Iterator[str]:
-    """The dotted paths of the state dicts; a dict that has some inside is none itself."""
+def _find_models(tree: Any, holds_model: Callable[[Collection[str]], bool]) -> Iterator[str]:
+    """The dotted paths of the state dicts that hold a model, whatever they are called."""
+    nodes: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    holding: dict[int, bool] = {}
+    for path, node in nodes:  # which grows; but each is looked into once: a pickle's dict can contain itself
+        known = id(node) in holding
+        children = _children(node)
+        if not known:
+            names = _names_of_tensors(children)
+            holding[id(node)] = bool(names) and holds_model(names)
+        if holding[id(node)]:
+            yield ".".join(path)
+        if not known and len(path) < 8:
+            nodes += [
+                ((*path, name), child) for name, child in children.items() if type(name) is str and _children(child)
+            ]
+
+
+def _find_state_dicts(tree: Any, key: str = "", depth: int = 4) -> Iterator[str]:
+    """The dotted paths of the state dicts under their usual names; a dict that has some inside is none itself."""
+    if not isinstance(tree, Mapping):
+        return
     inside = [
         path
         for name in STATE_DICTS
-        if depth and isinstance(tree.get(name), Mapping)  # no deeper: a pickle's dict can contain itself
-        for path in _find_state_dicts(tree[name], _join_key(key, name), depth - 1)
+        if depth  # no deeper: a pickle's dict can contain itself
+        for path in _find_state_dicts(tree.get(name), _join_key(key, name), depth - 1)
     ]
-    if not inside and any(isinstance(name, str) and _as_tensor(value) is not None for name, value in tree.items()):
-        inside = [key]
-    yield from inside
+    yield from inside or ([key] if _names_of_tensors(tree) else [])
+
+
+def _children(node: Any) -> Mapping[Any, Any]:
+    """What lies in a dict, by name, or in a list, by number; in all else nothing does."""
+    if type(node) in (list, tuple):
+        return {str(i): child for i, child in enumerate(node)}
+    return node if isinstance(node, Mapping) else {}
+
+
+def _names_of_tensors(state: Mapping[Any, Any]) -> list[str]:
+    return [name for name, value in state.items() if isinstance(name, str) and _is_tensor(value)]
 
 
 def _follow_key(tree: Any, key: str) -> tuple[Any, list[str]]:
     """What lies at a dotted path, and the paths beside it; names may have dots themselves."""
     above, beside = "", []
     while key:
-        parts = key.split(".")
+        parts, children = key.split("."), _children(tree)
         heads = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        head = next((head for head in heads if isinstance(tree, Mapping) and head in tree), None)
+        head = next((head for head in heads if head in children), None)
         if head is None:
-            there = _list_names(tree) if isinstance(tree, Mapping) else "a value"
+            there = _list_names(children) if children else "a value"
             raise CheckpointError(
                 f"has nothing at {_join_key(above, key)!r}; {f'at {above!r} ' if above else ''}it has {there}"
             )
-        beside += [_join_key(above, name) for name in tree if name != head]
-        above, tree, key = _join_key(above, head), tree[head], key[len(head) + 1 :]
+        beside += [_join_key(above, name) for name in children if name != head]
+        above, tree, key = _join_key(above, head), children[head], key[len(head) + 1 :]
     return tree, beside
 
 
-def _as_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if (type(value).__module__, type(value).__name__) == ("numpy", "ndarray") and value.dtype.isnative:
-        return torch.from_numpy(value)
-    return None
+def _is_tensor(value: Any) -> bool:
+    if isinstance(value, StoredArray):
+        return value.content is not None and value.content[1][:2] not in (">u", ">i", ">f")
+    return isinstance(value, StoredTensor) or (isinstance(value, Unknown) and value.name in UNUSUAL)
+
+
+def _as_tensor(value: Any, values: Callable[[Storage], Tensor]) -> Tensor:
+    if isinstance(value, Unknown):
+        raise CheckpointError(f"holds {UNUSUAL[value.name]}; tomevit reads plain ones")
+    if isinstance(value, StoredTensor):
+        return values(value.storage).as_strided(value.size, value.stride, value.offset)
+    shape, code, fortran, data = value.content
+    return torch.from_numpy(np.ndarray(shape, code, bytearray(data), order="F" if fortran else "C"))
+
+
+def _kind_of(tree: Any) -> str:
+    return {StoredTensor: "Tensor", StoredArray: "numpy array", Unknown: getattr(tree, "name", "")}.get(
+        type(tree), type(tree).__name__
+    )
+
+
+def _check_for_zero(tree: Any) -> None:
+    """DeepSpeed's ZeRO leaves a part of the weights in each of its files."""
+    if isinstance(tree, Mapping) and not tree.keys().isdisjoint(("ds_version", "ds_config")):
+        raise CheckpointError(f"is {ZERO}")
 
 
 # all containers
 
 
-def _check_and_strip_prefixes(checkpoint: Checkpoint) -> Checkpoint:
-    """Tensors that tomevit can use, under their own names: without what is in front of all of them."""
-    tensors, prefix, beside = checkpoint.tensors, checkpoint.prefix, checkpoint.beside
-    if not tensors:
+def _check_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """Raises CheckpointError if there are none, or some that tomevit cannot use."""
+    if not checkpoint.tensors:
         raise CheckpointError("has no tensors")
-    for name, tensor in tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"has {name!r} as {tensor.dtype}, {tensor.layout}; tomevit reads dense real tensors")
-    # AveragedModel counts beside its module.
-    if checkpoint.container == "torch" and len(tensors) > 1 and "n_averaged" in tensors:
-        tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
-        beside += (_join_key(checkpoint.key, "n_averaged"),)
-    while common := next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), ""):
-        tensors = {name.removeprefix(common): tensor for name, tensor in tensors.items()}
-        prefix += common
-    return replace(checkpoint, tensors=tensors, prefix=prefix, beside=beside)
+    return checkpoint
 
 
 def _join_key(key: str, name: Any) -> str:
@@ -462,7 +508,7 @@ def _join_key(key: str, name: Any) -> str:
 
 
 def _list_names(names: Iterable[Any]) -> str:
-    texts = [_shorten(repr(name), 80) for name in names]
+    texts = [shorten(repr(name), 80) for name in names]
     more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
     return (", ".join(texts[:8]) or "nothing") + more
 
@@ -470,9 +516,4 @@ def _list_names(names: Iterable[Any]) -> str:
 def _printable_line(error: Exception) -> str:
     """What an error says, in one line that a hostile file cannot make long or colourful."""
     lines = str(error).splitlines() or [type(error).__name__]
-    return "".join(char if char.isprintable() else "?" for char in _shorten(lines[0], 600))
-
-
-def _shorten(text: str, length: int = 100) -> str:
-    text = " ".join(text.split())
-    return f"{text[:length]}…" if len(text) > length else text
+    return "".join(char if char.isprintable() else "?" for char in shorten(lines[0], 600))

@@ -79,9 +79,13 @@ _TIMM_IMAGES = (
     Row("mean", "mean", PER_CHANNEL),
     Row("std", "std", PER_CHANNEL),
 )
-# How a model trains and starts, and which sizes it takes at run time: no weights depend on these.
-_TIMM_IDLE = re.compile(r"(\w+_)?drop_rate|weight_init|fix_init|dynamic_img_(size|pad)|strict_img_size|device|dtype")
-_TIMM_ONLY = {"pos_embed": "learn", "final_norm": True, "pool_include_prefix": False}
+# How a model trains and starts, where it comes from, and which sizes it takes at run time: no weights depend on these.
+_TIMM_IDLE = re.compile(
+    r"(\w+_)?drop(_\w+)?_rate|weight_init|fix_init|dynamic_img_(size|pad)|strict_img_size|device|dtype"
+    r"|pretrained|pretrained_(strict|filter_fn|custom_load)|checkpoint_path|cache_dir|scriptable|exportable|no_jit"
+)
+_TIMM_ONLY = {"pos_embed": "learn", "final_norm": True, "pool_include_prefix": False, "proj_bias": True}
+_TIMM_ONLY |= {"scale_attn_norm": False, "scale_mlp_norm": False, "norm_layer": "layernorm", "features_only": False}
 
 _ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _ACTS |= {"gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
@@ -145,6 +149,10 @@ _PROCESSORS = {
 _PROCESSOR_NAME = re.compile(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
 
+# What makes another model of it, in either library's config.json, unless it is empty.
+_OTHERWISE = ("quantization_config", "pruned_heads")
+
+
 class _Object(dict[str, Any]):
     """A JSON object of which nothing is trusted: null counts as missing, and each value is asked for by its kind.
 
@@ -196,27 +204,45 @@ class _Object(dict[str, Any]):
         value = conform(kind, value, where)
         if kind is str and len(value) > MOST_CHARACTERS:
             raise self.refuse(name, f"a text of at most {MOST_CHARACTERS} characters")
-        least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
-        if kind is not str and not all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,))):
-            raise self.refuse(name, f"from {least} to {most}")
+        if kind is not str and (limits := _beyond(value, ours)):
+            raise self.refuse(name, limits)
         return value
 
     def read(self, rows: Iterable[Row], known: Mapping[str, Any], channels: int = 0) -> dict[str, Any]:
         """Our fields of a table; of those that neither the file nor a default has, what is known of them beforehand."""
         fields = dict(known)
         for row in rows:
-            kind = GenericAlias(tuple, (float,) * channels) if row.kind == PER_CHANNEL else row.kind
+            kind = row.kind
+            if kind == PER_CHANNEL:
+                # Both libraries keep the three of RGB in files of models that take other channels.
+                stated = self.get(row.theirs, row.default)
+                kind = GenericAlias(
+                    tuple, (float,) * (3 if isinstance(stated, list) and len(stated) == 3 else channels)
+                )
             value = self.take(row.theirs, kind, row.default, row.ours)
             if value is not None:
                 fields[row.ours] = value
         return fields
 
 
+def _beyond(value: Any, ours: str) -> str:
+    """The limits of a field of ours, if a value, or one of several, is beyond them."""
+    least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
+    within = all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,)))
+    return "" if within else f"from {least} to {most}"
+
+
 def _write(rows: Iterable[Row], fields: Mapping[str, Any], known: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """The inverse of `_Object.read`: what a file says of our fields, but for those that are as known beforehand."""
+    """The inverse of `_Object.read`: what a file says of our fields, but for those that are as known beforehand.
+
+    Raises:
+        ValueError: a value is beyond what is read.
+    """
     said = {}
     for row in rows:
         value = fields[row.ours]
+        if not isinstance(row.kind, dict) and value is not None and (limits := _beyond(value, row.ours)):
+            raise ValueError(f"{row.theirs} is {reprlib.repr(value)}, and must be {limits} to be written")
         if row.ours in known and known[row.ours] == value:
             continue
         if isinstance(row.kind, dict):
@@ -250,6 +276,9 @@ def card_from_configs(files: Mapping[str, Path]) -> Card | None:
         return None
     with _naming(files[CONFIG]):
         config = _Object.of(files[CONFIG])
+        for name in _OTHERWISE:
+            if config.get(name):
+                raise config.refuse(name, "left out: tomevit has nothing like it")
         if "architecture" in config:
             card = _read_timm(config)
         elif "model_type" in config:
@@ -292,18 +321,23 @@ def _read_licence(readme: Path) -> str | None:
 
 
 # Architectures differ in no other field from models of one name: these have each user's own values.
-_OPEN = ("img_size", "in_chans", "num_classes", "norm_eps")
+_OPEN = ("img_size", "in_chans", "num_classes", "norm_eps", "pool", "pool_norm")
 
 
 def _card(config: Config, kin: str, **rest: Any) -> Card:
-    """A card with the zoo's name for the architecture; of several, one that begins as `kin` does."""
+    """A card with the zoo's name for the architecture; of several, one that begins as `kin` does, and pools as this."""
     same = [
         card
         for card in map(zoo.card, zoo.list_models())
         if all(getattr(card.config, f) == getattr(config, f) for f in ARCHITECTURE if f not in _OPEN)
     ]
     if same:
-        near = min(same, key=lambda card: (not card.name.startswith(kin), card.config.img_size != config.img_size))
+
+        def distance(card: Card) -> tuple[bool, bool, bool]:
+            pooled = card.config.pool_norm == config.pool_norm
+            return not card.name.startswith(kin), not pooled, card.config.img_size != config.img_size
+
+        near = min(same, key=distance)
         config = replace(config, prop_attn=near.config.prop_attn, init=near.config.init)
     else:
         family = "deit_distilled" if config.dist_token else "vit"
@@ -338,13 +372,11 @@ def _read_timm(config: _Object) -> Card:
     fields["pool_norm"] = "after" if fields["pool"] == "avg" else "before"
     fields = args.read(_TIMM, fields)
 
-    channels, images = fields["in_chans"], Preprocess()  # timm's defaults too
-    if channels != 3:
-        images = replace(images, mean=(0.5,) * channels, std=(0.5,) * channels)
+    images = Preprocess().for_channels(fields["in_chans"])  # timm's defaults too
     return _card(
         Config(**fields),
-        base.name,
-        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), channels)),
+        f"{base.name.partition('_')[0]}_",
+        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), fields["in_chans"])),
         licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
     )
@@ -408,6 +440,8 @@ def _read_processor(fields: _Object, model_type: str, config: Config) -> Preproc
     fields = _Object({**_PROCESSORS[match[1]], **fields})
 
     # One number as size means both edges, or the shorter.
+    if isinstance(fields.get("size"), dict):
+        fields = _Object(fields | {"size": fields.part("size") or None})
     size = fields.get("size")
     shorter = "shortest_edge" in size if isinstance(size, dict) else match[1] in ("Bit", "CLIP")
     before = [round(pixels * (256 / 224 if match[1] == "DeiT" else 1)) for pixels in image]
@@ -493,6 +527,8 @@ def _write_timm(card: Card) -> dict[str, Any]:
     cfg |= {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if config.dist_token else "head"}
     if card.licence:
         cfg["license"] = card.licence
+    if config.init == "mae":
+        cfg["tag"] = "mae"  # timm has one name for MAE's and for ViT's, which attend to merged tokens otherwise
     return said | {"pretrained_cfg": cfg}
 
 

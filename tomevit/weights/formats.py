@@ -17,6 +17,7 @@ BICUBIC = Resampling("bicubic")
 # What a ViT with a class token and no options is, for projects that know nothing else.
 PLAIN = {"act": "gelu", "norm_eps": 1e-6, "pool": "token", "pool_norm": "before", "pos_embed_prefix": True}
 
+MASK_TOKEN = "it stands for hidden patches in pre-training"
 DECODER = "the decoder reconstructs pixels in pre-training, and an encoder does without it"
 
 _TIMM_NAMES = """
@@ -40,7 +41,7 @@ TIMM = Format(
         Signature(has=(*_TIMM_HAS, "blocks.#.ls1.gamma")),
     ),
     resampling=Resampling("bicubic", antialias=True),  # timm/layers/pos_embed.py, resample_abs_pos_embed
-    omissions=(Omission("pre_logits.fc.*", PRE_LOGITS),),
+    omissions=(Omission("pre_logits.fc.*", PRE_LOGITS), Omission("mask_token", MASK_TOKEN)),
 )
 
 DEIT = Format(
@@ -49,12 +50,13 @@ DEIT = Format(
     rules=_SAME_NAMES,
     signatures=(
         Signature(
-            has=(*_TIMM_HAS, "norm.weight", "head.weight"),
+            has=(*_TIMM_HAS, "norm.weight", "head.**"),
             lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "decoder_embed.weight", "fc_norm.weight"),
             keys=("model", "model_ema"),
         ),
     ),
     resampling=BICUBIC,  # main.py, interpolation of a checkpoint to fine-tune
+    omissions=(Omission("mask_token", MASK_TOKEN),),
     fixed=PLAIN,
     container="torch:model",
 )
@@ -65,6 +67,7 @@ DEIT3 = Format(
     rules=(*_SAME_NAMES, *(Rule(f"blocks.#.ls{i}.gamma", f"blocks.#.gamma_{i}") for i in (1, 2))),
     signatures=(Signature(has=(*_TIMM_HAS, "blocks.#.gamma_1")),),
     resampling=BICUBIC,
+    omissions=(Omission("mask_token", MASK_TOKEN),),
     variant_of="timm",  # timm reads it too
     fixed=PLAIN | {"pos_embed_prefix": False},
     container="torch:model",
@@ -79,7 +82,7 @@ MAE = Format(
         Signature(has=(*_TIMM_HAS, "fc_norm.weight"), lacks=("blocks.#.ls1.gamma",)),
         Signature(
             has=(*_TIMM_HAS, "norm.weight"),
-            lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "head.weight"),
+            lacks=("blocks.#.gamma_1", "blocks.#.ls1.gamma", "head.**"),
             keys=("model", "model_ema"),
         ),
     ),
@@ -221,7 +224,7 @@ _LAYERS = (
 )
 _DIST_TOKEN = "embeddings.distillation_token"
 _DECODER = "decoder.decoder_embed.weight"
-_CLASSIFIERS = ("classifier.weight", "cls_classifier.weight")
+_CLASSIFIERS = ("classifier.**", "cls_classifier.**")
 
 
 def _transformers(
@@ -244,7 +247,7 @@ def _transformers(
             has, lacks = (has + lacks, ()) if dist_token else (has, lacks)
             signatures = [Signature(has, lacks)]
             if not bare:
-                on_top = [_DECODER] if decoder else [rule.sources[0].replace("*", "weight") for rule in heads]
+                on_top = [_DECODER] if decoder else [rule.sources[0].replace("*", "**") for rule in heads]
                 signatures = [Signature((*has, *on_top), lacks if decoder else (*lacks, _DECODER))]
                 if bare_too:  # with the prefix, yet with nothing on top
                     signatures.append(Signature(has, (*lacks, _DECODER, *_CLASSIFIERS)))
@@ -269,7 +272,7 @@ def _transformers(
                 resampling=BICUBIC,  # interpolate_pos_encoding there
                 omissions=(
                     Omission(f"{start}pooler.dense.*", PRE_LOGITS),
-                    Omission(f"{start}embeddings.mask_token", "it stands for hidden patches in pre-training"),
+                    Omission(f"{start}embeddings.mask_token", MASK_TOKEN),
                     *((Omission("decoder.**", DECODER),) if decoder else ()),
                 ),
                 variant_of=variant_of or (name if bare or layers.suffix else None),

@@ -1,8 +1,8 @@
-"""Look at a torch checkpoint's pickle without doing anything it says.
+"""Read a torch checkpoint's pickle without doing anything it says.
 
 A pickle is a program. `Walk` follows it with stand-ins for everything but plain data: nothing is imported, nothing
-called, no tensor made. What it wants to run, and how much memory it asks for, is known before torch.load sees the file:
-torch's own safe reader (weights_only=True) forbids foreign code too, but allows bytearray(10**12).
+called, no tensor made. So hyper-parameters of any class may lie beside the weights, and none of their code runs;
+torch's own safe reader (weights_only=True) refuses them, and allows bytearray(10**12).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ from tomevit.errors import CheckpointError
 # a subclass can replace some and leave out others. The documented one, in C, can be limited only in what it imports.
 # A Python without it refuses pickles, and reads all else.
 _PythonUnpickler: Any = getattr(pickle, "_Unpickler", object)
-#: What torch.save uses; later protocols are followed as well, only to say what they want to run.
+#: What torch.save uses; other protocols are followed as well, only to say what they want to run.
 INSTRUCTIONS = """
 PROTO FRAME MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT LONG1
 BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINSTRING SHORT_BINBYTES BINBYTES BINBYTES8
-EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET
+EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS EMPTY_SET STRING
 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
 """
 
@@ -36,16 +37,29 @@ STEP = 256
 TENSOR = 1024
 MAX_DIMS = 64
 MAX_NAME = 500
-SCALARS = (str, int, float, bool, bytes, complex, type(None))
 
-_STORAGES = {1: "Byte Char Bool", 2: "Half BFloat16 Short", 4: "Float Int", 8: "Double Long ComplexFloat"}
-#: Bytes per element.
-STORAGES = {
-    f"torch.{name}Storage": size
-    for size, names in (_STORAGES | {16: "ComplexDouble"}).items()
-    for name in names.split()
+_QUANTIZED = {
+    **dict.fromkeys(("UInt8", "UInt4x2", "UInt2x4"), torch.uint8),
+    "Int8": torch.int8,
+    "Int32": torch.int32,
 }
-#: Harmless, but nothing that a vision transformer's weights are.
+STORAGES = {
+    **dict.fromkeys(("torch.storage.UntypedStorage", "torch.UntypedStorage"), torch.uint8),
+    **{f"torch.Q{kind}Storage": dtype for kind, dtype in _QUANTIZED.items()},
+    "torch.ByteStorage": torch.uint8,
+    "torch.CharStorage": torch.int8,
+    "torch.BoolStorage": torch.bool,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.ShortStorage": torch.int16,
+    "torch.FloatStorage": torch.float32,
+    "torch.IntStorage": torch.int32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.LongStorage": torch.int64,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+}
+#: Tensors that a vision transformer's weights are not.
 UNUSUAL = {
     "torch._utils._rebuild_sparse_tensor": "a sparse tensor",
     "torch._utils._rebuild_qtensor": "a quantized tensor",
@@ -57,31 +71,77 @@ UNUSUAL = {
 }
 
 
+#: What may be made although its code is not the checkpoint's own: hyper-parameters of the standard library, and the
+#: states of random generators. Nothing is made in truth; all else of these packages is a sign of a hostile file.
+HARMLESS = re.compile(
+    r"pathlib(\._local)?\.\w*Path|datetime\.\w+|zoneinfo\.ZoneInfo(\._unpickle)?|decimal\.\w+|fractions\.\w+|uuid\.\w+"
+    r"|ipaddress\.\w+|collections\.\w+|enum\.\w+|types\.(SimpleNamespace|GenericAlias|UnionType)|argparse\.Namespace|dataclasses\.\w+"
+    r"|functools\.(partial|reduce)|copyreg\.\w+|array\.\w+|re\.(_compile|RegexFlag)|random\.Random|http\.\w+|signal\.\w+"
+    r"|logging\.\w+|string\.Template|time\.struct_time|typing\.\w+|_?io\.(BytesIO|StringIO)|inspect\._ParameterKind"
+    r"|builtins\.(frozenset|type|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict)|calendar\.\w+|operator\.\w+getter"
+    r"|numpy\.random\.\w+(\.\w+)?|torch(\._C)?\.Generator|torch\.serialization\._get_layout|torch\.distributed\.[\w.]+"
+)
+_NOT_THE_USERS = {*sys.stdlib_module_names, "torch", "numpy"}
+
+
 class Storage(NamedTuple):
-    """Where tensors have their values: `numel` elements of `itemsize` bytes."""
+    """Where tensors have their values: `numel` elements of a dtype."""
 
     key: str
     numel: int
-    itemsize: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class StoredTensor(NamedTuple):
+    """A tensor that lies within its storage; every element does."""
+
+    storage: Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class StoredArray:
+    """A numpy array: what its values are, and their bytes; None until the pickle has said it."""
+
+    content: tuple[tuple[int, ...], str, bool, bytes] | None = None  # shape, type, whether in Fortran's order, values
 
 
 class _Name(NamedTuple):
     full: str
 
 
-class _Dtype(NamedTuple):
-    itemsize: int
+class _Dtype:
+    def __init__(self, code: str) -> None:
+        self.code = f"<{code}"
 
-
-class _Tensor: ...
-
-
-class _Array: ...
+    @property
+    def itemsize(self) -> int:
+        return int(self.code[2])
 
 
 class _Dict(dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(_check_key(key), value)
+
+
+class Unknown(_Dict):
+    """Stands in for an object whose class is code: nothing of it is kept but its items, if it is a dict."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def extend(self, items: list[Any]) -> None:
+        """Where it is a list, what it holds is not kept."""
+
+    append = extend
 
 
 class Walk(_PythonUnpickler):  # type: ignore[misc]
@@ -92,7 +152,6 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
 
     Attributes:
         storages: what the tensors lie in, by key; whoever walks must check that the file has it.
-        numpy: whether numpy's scalars or arrays occur.
     """
 
     encoding, errors = "utf-8", "surrogatepass"
@@ -100,13 +159,12 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
     def __init__(self, limit: int) -> None:
         self.left = self.limit = limit
         self.storages: dict[str, Storage] = {}
-        self.numpy = False
 
     def load(self, stream: BinaryIO) -> Any:
         """Walk one pickle; the stream is then behind it.
 
         Returns:
-            The object, as far as it is plain data; stand-ins for the rest.
+            The object, as far as it is plain data; of tensors and arrays where they lie; stand-ins for the rest.
 
         Raises:
             CheckpointError: it wants to run something, asks for too much, or is damaged; without the file's name.
@@ -131,7 +189,7 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
             raise CheckpointError(f"is damaged or truncated: its pickle makes no sense ({error})") from error
         if self.proto != 2:
             raise CheckpointError(
-                f"is a pickle of protocol {self.proto}; torch's safe reader takes torch.save's default, 2"
+                f"is a pickle of protocol {self.proto}; tomevit reads torch.save's default, 2: save it anew with that"
             )
         return result
 
@@ -166,16 +224,15 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         self.append(_Dict())
 
     def find_class(self, module: str, name: str) -> _Name:
-        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
-        if full in UNUSUAL:
-            raise CheckpointError(f"holds {UNUSUAL[full]}; tomevit reads plain ones")
-        if full not in ALLOWED:
-            raise CheckpointError(f"wants to run {full}; tomevit reads only tensors and plain data")
-        self.numpy |= module.startswith("numpy")
-        return _Name(full)
+        # Protocol 2 writes the names that Python 2 had.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return _Name(f"{module}.{name}")
 
-    def persistent_load(self, pid: Any) -> Storage:
-        tag, kind, key, location, numel, *view = _expect(pid, tuple)
+    def persistent_load(self, pid: Any) -> Storage | _Name:
+        tag, kind, key, *rest = _expect(pid, tuple)
+        if tag == "module":  # how torch.save wrote the class of a module before zip archives
+            return _Name(_expect(kind, _Name).full)
+        location, numel, *view = rest
         if (tag, type(key), type(location)) != ("storage", str, str) or view not in ([], [None]):
             raise TypeError("not a storage")
         storage = Storage(key, _check_size(numel), STORAGES[_expect(kind, _Name).full])
@@ -185,6 +242,9 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
 
     def load_reduce(self) -> None:
         args, name = _expect(self.stack.pop(), tuple), _expect(self.stack.pop(), _Name).full
+        if name not in ALLOWED:
+            self.append(_unknown(name))
+            return
         make, *kinds = ALLOWED[name] or (None,)
         if make is None or not all(map(_fits, args, kinds)):
             given = ", ".join(type(arg).__name__ for arg in args)
@@ -192,38 +252,43 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         self.append(make(self, *args))
 
     def load_newobj(self) -> None:
-        args, name = _expect(self.stack.pop(), tuple), _expect(self.stack.pop(), _Name).full
-        if (name, args) != ("argparse.Namespace", ()):
-            raise CheckpointError(f"wants to make a {name}; tomevit reads only tensors and plain data")
-        self.append(Namespace())
+        _, name = _expect(self.stack.pop(), tuple), _expect(self.stack.pop(), _Name).full
+        self.append(_unknown(name))
 
     def load_build(self) -> None:
         state = self.stack.pop()
         match self.stack[-1], state:
-            case ((Namespace() | _Dict()), _Dict()):
-                self._charge_attributes(state)
-            case _Dtype(), (3, "<" | ">" | "|", None, None, None, -1, -1, 0):
-                pass
-            case _Array(), (1, tuple(shape), _Dtype(itemsize), bool(), bytes(data)):
-                if self._count_elements(shape) * itemsize != len(data):
+            case Unknown() as made, _:
+                if isinstance(state, _Dict) and state.keys() >= {"_parameters", "_modules"}:  # of an nn.Module
+                    raise _refused(made.name)
+            case _Dict(), _Dict():
+                pass  # attributes, such as _metadata of a state dict
+            case _Dtype() as dtype, (3, "<" | ">" | "|" as order, None, None, None, -1, -1, 0):
+                dtype.code = dtype.code.replace("<", order)
+            case StoredArray() as array, (1, tuple(shape), _Dtype() as dtype, bool(fortran), bytes(data)):
+                if self._count_elements(shape) * dtype.itemsize != len(data):
                     raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
                 self.charge(TENSOR + len(data))
+                array.content = shape, dtype.code, fortran, data
+            case StoredArray(), (_, _, Unknown(), _, _):
+                pass  # of strings, objects, dates
             case target, _:
                 raise TypeError(f"state for a {type(target).__name__}")
 
     # What stands in for the results of the calls that a pickle may make.
 
-    def _tensor(self, storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+    def _tensor(self, storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
         numel = self._count_elements(size)
         last = _check_size(offset) + sum((n - 1) * _check_size(step) for n, step in zip(size, stride, strict=True))
         if numel and last >= storage.numel:
             raise CheckpointError(f"holds a tensor of shape {size} that reaches beyond its {storage.numel} values")
-        self.charge(TENSOR + numel * storage.itemsize)
-        return _Tensor()
+        self.charge(TENSOR + numel * storage.dtype.itemsize)
+        return StoredTensor(storage, offset, size, stride)
 
-    def _parameter(self, tensor: _Tensor, _grad: bool, _hooks: Any, state: Mapping[Any, Any] = {}) -> _Tensor:
-        self._charge_attributes(state)
-        return tensor
+    def _attribute(self, owner: _Name, name: str) -> _Name:
+        full = f"{owner.full}.{name}"
+        self.charge(len(full))
+        return _Name(full)
 
     def _dict(self, pairs: Iterable[Any] = ()) -> _Dict:
         made = _Dict()
@@ -240,10 +305,8 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         self.charge(len(text))
         return text.encode("latin1")
 
-    def _numpy_dtype(self, code: str, _align: bool, _copy: bool) -> _Dtype:
-        if not re.fullmatch("[biuf][1248]", code):
-            raise CheckpointError(f"holds numpy values of type {code[:20]!r}, which tomevit does not read")
-        return _Dtype(int(code[1]))
+    def _numpy_dtype(self, code: str, *_: Any) -> _Dtype | Unknown:
+        return _Dtype(code) if re.fullmatch("[biuf][1248]", code) else Unknown("numpy.dtype")
 
     def _count_elements(self, shape: tuple[int, ...]) -> int:
         # Beside a dimension of 0, torch would take any other.
@@ -255,10 +318,23 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         self.charge(8 * len(sizes))
         return tuple(map(_check_size, sizes))
 
-    def _charge_attributes(self, state: Mapping[Any, Any]) -> None:
-        if any(type(name) is not str or name.startswith("__") for name in state):
-            raise TypeError("a wrong attribute")
-        self.charge(STEP * len(state))
+
+def _unknown(name: str) -> Unknown:
+    """What stands in for an object that only code can make.
+
+    Raises:
+        CheckpointError: the code is of Python's, torch's or numpy's, and not known to be harmless.
+    """
+    if name.partition(".")[0] in _NOT_THE_USERS and name not in UNUSUAL and not HARMLESS.fullmatch(name):
+        raise _refused(name)
+    return Unknown(name)
+
+
+def _refused(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"wants to run {name}; tomevit reads only tensors and plain data: whoever made the file can torch.save its "
+        f"state dict alone"
+    )
 
 
 def _expect(value: Any, kind: type[Any]) -> Any:
@@ -276,7 +352,7 @@ def _check_size(value: Any) -> int:
 
 def _check_key(key: Any) -> Any:
     # Nothing nested: hashing a tuple a million deep would overflow the interpreter's stack.
-    if type(key) in SCALARS or (type(key) is tuple and all(type(part) in SCALARS for part in key)):
+    if type(key) in KEYS or (type(key) is tuple and all(type(part) in KEYS for part in key)):
         return key
     raise TypeError(f"a {type(key).__name__} as a key")
 
@@ -290,25 +366,29 @@ _METHODS: dict[bytes, Callable[[Walk], None]] = {
     for code in (getattr(pickle, name) for name in INSTRUCTIONS.split())
     if hasattr(_PythonUnpickler, "dispatch")
 }
-NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-_DTYPES = [str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)]
-#: Everything that a pickle may name: what makes a stand-in for the result of calling it, and the types or values of the
-#: first arguments. What has neither may be named, but not called.
+KEYS = (str, int, float, bool, bytes, complex, type(None), _Name, Unknown)
+_NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+_NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+#: What a pickle calls to make plain data: what makes the same, or a stand-in, and the types or values of the first
+#: arguments. What has neither may be named, but not called.
 ALLOWED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys((*STORAGES, *_DTYPES, "argparse.Namespace", "numpy.ndarray"), ()),
-    **dict.fromkeys(NUMPY_SCALAR, (lambda _, _dtype, value: value, _Dtype, bytes)),
-    **dict.fromkeys(NUMPY_ARRAY, (lambda _, _type, _shape, _code: _Array(), _Name("numpy.ndarray"), (0,), b"b")),
+    **dict.fromkeys(STORAGES, ()),
+    **dict.fromkeys(_NUMPY_SCALAR, (lambda _, _dtype, value: value, object, object)),
+    **dict.fromkeys(_NUMPY_ARRAY, (lambda _, _type, _shape, _code: StoredArray(), _Name("numpy.ndarray"), (0,), b"b")),
     "_codecs.encode": (Walk._bytes, str, "latin1"),  # how protocol 2 writes bytes
     "builtins.complex": (lambda _, real, imaginary: complex(real, imaginary), float, float),
+    "builtins.getattr": (Walk._attribute, _Name, str),  # of a class: how some enums are written, and time zones
     "builtins.set": (Walk._set, list),
     "collections.Counter": (lambda walk, counts: walk._dict(counts.items()), dict),
     "collections.OrderedDict": (Walk._dict, list),  # empty, or as Python 2 wrote it
-    "numpy.dtype": (Walk._numpy_dtype, str, bool, bool),
+    "numpy.dtype": (Walk._numpy_dtype, str),
     "torch.Size": (Walk._torch_size, tuple),
     "torch.device": (lambda _, _kind, _index=0: _Name("torch.device"), str, int),
-    "torch._utils._rebuild_parameter": (Walk._parameter, _Tensor, bool),
-    "torch._utils._rebuild_parameter_with_state": (Walk._parameter, _Tensor, bool, object, dict),
+    "torch._utils._rebuild_parameter": (lambda _, tensor, _grad, _hooks: tensor, StoredTensor, bool),
+    "torch._utils._rebuild_parameter_with_state": (
+        lambda _, tensor, _grad, _hooks, _state: tensor,
+        *(StoredTensor, bool, object, dict),
+    ),
     "torch._utils._rebuild_tensor": (Walk._tensor, Storage, int, tuple, tuple),
     "torch._utils._rebuild_tensor_v2": (Walk._tensor, Storage, int, tuple, tuple),
 }

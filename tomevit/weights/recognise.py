@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,10 +14,30 @@ from tomevit import zoo
 from tomevit.config import Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
-from tomevit.weights.rules import Format, enumerate_names
+from tomevit.weights.rules import Format, enumerate_names, without_wrappers
 
 #: The formats by which users name a file's; their variants are told apart by what the file has.
 MAIN_FORMATS = tuple(form.name for form in FORMATS.values() if not form.variant_of)
+
+#: What other vision transformers have at the top, and compute with: left out, it would be missed in every answer.
+PARTS = re.compile(r"attn_pool|rope|\w*rel_pos\w*|\w*relative_position\w*|\w*pos_emb\w*|\w*_tokens?|\w*norm|patch_\w+")
+#: Others' models that people take for one of ours: what their names have, and what they are.
+OTHER_MODELS = {
+    r"lora_[AB]\.|base_layer\.": "an adapter beside a model (peft): load both, and save model.merge_and_unload()",
+    r"patch_embed\.projection\.": "MMPretrain's or MMSegmentation's vision transformer, which tomevit does not read",
+    r"visual\.(conv1|class_embedding)|vision_model\.embeddings\.class_embedding": "CLIP, which tomevit does not read",
+    r"relative_position_bias_table|rel_pos_bias": "a transformer of relative positions, which tomevit does not read",
+    r"attn\.lepe|layers\.\d+\.blocks\.\d+": "a transformer in stages, which tomevit does not read",
+}
+
+
+class Found(NamedTuple):
+    """Where in a state dict a model lies."""
+
+    form: Format
+    prefix: str  # what its names begin with, wrappers aside
+    names: dict[str, str]  # by the format's names: the file's
+    left_out: dict[str, str]  # by the file's names: why they are not of the model
 
 
 def check_format(name: str) -> str:
@@ -30,14 +51,140 @@ def check_format(name: str) -> str:
     return name
 
 
-def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model_known: bool = False) -> Format:
+def find_prefixes(names: Collection[str], told: str | None = None) -> list[str]:
+    """What the names of each whole model begin with; "" for plain ones.
+
+    Args:
+        names: of tensors, without wrappers.
+        told: the format, if the user said it.
+    """
+    forms = [form for form in FORMATS.values() if told in (None, form.name, form.variant_of)]
+    found: dict[str, list[Format]] = {}
+    for form in forms:
+        for prefix in {prefix for signature in form.signatures for prefix in signature.prefixes(names)}:
+            found.setdefault(prefix, []).append(form)
+    # The bare models of transformers are seen within the whole ones as well.
+    within = {
+        longer
+        for longer in found
+        for shorter, forms in found.items()
+        if shorter != longer and longer.startswith(shorter)
+        if any(form.has_place_for(f"{longer.removeprefix(shorter)}embeddings.cls_token") for form in forms)
+    }
+    return sorted(found.keys() - within)
+
+
+def holds_model(names: Collection[str], told: str | None = None) -> bool:
+    """Whether tensors of these names are a vision transformer of a known format, and what else may lie beside it."""
+    return bool(find_prefixes([without_wrappers(name) for name in names], told))
+
+
+def find_model(
+    names: Collection[str],
+    key: str = "",
+    *,
+    told_format: str | None = None,
+    told_prefix: str | None = None,
+    model: Card | None = None,
+) -> Found:
+    """The one model in a state dict, and what lies beside it.
+
+    Args:
+        names: of the tensors, as the file has them.
+        key, told_format, model: see `find_format`.
+        told_prefix: what the model's names begin with, with its last dot or without; "." for nothing.
+
+    Raises:
+        ValueError, CheckpointError, AmbiguousCheckpointError: as `find_format`; it lies there in parts; several do.
+    """
+    plain: dict[str, str] = {}
+    for name in names:
+        if (other := plain.setdefault(without_wrappers(name), name)) != name:
+            raise CheckpointError(f"it holds {other} and {name}: one parameter twice, but for wrappers: save one alone")
+    prefix = _choose_prefix(plain, told_format, told_prefix)
+    inside = {name.removeprefix(prefix): theirs for name, theirs in plain.items() if name.startswith(prefix)}
+    form = find_format(inside, key, told_format, model=model)
+    beside = {
+        name: theirs
+        for name, theirs in plain.items()
+        if not name.startswith(prefix)
+        or not ((top := _first_part(name, prefix)) in form.components or PARTS.fullmatch(top))
+    }
+    for under, numbers in form.find_blocks(beside).items():
+        if 0 not in numbers:
+            raise CheckpointError(f"it holds a model in parts: its blocks from {min(numbers)} on lie under {under!r}")
+    left_out = {theirs: _explain_beside(name, prefix) for name, theirs in beside.items()}
+    return Found(form, prefix, {ours: name for ours, name in inside.items() if name not in left_out}, left_out)
+
+
+def _choose_prefix(names: Collection[str], told_format: str | None, told: str | None) -> str:
+    found = find_prefixes(names, told_format)
+    if told is not None:
+        wanted = without_wrappers(told)
+        wanted = f"{wanted}." if wanted and not wanted.endswith((".", "/")) else wanted.removeprefix(".")
+        if not any(name.startswith(wanted) for name in names):
+            models = f"; a model's names begin with {join_with_or(map(repr, found))}" if found else ""
+            raise CheckpointError(f"it has no names that begin with {told!r}{models}")
+        if wanted in found or not (found := [prefix for prefix in found if prefix.startswith(wanted)]):
+            return wanted
+    if len(found) > 1:
+        choices = [prefix or "." for prefix in found]
+        plain = " ('.' for those whose names begin with nothing)" if "" in found else ""
+        raise AmbiguousCheckpointError(
+            f"it holds several models, whose names begin with {' and '.join(map(repr, choices))}{plain}: name one with "
+            f"prefix= (--prefix)",
+            "prefix",
+            choices,
+        )
+    return found[0] if found else ""
+
+
+def _first_part(name: str, prefix: str) -> str:
+    return re.split(r"[./]", name.removeprefix(prefix))[0]
+
+
+def _explain_beside(name: str, prefix: str) -> str:
+    """Why a name is not of the model whose names begin with the prefix: up to where the two part."""
+    parts, common = name.split("."), prefix.split(".")
+    shared = next((i for i, (ours, theirs) in enumerate(zip(parts, common, strict=False)) if ours != theirs), 0)
+    above = ".".join(parts[: shared + 1])
+    return f"beside the model, under {f'{above}.'!r}" if above != name else "beside the model"
+
+
+def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Heads in other shapes than the format's: a linear layer in their place, or in a Sequential, or more than that.
+
+    Args:
+        form: of the tensors.
+        tensors: by the format's names.
+
+    Returns:
+        The format's names for what is one linear layer, by the names that it has; and the names of all that is not.
+    """
+    renamed: dict[str, str] = {}
+    unusable: list[str] = []
+    for top, head in form.heads.items():
+        names = [name for name in tensors if _first_part(name, "") == top]
+        if set(names) <= {f"{head}.weight", f"{head}.bias"}:
+            continue
+        layer, *others = {name.rpartition(".")[0] for name in names}
+        kinds = {f"{layer}.weight": 2, f"{layer}.bias": 1}
+        if others or f"{layer}.weight" not in names or any(tensors[name].ndim != kinds.get(name) for name in names):
+            unusable += names
+        else:
+            renamed |= {name: f"{head}.{name.rpartition('.')[2]}" for name in names}
+    return renamed, unusable
+
+
+def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model: Card | None = None) -> Format:
     """The one format that the tensors are of.
 
     Args:
         names: of the tensors.
         key: where in its file the state dict lay.
         told: the user's word; the variants of a format count as it.
-        model_known: formats that differ only in what models they stand for are the same then.
+        model: what it is, if that is known: of several formats it is that in which such weights are published, and
+            formats that differ only in what models they stand for are the same then.
 
     Raises:
         ValueError: told is no format.
@@ -55,11 +202,18 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
         looks = f"; it looks like {' or '.join(form.name for form in fits)}" if fits else ""
         raise CheckpointError(f"not of the format {told}: it has {why}{looks}")
     if not fits:
+        for pattern, what in OTHER_MODELS.items():
+            if any(re.search(pattern, name) for name in names):
+                raise CheckpointError(f"of no known format: it looks like {what}; known are {', '.join(MAIN_FORMATS)}")
         raise CheckpointError(
             f"of no known format: it holds {len(names)} tensors such as {enumerate_names(names, 4)}; "
             f"known are {', '.join(MAIN_FORMATS)}"
         )
-    if len(fits) > 1 and not (model_known and len({form.resampling for form in fits}) == 1):
+    if model is not None:
+        # Whose code wrote it, says where in its file the state dict lies: less than a user who names the model.
+        alike = [form for form in FORMATS.values() if any(not s.misses(names) for s in form.signatures)]
+        fits = _published_in(fits, model) or _published_in(alike, model) or fits
+    if len(fits) > 1 and not (model is not None and len({form.resampling for form in fits}) == 1):
         raise AmbiguousCheckpointError(
             f"its names fit {' and '.join(form.name for form in fits)}, which stand for other models or resample "
             f"positions differently: say which it is with format=, or --format",
@@ -69,10 +223,17 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
     return fits[0]
 
 
-def explain_recognition(form: Format, names: Collection[str], key: str) -> str:
-    """The tensors by which a format was recognised."""
+def _published_in(formats: Iterable[Format], model: Card) -> list[Format]:
+    """Those formats in which weights of the model's family are published."""
+    known = {source.format for card, source in zoo.published_sources() if card.title == model.title}
+    return [form for form in formats if known & {form.name, form.variant_of}]
+
+
+def explain_recognition(form: Format, names: Collection[str], key: str, prefix: str = "") -> str:
+    """The tensors by which a format was recognised, and where they lie."""
     signature = next(s for s in form.signatures if not s.misses(names))
     place = f" under {key!r}" if key else ""
+    place += f", in names that begin with {prefix!r}" if prefix else ""
     return f"{form.name}{place}: it has {', '.join(signature.has)}"
 
 
@@ -126,14 +287,19 @@ def comparable_fields(config: Config) -> dict[str, Any]:
     }
 
 
-def differences(described: Mapping[str, Any], config: Config, *, headless: bool = False) -> list[str]:
+def differences(
+    described: Mapping[str, Any], config: Config, *, headless: bool = False, averaged: bool = False
+) -> list[str]:
     """Where an architecture, as `infer_architecture` or `comparable_fields` has it, is not the config's.
 
     Args:
         headless: the weights have no head: a fresh one may bring a norm of its own, behind the pooling.
+        averaged: they may pool the mean patch where the config reads the class token: timm's ViT then has its last norm
+            behind the pooling. MAE has a card for either.
     """
     ours = comparable_fields(config)
-    if headless and described["pool_norm"] == "before":
+    averaged = averaged and not config.dist_token and config.init != "mae"
+    if (headless and described["pool_norm"] == "before") or (averaged and described["pool_norm"] == "after"):
         del ours["pool_norm"]
     return [
         f"{name} {value} where the model has {ours[name]}"
@@ -155,7 +321,9 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     """
     config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
     if observed["pool_norm"] != config.pool_norm:
-        config = replace(config, pool_norm=observed["pool_norm"], pool="token" if config.class_token else "avg")
+        # Weights without a head end in a norm of every token; with fc_norm, timm's ViT reads the mean patch.
+        token = observed["pool_norm"] == "before" and config.class_token
+        config = replace(config, pool_norm=observed["pool_norm"], pool="token" if token else "avg")
     patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
         return asked
@@ -171,7 +339,13 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
 
 
 def choose_card(
-    observed: Mapping[str, Any], form: Format, *, told: str | Card | None, known: Card | None, file: str | None
+    observed: Mapping[str, Any],
+    form: Format,
+    *,
+    told: str | Card | None,
+    known: Card | None,
+    file: str | None,
+    format_told: bool = False,
 ) -> Card:
     """The card of what was observed: the one that was told, the one that is known, or the only one that fits.
 
@@ -181,6 +355,7 @@ def choose_card(
         told: the user's word.
         known: as published, or as the files beside it describe it.
         file: its name, which may be that of a published file.
+        format_told: the format is the user's word too, and not only what the names are like.
 
     Raises:
         CheckpointError: it does not fit; the message says what would.
@@ -188,8 +363,13 @@ def choose_card(
     """
     card = known if told is None else complete_told(told, known)
     if card is None:
-        return _choose_fitting(observed, form, file)
-    if wrong := differences(observed, card.config, headless=not observed["num_classes"]):
+        # MAE's fine-tuned weights and those of timm's ViT with average pooling have the same names.
+        alike = {form.name, form.variant_of}
+        if form.name == "mae" and observed["pool_norm"] == "after" and not format_told:
+            alike.add("timm")
+        return _choose_fitting(observed, alike, file)
+    own = isinstance(told, Card)  # which says how it pools
+    if wrong := differences(observed, card.config, headless=not observed["num_classes"], averaged=not own):
         fits = _find_fitting(observed)
         instead = f"It fits {join_with_or(card.name for card in fits)}" if fits else _describe_nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
@@ -198,9 +378,10 @@ def choose_card(
 
 def is_same_model(known: Card, asked: Card) -> bool:
     """Of the same name, or an encoder without a head for one that pools otherwise."""
-    if known.config.pool_norm == asked.config.pool_norm or known.config.num_classes:
-        return known.name == asked.name
-    return not differences(comparable_fields(known.config), asked.config, headless=True)
+    if known.name == asked.name:
+        return True
+    encoder = not known.config.num_classes and known.config.pool_norm != asked.config.pool_norm
+    return encoder and not differences(comparable_fields(known.config), asked.config, headless=True)
 
 
 def complete_told(told: str | Card, known: Card | None) -> Card:
@@ -219,7 +400,7 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
         if not is_same_model(known, card) or card.weights not in (None, known.weights):
             raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {told}")
         return known
-    if wrong := differences(comparable_fields(known.config), card.config):
+    if wrong := differences(comparable_fields(known.config), card.config, averaged=known.title == card.title):
         raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
     return replace(
         card,
@@ -231,25 +412,23 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
     )
 
 
-def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None) -> Card:
-    """The one architecture that was observed, of the families that are published in this format."""
-    published = {(card.title, source.format) for card, source in zoo.published_sources()}
-    fits = [
-        card for card in _find_fitting(observed) if {(card.title, form.name), (card.title, form.variant_of)} & published
-    ] or _find_fitting(observed)
+def _choose_fitting(observed: Mapping[str, Any], formats: Collection[str | None], file: str | None) -> Card:
+    """The one architecture that was observed, of the families that are published in one of some formats."""
+    families = {card.title for card, source in zoo.published_sources() if source.format in formats}
+    fits = [card for card in _find_fitting(observed) if card.title in families] or _find_fitting(observed)
     if not fits:
         raise CheckpointError(
             f"it fits no model here. {_describe_nearest(observed)}, or describe yours by a Card as model="
         )
     # One per family: other resolutions of the same differ in nothing that weights have.
-    families = {card.title: card for card in reversed(fits)}
-    families |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
+    one = {card.title: card for card in reversed(fits)}
+    one |= {card.title: card for card in fits if card.config.num_positions == observed["positions"]}
     same_file = [
         card.full_name
         for card, source in zoo.published_sources()
         if file and (source.url or "").endswith(f"/{file}") and not source.sha256
     ]
-    choices = [*same_file, *sorted(card.name for card in families.values())]
+    choices = [*same_file, *sorted(card.name for card in one.values())]
     if len(choices) > 1:
         named = " (by its name it is the first)" if same_file else ""
         raise AmbiguousCheckpointError(
@@ -258,11 +437,11 @@ def _choose_fitting(observed: Mapping[str, Any], form: Format, file: str | None)
             "model",
             choices,
         )
-    return next(iter(families.values()))
+    return next(iter(one.values()))
 
 
 def _find_fitting(observed: Mapping[str, Any]) -> list[Card]:
-    return [card for card in zoo.architectures() if not differences(observed, card.config)]
+    return [card for card in zoo.architectures() if not differences(observed, card.config, averaged=True)]
 
 
 def _describe_nearest(observed: Mapping[str, Any]) -> str:

@@ -24,6 +24,16 @@ from torch import Tensor
 from tomevit.config import Config
 from tomevit.errors import CheckpointError
 
+#: What wrappers put into names: data parallelism, torch.compile, checkpointed activations, FSDP, trainers.
+WRAPPERS = frozenset(
+    ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module")
+)
+
+
+def without_wrappers(name: str) -> str:
+    """A parameter's name as it is without the wrappers around the modules that it lies in."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -76,6 +86,12 @@ class Signature:
     def fits(self, names: Collection[str], key: str) -> bool:
         return (self.keys is None or key in self.keys) and key not in self.not_keys and not self.misses(names)
 
+    def prefixes(self, names: Collection[str]) -> set[str]:
+        """What the names of a whole model begin with, beside which there may be others; "" for plain ones."""
+        anchor = re.compile(rf"(.*[./]|){_regex(self.has[0]).pattern}")
+        starts = {match[1] for match in map(anchor.fullmatch, names) if match}
+        return {prefix for prefix in starts if not self.misses(names_under(names, prefix))}
+
 
 @dataclass(frozen=True)
 class Resampling:
@@ -126,6 +142,32 @@ class Format:
         """Attention heads, where the source's tensors tell."""
         shapes = [tensors[name].shape for name in tensors if self.num_heads and _regex(self.num_heads).fullmatch(name)]
         return shapes[0][1] if shapes and len(shapes[0]) == 3 else None
+
+    @property
+    def components(self) -> frozenset[str]:
+        """What names of the format begin with, up to the first dot or slash."""
+        sources = [*(source for rule in self.rules for source in rule.sources), *(o.source for o in self.omissions)]
+        return frozenset(re.split(r"[./]", source)[0] for source in sources)
+
+    @property
+    def heads(self) -> dict[str, str]:
+        """By the component that a head's names begin with: the name that its one linear layer has."""
+        rules = (rule for rule in self.rules if rule.native in ("head.*", "head_dist.*"))
+        return {rule.sources[0].split(".")[0]: rule.sources[0].removesuffix(".*") for rule in rules}
+
+    def find_blocks(self, names: Iterable[str]) -> dict[str, set[int]]:
+        """The numbers of the blocks that names are of, by what the names begin with."""
+        rule = next(rule for rule in self.rules if rule.native.startswith("blocks.#.norm1."))
+        block = re.compile(rf"(.*[./]|){_regex(rule.sources[0]).pattern}")
+        found: dict[str, set[int]] = {}
+        for match in map(block.fullmatch, names):
+            if match:
+                found.setdefault(match[1], set()).add(int(match[2]))
+        return found
+
+    def has_place_for(self, name: str) -> bool:
+        """Whether a native parameter is made of the source's of that name."""
+        return self._find_rule(name) is not None
 
     def _find_rule(self, name: str) -> tuple[Rule, int, str] | None:
         """The rule for a tensor of the source, its place in it, and the native name that it makes."""
@@ -219,6 +261,11 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
     if unknown:
         raise ValueError(f"{format.name} cannot hold this model: it has no place for {enumerate_names(unknown)}")
     return out
+
+
+def names_under(names: Iterable[str], prefix: str) -> list[str]:
+    """The names that begin with a prefix, without it."""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def enumerate_names(names: Iterable[str], most: int = 6) -> str:

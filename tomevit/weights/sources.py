@@ -14,14 +14,14 @@ from tomevit import zoo
 from tomevit.cards import is_ours
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError
-from tomevit.weights import cache, files
+from tomevit.weights import cache, directories, shards
 from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
 
 
 class Located(NamedTuple):
     """A checkpoint on this machine, and what is known of it beforehand."""
 
-    path: Path
+    path: Path  # of the file, or of the index of several
     origin: Source  # with the whole sha256, unless the file is ours; its format is empty unless it is published
     card: Card | None = None  # as published, or as the files beside it describe it
     downloaded: bool = False
@@ -32,6 +32,11 @@ class Located(NamedTuple):
         repo = f"hf-hub:{self.origin.hub}@{self.origin.revision}" if self.origin.hub else None
         return (self.downloaded and (self.origin.url or repo)) or str(self.path)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that it is read from: the file alone, or the index and the files that it lists."""
+        return shards.files_of(self.path)
+
 
 @contextmanager
 def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
@@ -40,7 +45,8 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
     Raises:
         FileNotFoundError: there is no such file, or no weights in the directory.
         ValueError: there is no such model.
-        CheckpointError, DownloadError: it could not be had.
+        CheckpointError: it is one file of several, or a part of what tomevit does not read, or there are several.
+        DownloadError: it could not be had.
     """
     name = os.fspath(source)
     path = Path(name)
@@ -49,13 +55,13 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         with cache.fetch(card) as fetched:
             yield locate_fetched(fetched, card)
     elif path.is_dir():
-        if not (path / "model.safetensors").is_file():
-            raise FileNotFoundError(f"{name} is a directory without model.safetensors: name the checkpoint file")
-        yield _identify(path / "model.safetensors", _local_source(path / "model.safetensors"), _files_beside(path))
+        found = directories.find_checkpoint(path)
+        yield _identify(found, _local_source(found), _files_beside(found.parent))
     elif is_ours(path):
         yield Located(path, Source(format="tomevit", file=path.name))
     elif path.is_file():
-        beside = _files_beside(path.parent) if path.name in cache.HUB_FILES else {}
+        shards.check_whole(path)
+        beside = _files_beside(path.parent) if path.name in zoo.HUB_FILES else {}
         yield _identify(path, _local_source(path), beside)
     else:
         raise CheckpointError(f"{name} is not a regular file")
@@ -111,7 +117,7 @@ def name_errors_after(located: Located) -> Iterator[None]:
 
 
 def _local_source(path: Path) -> Source:
-    return Source(format="", file=path.name, sha256=files.sha256(path))
+    return Source(format="", file=path.name, sha256=shards.sha256(path))
 
 
 def _files_beside(directory: Path) -> dict[str, Path]:

@@ -31,7 +31,11 @@ class Check(NamedTuple):
 
 
 def verify(
-    path: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None, key: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
 ) -> tuple[Check, ...]:
     """Look at all that can be wrong with a file of tomevit's own.
 
@@ -43,15 +47,18 @@ def verify(
         path: the file.
         against: a source, as `tomevit.convert` takes it, that every tensor must agree with.
         key: where in that source the state dict lies, if it holds several.
+        prefix: what the model's names begin with there, if it holds several models.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError, DownloadError: the source to compare with cannot be read.
     """
-    return tuple(_run_checks(Path(path), against, key))
+    return tuple(_run_checks(Path(path), against, key, prefix))
 
 
-def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | None) -> Iterator[Check]:
+def _run_checks(
+    path: Path, against: str | os.PathLike[str] | None, key: str | None, prefix: str | None
+) -> Iterator[Check]:
     try:
         (card, recorded), tensors = checkpoint.read(path, fitting=False)
     except CheckpointError as error:
@@ -94,7 +101,7 @@ def _run_checks(path: Path, against: str | os.PathLike[str] | None, key: str | N
         yield _check_forward(model, images, r)
 
     if against is not None:
-        yield _compare_with_source(card, tensors, against, key)
+        yield _compare_with_source(card, tensors, against, key, prefix)
 
 
 def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
@@ -105,10 +112,10 @@ def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check
 
 
 def _compare_with_source(
-    card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None
+    card: Card, tensors: dict[str, Tensor], against: str | os.PathLike[str], key: str | None, prefix: str | None
 ) -> Check:
     with sources.locate(against) as located:
-        read = partial(convert.read_weights, located, model=card, key=key, img_size=card.config.img_size)
+        read = partial(convert.read_weights, located, model=card, key=key, prefix=prefix, img_size=card.config.img_size)
         try:
             theirs = read()
         except AmbiguousCheckpointError as error:

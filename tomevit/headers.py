@@ -1,0 +1,84 @@
+"""What a safetensors file holds, and where: read from its header alone, which nothing is mapped into memory for.
+
+A file is the length of its header in 8 bytes, little-endian; the header, in JSON; and the values, one tensor behind the
+other (https://huggingface.co/docs/safetensors). safetensors' own reader maps the whole file: that takes as much address
+space for every tensor, and ends the process when someone cuts the file short meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any, BinaryIO, NamedTuple
+
+#: Of a header; that of a hundred thousand tensors has some ten million.
+MOST_BYTES = 2**24
+MOST_DIMS = 64
+#: Of one element, by the format's name of its type.
+ITEMSIZES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    dtype: str  # the format's name of it, maybe none of `ITEMSIZES`
+    shape: tuple[int, ...]
+    start: int  # in bytes from the beginning of the file
+    end: int
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
+    """The metadata of a safetensors file, and its tensors, sorted by name.
+
+    Args:
+        file: a regular one, at its beginning.
+
+    Raises:
+        ValueError: it is damaged, or cut short, or of another format; without the file's name.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    begin = 8 + length
+    if begin > min(size, MOST_BYTES):
+        raise ValueError(f"its header would end at byte {begin:,} of {size:,}")
+    try:
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repetition)
+        json.dumps(header, ensure_ascii=False).encode()  # JSON can spell half a character, which no text may hold
+    except RecursionError as error:
+        raise ValueError("its header is nested too deep") from error
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    tensors = {name: _find_stored(name, header[name], begin) for name in sorted(header)}
+    position = begin
+    for stored in sorted(tensors.values(), key=lambda stored: stored[2:]):
+        if stored.start != position:
+            raise ValueError("its tensors overlap, or leave gaps between them")
+        position = stored.end
+    if position != size:
+        raise ValueError(f"it has {size:,} bytes, and its tensors end at {position:,}")
+    return metadata, tensors
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return made
+
+
+def _find_stored(name: str, entry: Any, begin: int) -> Stored:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(end)]}:
+            plain = all(type(n) is int and 0 <= n < 2**31 for n in shape) and len(shape) <= MOST_DIMS
+            if plain and 0 <= start <= end and math.prod(shape) * ITEMSIZES.get(dtype, 0) in (end - start, 0):
+                return Stored(dtype, tuple(shape), begin + start, begin + end)
+    raise ValueError(f"the place of {name[:80]!r} in it makes no sense")
