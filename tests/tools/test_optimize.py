@@ -462,3 +462,47 @@ def fresh_compiler() -> None:
 def test_the_fused_merge_is_refused_without_a_gpu() -> None:
     with pytest.raises(ValueError, match="bipartite matching on a GPU, and this model has 'bipartite' on cpu"):
         tomevit.optimize(tiny(4), fused_merge=True)
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+def test_packed_weights_made_in_inference_mode_notice_what_is_written() -> None:
+    images = images_for(tiny(4, depth=2))
+    with torch.inference_mode():
+        fast = tomevit.optimize(copy.deepcopy(tiny(4, depth=2)), packed=True, keep_memory=False)
+        layer = fast.blocks[0].mlp.fc1
+        assert isinstance(layer, packed.PackedLinear)
+        assert layer._packed is not None
+        layer.weight.mul_(2)
+        assert torch.equal(
+            layer(images.flatten(2)[..., :24]), F.linear(images.flatten(2)[..., :24], layer.weight, layer.bias)
+        )
+        assert packed.PackedLinear(nn.Linear(24, 96))._packed is None  # this weight would not tell
+
+
+@pytest.mark.filterwarnings("ignore:torch.*quant.* deprecated")  # still what many use
+def test_quantised_layers_are_left_as_they_are(tmp_path: Path) -> None:
+    model = torch.ao.quantization.quantize_dynamic(tiny(4, depth=2, layer_scale=0.5), {nn.Linear}, torch.qint8)
+    quantised = [name for name, m in model.named_modules() if isinstance(m, torch.ao.nn.quantized.dynamic.Linear)]
+    assert len(quantised) == 4 * 2 + 1
+    images = images_for(model)
+    with torch.no_grad():
+        answer = model(images)
+    assert 1e-4 < relative_error(answer, tiny(4, depth=2, layer_scale=0.5)(images)) < 0.1
+    fast = tomevit.optimize(model, packed=False, keep_memory=False)
+    assert not fast.optimizations
+    with torch.no_grad():
+        assert torch.equal(fast(images), answer)
+    with pytest.raises(ValueError, match="save it before it is quantised, and quantise what load returns"):
+        tomevit.save(model, tmp_path / "quantised.safetensors")
+
+
+@pytest.mark.parametrize("what", ["ls1", "attn.proj"])
+def test_layer_scale_is_not_folded_where_something_is_in_its_place(what: str) -> None:
+    model = tiny(4, depth=2, layer_scale=0.5)
+    parent, _, last = f"blocks.1.{what}".rpartition(".")
+    layer = model.get_submodule(f"{parent}.{last}")
+    setattr(model.get_submodule(parent), last, nn.Sequential(layer, layer if what == "ls1" else nn.Identity()))
+    images = images_for(model)
+    fast = tomevit.optimize(model, packed=False, keep_memory=False)
+    assert not fast.optimizations
+    assert relative_error(fast(images), model(images)) < 1e-6

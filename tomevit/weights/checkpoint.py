@@ -28,6 +28,8 @@ from tomevit.output import new_file
 from tomevit.weights.reading import read_tensors
 from tomevit.weights.rules import without_wrappers
 
+#: Of tensors of which each process has a part.
+SPREAD = {"DTensor", "ShardedTensor"}
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -68,11 +70,17 @@ def state_dict_of(model: VisionTransformer) -> dict[str, Tensor]:
 
 
 def check_whole(tensors: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the weights are all in this process."""
-    if strange := {type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"}:
+    """Raises ValueError unless the weights are plain tensors, all in this process."""
+    strange = sorted({type(tensor).__name__ for tensor in tensors.values()} - {"Tensor", "Parameter"})
+    if not SPREAD.isdisjoint(strange):
         raise ValueError(
             f"the weights are of type {', '.join(strange)}; save takes those of a model spread over processes as "
             f"state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+        )
+    if strange:
+        raise ValueError(
+            f"a file holds plain floating-point weights, and the model has some of type {', '.join(strange)}: save it "
+            f"before it is quantised, and quantise what load returns"
         )
 
 

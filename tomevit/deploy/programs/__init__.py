@@ -209,8 +209,8 @@ def _images(card: Card, count: int, raw: bool) -> Tensor:
     generator = torch.Generator().manual_seed(count)
     shape = (count, card.config.in_chans, *card.config.img_size)
     if raw:
-        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    return torch.randn(shape, generator=generator)
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device="cpu")
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _compare(
@@ -221,7 +221,10 @@ def _compare(
         return None
     runtime, run = loaded
     card, device = reference.card, reference.pos_embed.device
-    mean, std = (torch.tensor(values)[:, None, None] for values in (card.preprocess.mean, card.preprocess.std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]
+        for values in (card.preprocess.mean, card.preprocess.std)
+    )
     found, expected = [], []
     for count in [batch] if batch else [1, 3]:
         images = _images(card, count, raw)
