@@ -21,7 +21,7 @@ docs: .venv/test
 	@echo 'built: build/site/index.html'
 
 clients: .venv-clients/clients
-	$(CLIENTS)/pytest -m clients tests/clients --store docs/works_with.json
+	$(CLIENTS)/pytest --numprocesses=auto -m clients tests/clients --store docs/works_with.json
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,21 +14,21 @@ import torch
 import benchmarks.peers  # noqa: F401
 from tests.clients.outcomes import Outcome, Row, rows_of
 
-OUTCOMES = pytest.StashKey[dict[Row, list[Outcome]]]()
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--store", type=Path, help="write the outcomes of the tests with other packages into this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES] = {}
+    if (path := config.getoption("--store")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Store(path))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
+            item.user_properties += [("row", list(row)) for row in rows_of(item.iter_markers("clients"))]
             item.add_marker("clients")
             item.add_marker(pytest.mark.filterwarnings("ignore"))  # the packages' own
 
@@ -37,9 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _packages(request: pytest.FixtureRequest) -> None:
     for row in rows_of(request.node.iter_markers("clients")):
-        try:
-            version(row.package)
-        except PackageNotFoundError:
+        if version_of(row.package) is None:
             pytest.skip(f"{row.package} is not installed")
 
 
@@ -50,27 +47,29 @@ def _torch_is_left_as_it_was() -> Iterator[None]:
     torch.set_grad_enabled(grad)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Iterator[None]:
-    report = yield
-    if call.when == "call" or report.outcome == "skipped":
-        for row in rows_of(item.iter_markers("clients")):
-            item.config.stash[OUTCOMES].setdefault(row, []).append(Outcome.of(report))
-    return report
+class Store:
+    """Writes what came of the tests that ran, in whichever process."""
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[Row, list[Outcome]] = {}
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--store")
-    if path is not None:
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            for name, value in report.user_properties:
+                if name == "row":
+                    self.outcomes.setdefault(Row(*value), []).append(Outcome.of(report))
+
+    def pytest_sessionfinish(self) -> None:
         found = [
-            {"package": row.package, "version": _version(row.package), "tried": row.tried}
-            | Outcome.of_all(outcomes)._asdict()
-            for row, outcomes in session.config.stash[OUTCOMES].items()
+            {"package": row.package, "version": version_of(row.package), "tried": row.tried}
+            | Outcome.worst(outcomes)._asdict()
+            for row, outcomes in sorted(self.outcomes.items())
         ]
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return version(package).partition("+")[0]
     except PackageNotFoundError:

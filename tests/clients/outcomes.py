@@ -33,6 +33,5 @@ class Outcome(NamedTuple):
         return cls(report.outcome, "" if report.passed else str(report.longrepr).strip().splitlines()[-1])
 
     @classmethod
-    def of_all(cls, outcomes: Sequence[Outcome]) -> Outcome:
-        """The worst of them."""
+    def worst(cls, outcomes: Sequence[Outcome]) -> Outcome:
         return min(outcomes, key=lambda each: ("failed", "xfailed", "skipped", "passed").index(each.outcome))

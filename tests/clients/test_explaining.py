@@ -41,7 +41,9 @@ def test_attributions_of_pixels(model: VisionTransformer, images: Tensor) -> Non
     # Where other tokens merge along the way the logits jump, and the sum of the gradients misses what they jump by.
     assert (error.abs() <= (0.05 if model.r == 0 else 0.5) * change.abs()).all()
     assert attr.Saliency(model).attribute(images, target=target).flatten(1).any(1).all()
-    occluded = attr.Occlusion(model).attribute(images, target=target, sliding_window_shapes=(1, 2, 2), strides=(1, 2, 2))
+    occluded = attr.Occlusion(model).attribute(
+        images, target=target, sliding_window_shapes=(1, 2, 2), strides=(1, 2, 2)
+    )
     assert occluded.flatten(1).any(1).all()
 
 
@@ -118,20 +120,7 @@ def test_create_feature_extractor() -> None:
     create_feature_extractor(tiny(), ["blocks.1"])
 
 
-@works_with("torchvision", "create_feature_extractor of a program of torch.export")
-@pytest.mark.parametrize("r", R_VALUES)
-def test_features_of_an_exported_program(r: int) -> None:
-    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
-
-    model = tiny(r)
-    program = torch.export.export(model, (images_for(model, 2),)).module()
-    names = [name for name in get_graph_node_names(program)[1] if name.startswith("layer_norm")]
-    extractor = create_feature_extractor(program, names)
-    found = extractor(images_for(model, 2))[names[2]]
-    assert torch.allclose(found, model.blocks[1].norm1(model.forward_intermediates(images_for(model, 2))[0].x), atol=1e-5)
-
-
-@works_with("timm", "FeatureHookNet and FeatureGetterNet: features of named blocks")
+@works_with("timm", "FeatureHookNet: what named modules of a model give")
 @pytest.mark.parametrize("r", R_VALUES)
 def test_timm_features(r: int) -> None:
     from timm.models import FeatureHookNet

