@@ -122,8 +122,7 @@ def test_onnx_by_exporting(r: int, exported: bool, tmp_path: Path) -> None:
 
 
 @works_with("executorch", "to_edge_transform_and_lower with XNNPACK's partitioner, and run by its runtime")
-@pytest.mark.parametrize("kind", ["token", "norms"])
-@merged_or_not
+@pytest.mark.parametrize(("kind", "r"), [("token", 0), ("token", 4), ("norms", 4)])
 def test_executorch(kind: str, r: int) -> None:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower

@@ -123,8 +123,7 @@ def test_pt2e_x86(kind: str, r: int) -> None:
 
 
 @works_with("executorch", "pt2e with XNNPACKQuantizer")
-@pytest.mark.parametrize("kind", ["token", "norms"])
-@merged_or_not
+@pytest.mark.parametrize(("kind", "r"), [("token", 0), ("token", 4), ("norms", 4)])
 def test_pt2e_xnnpack(kind: str, r: int) -> None:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -139,10 +138,9 @@ def test_pt2e_xnnpack(kind: str, r: int) -> None:
 @works_with(
     "onnxruntime", "quant_pre_process and quantize_static, of torch.onnx.export's and of export_program's files"
 )
-@pytest.mark.parametrize("by", ["torch", "tomevit"])
-@pytest.mark.parametrize("kind", ["token", "norms"])
+@pytest.mark.parametrize(("by", "kind"), [("torch", "norms"), ("tomevit", "token")])
 @merged_or_not
-def test_quantize_static(r: int, kind: str, by: str, tmp_path: Path) -> None:
+def test_quantize_static(r: int, by: str, kind: str, tmp_path: Path) -> None:
     from onnxruntime.quantization import CalibrationDataReader, quant_pre_process, quantize_static
 
     model = model_of(kind, r)

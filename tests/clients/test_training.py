@@ -84,7 +84,7 @@ def test_opacus(r: int, mode: str) -> None:
     assert ModuleValidator.validate(model) == []
     model.requires_grad_(True)
     # Of parameters that are no layer's opacus knows no gradient of each image.
-    for name, parameter in model.named_parameters(recurse=False):
+    for parameter in model.parameters(recurse=False):
         parameter.requires_grad_(False)
     data = torch.utils.data.TensorDataset(images_for(model, 8), LABELS)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -117,7 +117,7 @@ def test_opacus_gradients(r: int) -> None:
     from opacus import GradSampleModule
 
     model = tiny(r).train()
-    for _, parameter in model.named_parameters(recurse=False):
+    for parameter in model.parameters(recurse=False):
         parameter.requires_grad_(False)
     images, alone = images_for(model, 3), deepcopy(model)
     sampled = GradSampleModule(model, loss_reduction="sum")
@@ -196,8 +196,8 @@ def test_timm_optimizer() -> None:
 
 @works_with("timm", "resolve_model_data_config, and transforms from what it says")
 def test_timm_data_config() -> None:
-    from timm.data import create_transform, resolve_model_data_config
     from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
 
     model = tomevit.create("deit_ti16", num_classes=3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (240, 320, 3), dtype=np.uint8))
