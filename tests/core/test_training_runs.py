@@ -91,7 +91,6 @@ BESIDE: dict[str, tuple[State, State]] = {
     "an average's count": (under("module."), {"n_averaged": torch.tensor(3)}),
     "a projection": (under("encoder.", ENCODER), under("projection_head.", PROJECTION)),
     "projections within": (under("model."), under("model.projector.", PROJECTION)),
-    "a head of one's own": (under("model.backbone.", ENCODER), under("model.fc.", HEAD)),
     "a text tower": (
         under("visual.trunk.", ENCODER),
         {"visual.head.proj.weight": torch.ones(3, 24), "text.transformer.resblocks.0.ln_1.weight": torch.ones(9)},
@@ -531,3 +530,18 @@ def test_the_report_of_a_run_is_short(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "left out    loss.{i}.weight, loss.{i}.running_mean, loss.{i}.num_batches_tracked: beside the model" in out
     assert "under 'state_dict', in names that begin with 'net.'" in out
+
+
+@pytest.mark.parametrize("layer", ["fc", "head", "net.classifier.1", "model.linear", "cls_head"])
+def test_a_head_beside_its_backbone_is_the_head(layer: str, convert: Callable[..., Converted]) -> None:
+    run = under("net.backbone.", ENCODER) | {"criterion.weight": torch.ones(5)}
+    tensors, report = convert(run | under(f"{layer}.", HEAD))
+    assert_same(tensors, MODEL)
+    assert f"the head is {layer}, which lies beside the model" in report.changes
+    assert report.left_out.keys() == {"criterion.weight"}
+    tensors, report = convert(run | under(f"{layer}.", HEAD), num_classes=3)
+    assert tensors["head.weight"].shape == (3, WIDTH)
+    for others in ({"weight": torch.ones(5, 2 * WIDTH)}, {**HEAD, "extra.fc.weight": HEAD["weight"]}):
+        tensors, report = convert(run | under(f"{layer}.", others))
+        assert_same(tensors, ENCODER)
+        assert report.left_out.keys() == {"criterion.weight", *under(f"{layer}.", others)}

@@ -115,10 +115,11 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
         similarity, nearest = scores.max(-1)  # (B, S)
     merged, stays = (_largest_by_topk if backends.is_recorded() else _largest)(similarity, r)
     src_of = src.__getitem__ if src.ndim == 1 else partial(src.gather, 1)
+    slot = torch.arange(num_prefix + src.shape[-1] - r, key.shape[1] - r, device=key.device)  # of each at dst
     return Merge(
         keep=_side_by_side(prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)),
         src=src_of(merged),
-        dst=nearest.gather(1, merged) + (num_prefix + src.shape[-1] - r),
+        dst=slot[nearest.gather(1, merged)],
     )
 
 
@@ -126,14 +127,15 @@ def _side_by_side(*indices: Tensor) -> Tensor:
     """Indices (B, n) of several n as one."""
     if not backends.is_exporting():
         return torch.cat(indices, 1)
-    # Tools that quantise programs take every concatenation for one of activations, and stop at integers.
-    place = torch.arange(sum(index.shape[1] for index in indices), device=indices[0].device)
-    whole = place
+    # Tools that quantise programs take every concatenation, and every sum with a number, for one of activations.
+    total, first = sum(index.shape[1] for index in indices), 0
+    whole = torch.arange(total, device=indices[0].device)
     for index in indices:
         if width := index.shape[1]:
+            place = torch.arange(-first, total - first, device=index.device)
             within = torch.where(torch.logical_and(place >= 0, place < width), place, torch.zeros_like(place))
             whole = torch.where(place < 0, whole, index.index_select(1, within))
-            place = place - width
+            first += width
     return whole
 
 
@@ -147,13 +149,15 @@ def _largest_by_topk(similarity: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The same, for runtimes without a stable sort: where values are equal, their topk takes whichever it likes."""
     count = similarity.shape[1]
     last = similarity.topk(r).values[:, -1:]  # to merge; only the value counts
-    # No two are equal: first what is more similar than the last, then what is as similar, each by position.
-    position = torch.arange(count, 0, -1, device=similarity.device)
-    rank = position + count * ((similarity > last).to(torch.int64) + (similarity >= last).to(torch.int64))
+    # No two are equal: most is what is more similar than the last, then what is as similar, each by position.
+    low, middle, high = (
+        torch.arange(most * count, (most - 1) * count, -1, device=similarity.device) for most in (1, 2, 3)
+    )
+    rank = torch.where(similarity > last, high, torch.where(similarity == last, middle, low))
     least, merged = rank.topk(r)
     if not backends.is_traced() and r == count:
         return merged, merged[:, :0]
-    return merged, (position * (rank < least[:, -1:]).to(torch.int64)).topk(count - r).indices
+    return merged, torch.where(rank < least[:, -1:], low, torch.zeros_like(low)).topk(count - r).indices
 
 
 def check_merge(merge: Merge, matching: Matching, tokens: int, r: int, num_prefix: int) -> None:

@@ -33,6 +33,7 @@ from tomevit.weights.recognise import (
     complete_told,
     differences,
     explain_recognition,
+    find_head_beside,
     find_heads,
     find_model,
     holds_model,
@@ -343,6 +344,7 @@ def read_weights(
         form = place.form
         _check_tensors_are_such(place, found)
         theirs = {name: found.tensors[place.names[name]] for name in place.names}
+        beside = {name: found.tensors[name] for name in place.left_out}
         found.tensors.clear()
         linear, other_heads = find_heads(form, theirs)
         theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
@@ -365,7 +367,17 @@ def read_weights(
             reason = "not one linear layer on the model's features, as a head is here"
             omitted |= dict.fromkeys(other_heads, reason) | _drop_heads(tensors, made_of, reason)
             observed = infer_architecture(tensors)
-        changes = _complete_biases(tensors, made_of)
+        changes: tuple[str, ...] = ()
+        headless = not (observed["num_classes"] or other_heads or observed["dist_token"])
+        if headless and (layer := find_head_beside(beside, observed["embed_dim"])):
+            parts = {f"head.{kind}": f"{layer}.{kind}" for kind in ("weight", "bias") if f"{layer}.{kind}" in beside}
+            for native, name in parts.items():
+                tensors[native], made_of[native] = beside[name], (name,)
+                del place.left_out[name]
+            changes = (f"the head is {layer}, which lies beside the model",)
+            observed = infer_architecture(tensors)
+        del beside
+        changes += _complete_biases(tensors, made_of)
         card = choose_card(
             observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
         )

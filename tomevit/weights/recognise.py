@@ -31,6 +31,10 @@ OTHER_MODELS = {
 }
 
 
+#: How a layer is called that classifies the features of a model beside it, with a number where it is in a Sequential.
+HEAD_BESIDE = re.compile(r"(^|[._])(heads?|fc|classifier|cls|linear)(\.\d+)?\.(weight|bias)$")
+
+
 class Found(NamedTuple):
     """Where in a state dict a model lies."""
 
@@ -174,6 +178,23 @@ def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, s
         else:
             renamed |= {name: f"{head}.{name.rpartition('.')[2]}" for name in names}
     return renamed, unusable
+
+
+def find_head_beside(beside: Mapping[str, Tensor], dim: int) -> str | None:
+    """The one linear layer beside a model that is called as heads are and reads its features: `fc`, beside `backbone.`.
+
+    Args:
+        beside: what lies beside the model, by the file's names.
+        dim: of the features.
+    """
+    layers = {name.rpartition(".")[0] for name in beside if HEAD_BESIDE.search(without_wrappers(name))}
+    if len(layers) != 1:
+        return None
+    (layer,) = layers
+    weight, bias = beside.get(f"{layer}.weight"), beside.get(f"{layer}.bias")
+    if weight is None or weight.ndim != 2 or weight.shape[1] != dim:
+        return None
+    return layer if bias is None or bias.shape == weight.shape[:1] else None
 
 
 def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model: Card | None = None) -> Format:
