@@ -1,12 +1,14 @@
-# Everything runs in .venv, which is made on first use.
+# Everything runs in .venv, which is made on first use; what tries other packages in .venv-clients, which has them.
 #   make demo     set up, then run the demo into demo/
 #   make check    set up, then format check, lint, types, tests
 #   make docs     set up, then build the site into build/site and test it
+#   make clients  set up, then try the models with other packages, and store what came of it for docs/works_with.md
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
+CLIENTS := .venv-clients/bin
 
-.PHONY: demo check docs lint test coverage fix clean
+.PHONY: demo check docs clients lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -17,6 +19,9 @@ docs: .venv/test
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
 	$(BIN)/pytest -m site
 	@echo 'built: build/site/index.html'
+
+clients: .venv-clients/clients
+	$(CLIENTS)/pytest --numprocesses=auto -m clients tests/clients --store docs/works_with.json
 
 lint: .venv/test
 	$(BIN)/ruff format --check .
@@ -34,7 +39,7 @@ fix: .venv/test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv demo build
+	rm -rf .venv .venv-clients demo build
 
 .venv/demo: EXTRAS := plot
 .venv/test: EXTRAS := test
@@ -43,4 +48,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
 # pip would compile on one core only. What needs a later Python lies in torch's _internal, and is not needed.
 	-$(BIN)/python -m compileall -q -j 0 -x '/(tests|_internal)/' .venv/lib
+	touch $@
+
+.venv-clients/clients: pyproject.toml constraints.txt constraints-clients.txt
+	test -x $(CLIENTS)/python || $(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --constraint constraints-clients.txt --editable '.[clients]'
 	touch $@

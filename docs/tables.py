@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import click
@@ -158,6 +160,20 @@ def shown_page() -> str:
     return f'{frame}\n\n<p class="page"><a href="{VISUALIZED}">The page alone</a></p>'
 
 
+# ---------------------------------------------------------------------------------------------------------- works with
+
+OUTCOMES = Path(__file__).with_name("works_with.json")  # `make clients` writes it
+
+
+def works_with() -> str:
+    """What was tried with other packages, and what came of it."""
+    rows = [
+        (f"{row['package']} {row['version']}", "yes" if row["outcome"] == "passed" else "no", row["tried"], row["why"])
+        for row in json.loads(OUTCOMES.read_text(encoding="utf-8"))
+    ]
+    return table(("with", "works", "tried", "why not"), rows, text=4)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "published": published,
@@ -165,4 +181,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "weights": weights_table.section,
     "page": shown_page,
+    "works with": works_with,
 }
