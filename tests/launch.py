@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import examples.data
+import tomevit
 from tomevit.transform import Transform
 
 
@@ -25,8 +26,8 @@ def main() -> None:
     examples.data.load_split = lambda **_: torch.load(digits, weights_only=False)
     if program in ("train_transformers", "train_lightning"):
         import benchmarks.peers  # noqa: F401  (they import torchvision)
-    torch.set_default_dtype(torch.float64)
-    prepare = Transform.__call__
+    create, prepare = tomevit.create, Transform.__call__
+    tomevit.create = lambda *args, **kwargs: create(*args, **kwargs).double()
     Transform.__call__ = lambda self, image: prepare(self, image).double()
     if int(call):
         kill_at(name, int(call))

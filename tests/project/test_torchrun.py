@@ -67,28 +67,24 @@ def plain() -> tuple[list[float], tomevit.VisionTransformer, Any]:
     """The losses, the model and the held-out images of a loop in one process, without any engine."""
     from examples.data import init_small, load_data
 
-    torch.set_default_dtype(torch.float64)
-    try:
-        options = Namespace(**OPTIONS)
-        torch.manual_seed(options.seed)
-        data = load_data("digits", tomevit.transform(tomevit.create(options.model)), limit=options.limit)
-        model = tomevit.create(options.model, num_classes=10).train()
-        init_small(model)
-        optimizer = torch.optim.AdamW(tomevit.param_groups(model, options.lr, layer_decay=0.75))
-        losses = []
-        for epoch in range(options.epochs):
-            order = torch.randperm(options.limit, generator=torch.Generator().manual_seed(options.seed + epoch))
-            for chosen in order.split(options.batch)[:STEPS]:
-                images, labels = zip(*(data.train[int(i)] for i in chosen), strict=True)
-                r = min(options.r, 2 * options.r * len(losses) // (2 * STEPS))
-                loss = F.cross_entropy(model(torch.stack(images).double(), r), torch.tensor(labels))
-                losses.append(loss.item())
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    options = Namespace(**OPTIONS)
+    torch.manual_seed(options.seed)
+    data = load_data("digits", tomevit.transform(tomevit.create(options.model)), limit=options.limit)
+    model = tomevit.create(options.model, num_classes=10).double().train()
+    init_small(model)
+    optimizer = torch.optim.AdamW(tomevit.param_groups(model, options.lr, layer_decay=0.75))
+    losses = []
+    for epoch in range(options.epochs):
+        order = torch.randperm(options.limit, generator=torch.Generator().manual_seed(options.seed + epoch))
+        for chosen in order.split(options.batch)[:STEPS]:
+            images, labels = zip(*(data.train[int(i)] for i in chosen), strict=True)
+            r = min(options.r, 2 * options.r * len(losses) // (2 * STEPS))
+            loss = F.cross_entropy(model(torch.stack(images).double(), r), torch.tensor(labels))
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
     held_out = torch.stack([data.test[i][0] for i in range(32)]).double()
     return losses, model.eval(), held_out
 
