@@ -26,6 +26,7 @@ def main() -> None:
     examples.data.load_split = lambda **_: torch.load(digits, weights_only=False)
     if program in ("train_transformers", "train_lightning"):
         import benchmarks.peers  # noqa: F401  (they import torchvision)
+    torch.set_default_dtype(torch.float64)  # in which the Trainer sums up losses
     create, prepare = tomevit.create, Transform.__call__
     tomevit.create = lambda *args, **kwargs: create(*args, **kwargs).double()
     Transform.__call__ = lambda self, image: prepare(self, image).double()

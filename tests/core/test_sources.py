@@ -220,6 +220,7 @@ class Part(torch.Tensor):
 
 def test_weights_that_are_spread_over_processes_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = tiny()
+    monkeypatch.setattr(checkpoint, "SPREAD", {"Part"})
     spread = {name: tensor.as_subclass(Part) for name, tensor in model.state_dict().items()}
     monkeypatch.setattr(model, "state_dict", lambda: spread)
     for call in (weights_of, lambda model: tomevit.export(model, tmp_path / "x.pth", "timm")):
