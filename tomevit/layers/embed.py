@@ -46,3 +46,17 @@ def add_prefix_and_positions(
         patches = patches + pos_embed
     x = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], 1)
     return x + pos_embed if pos_embed_prefix else x
+
+
+def check_visible(visible: Tensor, images: int, patches: int) -> None:
+    """Raises ValueError unless these are numbers of patches: (B, M) int64, M at least 1, from 0 to patches - 1."""
+    if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != images or not visible.shape[1]:
+        raise ValueError(
+            f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "
+            f"numbers of the visible patches in each of the {images} images"
+        )
+    # Elsewhere the values would have to be waited for; an index out of range is stopped by the device itself.
+    if backends.can_look_at(visible):
+        least, most = (int(value) for value in visible.aminmax())
+        if least < 0 or most >= patches:
+            raise ValueError(f"visible names patches {least} to {most}, and an image has 0 to {patches - 1}")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tomevit.config import Card, Config
 from tomevit.layers import backends
 from tomevit.layers.block import Block
-from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions
+from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_visible
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
@@ -196,24 +196,11 @@ class VisionTransformer(TimmInterface, nn.Module):
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
         if visible is not None:
-            self._check_visible(visible, len(images))
+            check_visible(visible, len(images), config.num_patches)
             first = torch.arange(config.num_prefix, device=x.device).expand(x.shape[0], -1)
             x = rows(x, torch.cat([first, visible + config.num_prefix], 1))
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
         return Tokens(self.norm_pre(self.pos_drop(x)), None, slots)
-
-    def _check_visible(self, visible: Tensor, images: int) -> None:
-        patches = self.config.num_patches
-        if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != images or not visible.shape[1]:
-            raise ValueError(
-                f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "
-                f"numbers of the visible patches in each of the {images} images"
-            )
-        # Elsewhere the values would have to be waited for; an index out of range is stopped by the device itself.
-        if backends.can_look_at(visible):
-            least, most = (value.item() for value in visible.aminmax())
-            if least < 0 or most >= patches:
-                raise ValueError(f"visible names patches {least} to {most}, and an image has 0 to {patches - 1}")
 
     def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
         return run(block, tokens, r, num_read, checkpointing=self.grad_checkpointing)
