@@ -37,7 +37,7 @@ def torchao_configs() -> dict[str, Any]:
     }
 
 
-@works_with("torchao", "quantize_: int8 weights, and int8 activations too; run, compiled, exported")
+@works_with("torchao", "quantize_: int8 weights, and int8 activations too; run, and exported")
 @pytest.mark.parametrize("kind", ["weights", "dynamic"])
 @merged_or_not
 def test_torchao(kind: str, r: int) -> None:
@@ -177,7 +177,7 @@ def test_nncf_openvino(r: int) -> None:
     check(model, openvino.compile_model(quantised, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(images.numpy())[0])
 
 
-@works_with("nncf", "quantize, of a program of torch.export")
+@works_with("nncf", "quantize, of a program of torch.export, without the smoothing of products")
 @merged_or_not
 def test_nncf_torch(r: int) -> None:
     import nncf
