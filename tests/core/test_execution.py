@@ -443,9 +443,7 @@ def test_per_image_gradients_by_vmap() -> None:
 # ---------------------------------------------------------------------------------------------- programs of other kinds
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.* is deprecated:DeprecationWarning"
-)  # of torch itself; no TracerWarning
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # of torch itself; no TracerWarning
 @pytest.mark.parametrize("r", [0, 4, [8, 0, 3]], ids=str)
 @families
 def test_torch_jit_traces_it(fields: dict[str, Any], r: Schedule) -> None:
