@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 # Before anything else imports torchvision, which beside a CPU torch fails without this.
 import benchmarks.peers  # noqa: F401
@@ -70,7 +71,8 @@ class Store:
 
 
 def version_of(package: str) -> str | None:
+
     try:
-        return version(package).partition("+")[0]
+        return Version(version(package)).public
     except PackageNotFoundError:
         return None

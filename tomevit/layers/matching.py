@@ -117,7 +117,8 @@ def _join_most_similar(key: Tensor, src: Tensor, dst: Tensor, r: int, num_prefix
     src_of = src.__getitem__ if src.ndim == 1 else partial(src.gather, 1)
     slot = torch.arange(num_prefix + src.shape[-1] - r, key.shape[1] - r, device=key.device)  # of each at dst
     return Merge(
-        keep=_side_by_side(prefix.expand(batch, -1), src_of(stays), dst.expand(batch, -1)),
+        # Of an empty prefix torch's older ONNX exporter would take -1 for 1.
+        keep=_side_by_side(prefix.expand(batch, num_prefix), src_of(stays), dst.expand(batch, -1)),
         src=src_of(merged),
         dst=slot[nearest.gather(1, merged)],
     )
