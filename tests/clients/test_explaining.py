@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tomevit
 from tests.clients.outcomes import works_with
-from tests.helpers import images_for, tiny
-from tomevit.layers import Tokens
+from tests.helpers import images_for, relative_error, tiny
+from tomevit.layers import Block, PatchEmbed, Tokens
 from tomevit.models import VisionTransformer
 from tomevit.tasks.demo import held_out
 
 R_VALUES = (0, 8)
+
+
+class Images(nn.Module):
+    """A model of images alone, with slots: torch.fx would follow r too."""
+
+    def __init__(self, model: VisionTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_head(self.model.forward_features(images))
 
 
 @pytest.fixture(params=R_VALUES)
@@ -111,13 +122,21 @@ def test_hooks_on_blocks(model: VisionTransformer, images: Tensor) -> None:
 
 
 @works_with("torchvision", "create_feature_extractor")
-@pytest.mark.xfail(
-    reason="torch.fx follows no forward that checks its input: take forward_intermediates, or hooks", strict=True
-)
-def test_create_feature_extractor() -> None:
+@pytest.mark.parametrize("r", R_VALUES)
+def test_create_feature_extractor(r: int) -> None:
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    create_feature_extractor(tiny(), ["blocks.1"])
+    model = tiny(r, depth=3)
+    extractor = create_feature_extractor(
+        Images(model),
+        {"model.blocks.1": "tokens", "model.head": "logits"},
+        tracer_kwargs={"leaf_modules": [Block, PatchEmbed]},
+    )
+    found, images = extractor(images_for(model)), images_for(model)
+    expected = model.forward_intermediates(images)[1]
+    assert torch.equal(found["tokens"].x, expected.x)
+    assert torch.equal(tomevit.unmerge(found["tokens"]), tomevit.unmerge(expected))
+    assert relative_error(found["logits"], model(images)) < 1e-5
 
 
 @works_with("timm", "FeatureHookNet: what named modules of a model give")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.layers import MATCHINGS, Tokens, bipartite_soft_matching
+from tomevit.layers import MATCHINGS, Block, PatchEmbed, Tokens, bipartite_soft_matching
 from tomevit.layers.matching import find_matching
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
@@ -443,9 +443,7 @@ def test_per_image_gradients_by_vmap() -> None:
 # ---------------------------------------------------------------------------------------------- programs of other kinds
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.* is deprecated:DeprecationWarning"
-)  # of torch itself; no TracerWarning
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")  # of torch itself; no TracerWarning
 @pytest.mark.parametrize("r", [0, 4, [8, 0, 3]], ids=str)
 @families
 def test_torch_jit_traces_it(fields: dict[str, Any], r: Schedule) -> None:
@@ -488,3 +486,16 @@ def test_a_matching_compiles_where_nothing_merges(fresh_compiler: None) -> None:
     for r in (0, 3):
         for ours, theirs in zip(compiled(key, r, 1), bipartite_soft_matching(key, r, 1), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("r", [0, 4])
+@families
+def test_torch_fx_follows_it_from_block_to_block(fields: dict[str, Any], r: int) -> None:
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, Block | PatchEmbed) or super().is_leaf_module(module, name)
+
+    model = tiny(r, depth=3, **fields)
+    graph = Leaves().trace(model, concrete_args={"r": None})
+    images = images_for(model)
+    assert torch.equal(torch.fx.GraphModule(model, graph)(images, None), model(images))

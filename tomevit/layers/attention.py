@@ -69,8 +69,11 @@ class Attention(nn.Module):
         return q, k, v
 
     def _qkv_read(self, x: Tensor, num_read: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of the first tokens alone. Whatever else is put in the place of the layer is called, and sees all."""
-        if not private.is_plain(self.qkv, nn.Linear, PackedLinear):
+        """Queries of the first tokens alone. Whatever else is put in the place of the layer is called, and sees all.
+
+        So is the layer itself in a program, whose quantisers know no part of a weight.
+        """
+        if backends.is_recorded() or not private.is_plain(self.qkv, nn.Linear, PackedLinear):
             q, k, v = self._qkv(x)
             return q[:, :, :num_read], k, v
         dim, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias

@@ -48,6 +48,18 @@ def add_prefix_and_positions(
     return x + pos_embed if pos_embed_prefix else x
 
 
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless images are floating, (B, C, H, W), of this C, H and W."""
+    # torch.jit.trace makes tensors of shapes, and would warn that they are compared.
+    if not backends.is_traced() and tuple(images.shape)[1:] != shape:
+        raise ValueError(
+            f"images are {tuple(images.shape)}, and this model takes (B, {shape[0]}, {shape[1]}, {shape[2]}); for "
+            f"another size create it with img_size=(height, width)"
+        )
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
+
+
 def check_visible(visible: Tensor, images: int, patches: int) -> None:
     """Raises ValueError unless these are numbers of patches: (B, M) int64, M at least 1, from 0 to patches - 1."""
     if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != images or not visible.shape[1]:

@@ -5,19 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tomevit.config import Card, Config
-from tomevit.layers import backends
 from tomevit.layers.block import Block
-from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_visible
+from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_images, check_visible
 from tomevit.layers.merge import Tokens, rows
 from tomevit.layers.pool import mean_patch
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
 from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
+
+# What looks at values is no part of a graph of torch.fx, as create_feature_extractor makes it.
+torch.fx.wrap("check_images")
+torch.fx.wrap("mean_patch")
 
 
 class VisionTransformer(TimmInterface, nn.Module):
@@ -184,14 +188,7 @@ class VisionTransformer(TimmInterface, nn.Module):
 
     def _embed(self, images: Tensor, trace: bool, visible: Tensor | None = None) -> Tokens:
         config = self.config
-        # torch.jit.trace makes tensors of shapes, and would warn that they are compared.
-        if not backends.is_traced() and tuple(images.shape)[1:] != (config.in_chans, *config.img_size):
-            raise ValueError(
-                f"images are {tuple(images.shape)}, and this model takes (B, {config.in_chans}, {config.img_size[0]}, "
-                f"{config.img_size[1]}); for another size create it with img_size=(height, width)"
-            )
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
+        check_images(images, (config.in_chans, *config.img_size))
         images = images.to(self.pos_embed.dtype)
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
