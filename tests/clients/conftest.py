@@ -71,7 +71,6 @@ class Store:
 
 
 def version_of(package: str) -> str | None:
-
     try:
         return Version(version(package)).public
     except PackageNotFoundError:

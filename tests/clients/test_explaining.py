@@ -58,7 +58,7 @@ def test_attributions_of_pixels(model: VisionTransformer, images: Tensor) -> Non
     assert occluded.flatten(1).any(1).all()
 
 
-@works_with("captum", "LayerGradCam and LayerActivation of a block's norm; DeepLift, and Shapley values of regions")
+@works_with("captum", "LayerGradCam and LayerActivation of a block's norm; Shapley values of regions")
 def test_attributions_of_layers(model: VisionTransformer, images: Tensor) -> None:
     from captum import attr
 

@@ -177,7 +177,7 @@ def test_accelerate(r: int, way: str, tmp_path: Path) -> None:
         assert relative_error(offloaded(images, r=4), tiny(4)(images)) < 1e-5
 
 
-@works_with("timm", "create_optimizer_v2(layer_decay=), and its schedulers")
+@works_with("timm", "create_optimizer_v2(layer_decay=), and CosineLRScheduler")
 def test_timm_optimizer() -> None:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
@@ -205,7 +205,7 @@ def test_timm_data_config() -> None:
     assert torch.allclose(theirs, tomevit.transform(model)(image), atol=0.02)
 
 
-@works_with("timm", "ModelEmaV3, freeze, and model_parameters")
+@works_with("timm", "ModelEmaV3, and freeze")
 @merged_or_not
 def test_timm_averages(r: int) -> None:
     from timm.utils import ModelEmaV3, freeze
@@ -222,7 +222,7 @@ def test_timm_averages(r: int) -> None:
     assert not any(parameter.requires_grad for parameter in model.blocks[0].parameters())
 
 
-@works_with("pytorch-metric-learning", "its trainer's losses on a model without a head")
+@works_with("pytorch-metric-learning", "TripletMarginLoss of what a model without a head gives")
 @merged_or_not
 def test_metric_learning(r: int) -> None:
     from pytorch_metric_learning.losses import TripletMarginLoss
