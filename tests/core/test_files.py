@@ -438,11 +438,6 @@ def test_no_code_runs(tmp_path: Path, open_bytes: Opener, monkeypatch: pytest.Mo
     assert proof.exists()
 
 
-def test_user_allowing_more_in_torch_allows_nothing_here(open_bytes: Opener) -> None:
-    with torch.serialization.safe_globals([Module]):
-        refused(open_bytes, saved({"model": TENSORS, "x": Module()}), r"wants to run tests\.core\.test_files\.Module")
-
-
 def test_settings_of_the_process_are_left_as_found(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(VALID["torch zip"]())

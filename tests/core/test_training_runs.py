@@ -302,9 +302,26 @@ def test_nothing_that_a_checkpoint_calls_is_called(tmp_path: Path) -> None:
 
 
 def test_a_whole_module_is_refused_with_a_way_on(convert: Callable[..., Converted]) -> None:
-    for tree in (tiny(), {"model": tiny()}, {"state_dict": MODEL, "criterion": nn.CrossEntropyLoss(torch.ones(3))}):
+    for tree in (tiny(), {"model": tiny()}, {"model": tiny(), "optimizer": {"state": {}}}):
         with pytest.raises(CheckpointError, match=r"wants to run \S+; .* can torch\.save its state dict alone"):
             convert(tree)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        nn.CrossEntropyLoss(torch.ones(3)),
+        nn.Sequential(nn.Linear(2, 2), nn.GELU()),
+        tiny(),
+        torch.optim.AdamW([torch.zeros(1)]),
+        functools.partial(torch.optim.SGD, lr=0.1),
+    ],
+    ids=lambda beside: type(beside).__name__,
+)
+def test_modules_and_optimizers_beside_the_weights(beside: Any, convert: Callable[..., Converted]) -> None:
+    tensors, report = convert({"state_dict": MODEL, "hyper_parameters": {"net": beside}, "criterion": beside})
+    assert_same(tensors, MODEL)
+    assert report.left_out.keys() == {"hyper_parameters", "criterion"}
 
 
 def test_a_dict_of_another_class_is_one(convert: Callable[..., Converted]) -> None:

@@ -39,7 +39,7 @@ from tomevit.weights.other_files import (
     is_part_of_distributed,
     shorten,
 )
-from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk
+from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk, refused
 from tomevit.weights.reading import read_tensors, read_values
 from tomevit.weights.shards import files_of, is_index, read_index
 
@@ -341,7 +341,7 @@ def _read_torch_zip(
             values.untyped_storage().byteswap(storage.dtype)  # type: ignore[no-untyped-call]
         return values
 
-    return _select_state_dict(path, tree, key, holds_model, cache(values))
+    return _select_state_dict(path, tree, walk.module, key, holds_model, cache(values))
 
 
 def _read_torch_legacy(
@@ -369,18 +369,21 @@ def _read_torch_legacy(
     def values(storage: Storage) -> Tensor:
         return read_values(file, starts[storage.key], storage.numel, storage.dtype)
 
-    return _select_state_dict(path, tree, key, holds_model, cache(values))
+    return _select_state_dict(path, tree, walk.module, key, holds_model, cache(values))
 
 
 def _select_state_dict(
     path: str,
     tree: Any,
+    module: str | None,
     key: str | None,
     holds_model: Callable[[Collection[str]], bool],
     values: Callable[[Storage], Tensor],
 ) -> Checkpoint:
     """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
     found = list(_find_models(tree, holds_model)) or list(_find_state_dicts(tree))
+    if not found and module is not None:
+        raise refused(module)
     if not found and (not isinstance(tree, Mapping) or (isinstance(tree, Unknown) and not tree)):
         raise CheckpointError(f"holds a {_kind_of(tree)}, not a state dict")
     if key is None:

@@ -71,15 +71,18 @@ UNUSUAL = {
 }
 
 
-#: What may be made although its code is not the checkpoint's own: hyper-parameters of the standard library, and the
-#: states of random generators. Nothing is made in truth; all else of these packages is a sign of a hostile file.
+#: What may be made although its code is not the checkpoint's own: hyper-parameters of the standard library, losses and
+#: optimizers of torch, and the states of random generators. Nothing is made in truth; all else of these packages is a
+#: sign of a hostile file.
 HARMLESS = re.compile(
     r"pathlib(\._local)?\.\w*Path|datetime\.\w+|zoneinfo\.ZoneInfo(\._unpickle)?|decimal\.\w+|fractions\.\w+|uuid\.\w+"
-    r"|ipaddress\.\w+|collections\.\w+|enum\.\w+|types\.(SimpleNamespace|GenericAlias|UnionType)|argparse\.Namespace|dataclasses\.\w+"
-    r"|functools\.(partial|reduce)|copyreg\.\w+|array\.\w+|re\.(_compile|RegexFlag)|random\.Random|http\.\w+|signal\.\w+"
-    r"|logging\.\w+|string\.Template|time\.struct_time|typing\.\w+|_?io\.(BytesIO|StringIO)|inspect\._ParameterKind"
-    r"|builtins\.(frozenset|type|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict)|calendar\.\w+|operator\.\w+getter"
+    r"|ipaddress\.\w+|collections\.\w+|enum\.\w+|types\.(SimpleNamespace|GenericAlias|UnionType)|argparse\.Namespace"
+    r"|dataclasses\.\w+|functools\.(partial|reduce)|copyreg\.\w+|array\.\w+|re\.(_compile|RegexFlag)|random\.Random"
+    r"|http\.\w+|signal\.\w+|logging\.\w+|string\.Template|time\.struct_time|typing\.\w+|_?io\.(BytesIO|StringIO)"
+    r"|inspect\._ParameterKind|calendar\.\w+|operator\.\w+getter"
+    r"|builtins\.(frozenset|type|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict|\w+(Error|Exception))"
     r"|numpy\.random\.\w+(\.\w+)?|torch(\._C)?\.Generator|torch\.serialization\._get_layout|torch\.distributed\.[\w.]+"
+    r"|torch\.(nn|optim)\.[\w.]+"
 )
 _NOT_THE_USERS = {*sys.stdlib_module_names, "torch", "numpy"}
 
@@ -152,12 +155,14 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
 
     Attributes:
         storages: what the tensors lie in, by key; whoever walks must check that the file has it.
+        module: the class of an nn.Module among the objects, in which weights may lie that are not looked for.
     """
 
     encoding, errors = "utf-8", "surrogatepass"
 
     def __init__(self, limit: int) -> None:
         self.left = self.limit = limit
+        self.module: str | None = None
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: BinaryIO) -> Any:
@@ -259,8 +264,8 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         state = self.stack.pop()
         match self.stack[-1], state:
             case Unknown() as made, _:
-                if isinstance(state, _Dict) and state.keys() >= {"_parameters", "_modules"}:  # of an nn.Module
-                    raise _refused(made.name)
+                if isinstance(state, _Dict) and state.keys() >= {"_parameters", "_modules"}:
+                    self.module = made.name
             case _Dict(), _Dict():
                 pass  # attributes, such as _metadata of a state dict
             case _Dtype() as dtype, (3, "<" | ">" | "|" as order, None, None, None, -1, -1, 0):
@@ -326,11 +331,11 @@ def _unknown(name: str) -> Unknown:
         CheckpointError: the code is of Python's, torch's or numpy's, and not known to be harmless.
     """
     if name.partition(".")[0] in _NOT_THE_USERS and name not in UNUSUAL and not HARMLESS.fullmatch(name):
-        raise _refused(name)
+        raise refused(name)
     return Unknown(name)
 
 
-def _refused(name: str) -> CheckpointError:
+def refused(name: str) -> CheckpointError:
     return CheckpointError(
         f"wants to run {name}; tomevit reads only tensors and plain data: whoever made the file can torch.save its "
         f"state dict alone"
