@@ -13,6 +13,7 @@ import tomevit
 from benchmarks.peers import timm
 from tests.helpers import images_for, tiny
 from tomevit import VisionTransformer
+from tomevit.weights import checkpoint
 
 
 def groups_of(model: VisionTransformer, **arguments: float) -> dict[str, dict[str, object]]:
@@ -263,8 +264,9 @@ class Part(torch.Tensor):
     """As DTensor is: a tensor that is no plain one."""
 
 
-def test_weights_that_are_spread_over_processes(tmp_path: Path) -> None:
+def test_weights_that_are_spread_over_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = tiny(8)
+    monkeypatch.setattr(checkpoint, "SPREAD", {"Part"})
     whole = model.state_dict()
     spread = {name: tensor.as_subclass(Part) for name, tensor in whole.items()}
     with pytest.raises(ValueError, match=r"the weights are of type Part; .* state_dict=get_model_state_dict"):
