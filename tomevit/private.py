@@ -76,10 +76,12 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor only stands for others, as quantised and distributed ones do; without the name, by its class."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     try:
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass
     except ImportError:
-        return type(tensor) not in (Tensor, nn.Parameter)
+        return True
     return is_traceable_wrapper_subclass(tensor)
 
 

@@ -140,3 +140,12 @@ def test_no_other_module_uses_private_names_of_torch() -> None:
                 if name.startswith("torch.") and any(part.startswith("_") for part in name.split(".")):
                     found.append(f"{path.relative_to(root)}: {name}")
     assert [name for name in found if "__" not in name] == []
+
+
+def test_a_quantised_weight_is_not_plain_without_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Quantised(torch.Tensor): ...
+
+    assert not private.is_wrapped(torch.ones(2))
+    monkeypatch.setitem(sys.modules, "torch.utils._python_dispatch", None)
+    assert not private.is_wrapped(nn.Parameter(torch.ones(2)))
+    assert private.is_wrapped(torch.ones(2).as_subclass(Quantised))
