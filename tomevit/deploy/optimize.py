@@ -182,9 +182,7 @@ def _unpack(model: VisionTransformer) -> None:
 
 
 def _linears(block: Block, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
-    """A block's layers of this very kind, each as parent, name and layer; without subclasses, and what is made to run
-    otherwise.
-    """
+    """A block's layers of this very kind, each as parent, name and layer; not those that somebody has run otherwise."""
     return [
         (parent, name, layer)
         for parent in (block.attn, block.mlp)
