@@ -16,7 +16,7 @@ demo: .venv/demo
 check: lint test
 
 docs: .venv/test
-	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
+	$(BIN)/python -m sphinx -E -W --keep-going -q -c docs . build/site
 	$(BIN)/pytest -m site
 	@echo 'built: build/site/index.html'
 

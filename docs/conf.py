@@ -57,7 +57,7 @@ autodoc_type_aliases = {"Image": "PIL.Image.Image"}  # imported for type checker
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
-GENERATED = re.compile(r"<!-- generated: (\w+) -->")
+GENERATED = re.compile(r"<!-- generated: (.+?) -->")
 SCHEDULE = str(Schedule)
 FIELD = type(tomevit.Tokens.x)  # of a named tuple
 ALIAS = re.compile(r"TypeAliasForwardRef\('([\w.]+)'\)")  # within a union

@@ -181,5 +181,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "commands": commands,
     "weights": weights_table.section,
     "page": shown_page,
-    "works with": works_with,
+    "works_with": works_with,
 }

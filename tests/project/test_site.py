@@ -15,6 +15,7 @@ from PIL import Image
 
 import tomevit
 import tomevit.layers
+from docs import tables
 from tests.project.test_docs import PAGES, ROOT
 from tomevit import cli
 
@@ -142,6 +143,11 @@ def test_models_and_commands_are_all_there(pages: Mapping[Path, Page], site: Pat
             assert option in command_text
     downloaded = [name for name in tomevit.list_models(weights=True) if "." in name and "digits" not in name]
     assert [name for name in downloaded if name not in weights_text] == []
+
+
+def test_what_works_with_the_models_is_shown(pages: Mapping[Path, Page], site: Path) -> None:
+    shown = [text.replace("’", "'") for text in pages[site / "docs" / "works_with.html"].text]  # as Sphinx sets "'"
+    assert [row["tried"] for row in json.loads(tables.OUTCOMES.read_text("utf-8")) if row["tried"] not in shown] == []
 
 
 def test_the_notebook_was_run(site: Path) -> None:

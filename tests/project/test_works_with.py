@@ -41,8 +41,8 @@ def test_versions_are_those_that_make_clients_installs() -> None:
 
 
 def test_the_page_shows_every_row() -> None:
-    shown = tables.TABLES["works with"]()
-    assert "<!-- generated: works with -->" in (ROOT / "docs" / "works_with.md").read_text(encoding="utf-8")
+    shown = tables.TABLES["works_with"]()
+    assert "<!-- generated: works_with -->" in (ROOT / "docs" / "works_with.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[2] for line in shown.splitlines()[2:]] == [row["tried"] for row in STORED]
 
 
