@@ -3,12 +3,14 @@
 #   make check    set up, then format check, lint, types, tests
 #   make docs     set up, then build the site into build/site and test it
 #   make clients  set up, then try the models with other packages, and store what came of it for docs/works_with.md
+#   make faults   set up, then try broken and hostile files, machines and networks, and store it for docs/promises.md
+#   make soak     set up, then the long ones of these: thousands of files, a hundred kills
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: demo check docs clients lint test coverage fix clean
+.PHONY: demo check docs clients faults soak lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -22,6 +24,12 @@ docs: .venv/test
 
 clients: .venv-clients/clients
 	$(CLIENTS)/pytest --numprocesses=auto -m clients tests/clients --store docs/works_with.json
+
+faults: .venv/test
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'faults and not soak' --store docs/promises.json
+
+soak: .venv/test
+	$(BIN)/pytest -m soak --durations=0
 
 lint: .venv/test
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.outcomes import ROWS, Store
 from tests.server import ENVIRONMENT, Server
 
 settings.register_profile("tomevit", deadline=None, derandomize=True, print_blob=True)
@@ -17,6 +18,24 @@ settings.load_profile("tomevit")
 
 #: This process's share: workers that run beside it have theirs.
 THREADS = max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--store", type=Path, help="write what came of the tests with rows (tests/outcomes.py) into a file"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--store")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Store(path))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        marks = [mark for mark in item.iter_markers() if mark.name in ROWS and mark.args]
+        item.user_properties += [("row", [mark.name, *mark.args]) for mark in marks]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -39,6 +39,10 @@ class AmbiguousCheckpointError(MissingOptionError):
         self.choices = choices
 
 
+class NotRegularFileError(OSError):
+    """What should be read is a pipe, a device or a socket: it may wait for ever, or have no end."""
+
+
 class DownloadError(OSError):
     """A file could not be had, from the network or from the cache."""
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import tomevit
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 
 EVERY_LAYER = ["qkv", "proj", "fc1", "fc2", "head"]  # "proj" is the patch embedding's convolution too
 R_VALUES = (0, 8)

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, tiny
+from tests.outcomes import works_with
 from tomevit.models import VisionTransformer
 
 R_VALUES = (0, 8)

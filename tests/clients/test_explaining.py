@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import tomevit
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 from tomevit.layers import Block, PatchEmbed, Tokens
 from tomevit.models import VisionTransformer
 from tomevit.tasks.demo import held_out

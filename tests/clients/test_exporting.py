@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 from tomevit.models import VisionTransformer
 
 MODELS: dict[str, dict[str, Any]] = {

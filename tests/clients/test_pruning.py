@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 
 R_VALUES = (0, 8)
 

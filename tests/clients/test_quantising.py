@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tomevit
-from tests.clients.outcomes import works_with
 from tests.clients.test_exporting import merged_or_not, model_of, run_onnx
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 from tomevit.models import VisionTransformer
 
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import tomevit
-from tests.clients.outcomes import works_with
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import works_with
 
 merged_or_not = pytest.mark.parametrize("r", [0, 8])
 LABELS = torch.tensor([1, 2, 0, 3, 6, 5, 4, 1])

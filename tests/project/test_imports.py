@@ -18,7 +18,20 @@ ROOT = Path(tomevit.__file__).parent
 #: From the foundation up: a part imports what stands before it. Modules of one package import each other, without
 #: cycles between packages. The first ring is what `create` needs; the second works around a model; the third is tasks.
 FIRST = (
-    *("version", "errors", "private", "output", "schedule", "typed", "config", "headers", "cards", "flops", "zoo"),
+    *(
+        "version",
+        "errors",
+        "private",
+        "opening",
+        "output",
+        "schedule",
+        "typed",
+        "config",
+        "headers",
+        "cards",
+        "flops",
+        "zoo",
+    ),
     *("layers", "models", "weights", "transform", "factory"),
 )
 SECOND = ("deploy", "training", "data", "measure")
