@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from PIL import Image
 
 import tomevit
 from docs import weights_table
+from tests.outcomes import KINDS
 from tomevit import cli, zoo
 from tomevit.config import Card, Figure
 from tomevit.measure.defaults import default_r
@@ -174,6 +175,28 @@ def works_with() -> str:
     return table(("with", "works", "tried", "why not"), rows, text=4)
 
 
+# ----------------------------------------------------------------------------------------------------------- promises
+
+FAULTS = Path(__file__).with_name("promises.json")  # `make faults` writes it
+
+
+def promises() -> str:
+    """What is done to tomevit, and what it does then: a section for each kind of fault."""
+    stored = json.loads(FAULTS.read_text(encoding="utf-8"))
+    total = sum(row["tests"] for row in stored)
+    sections = [f"{total:,} tests of {len(stored)} faults in the run that is stored here; all passed, or say why not."]
+    for kind in KINDS:
+        rows = [(row["how"], row["promise"], _result(row)) for row in stored if row["kind"] == kind]
+        sections.append(
+            f"## {kind.capitalize()}\n{table(('what is tried', 'what is promised', 'tests'), rows, text=2)}"
+        )
+    return "\n\n".join(sections)
+
+
+def _result(row: dict[str, Any]) -> str:
+    return f"{row['tests']}" if row["outcome"] == "passed" else f"{row['tests']}: {row['outcome']}, {row['why']}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "published": published,
@@ -182,4 +205,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights_table.section,
     "page": shown_page,
     "works_with": works_with,
+    "promises": promises,
 }
