@@ -10,11 +10,17 @@ from tomevit.schedule import Schedule, check_schedule
 from tomevit.typed import normalise_fields
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
-Pool = Literal["token", "avg"]
-PoolNorm = Literal["before", "after"]
+MlpKind = Literal["mlp", "swiglu"]
+PosEmbed = Literal["learned", "none"]
+Rope = Literal["dinov3", "eva", "pe"]
+Pool = Literal["token", "avg", "token_avg", "map"]
+PoolNorm = Literal["before", "after", "none"]
 Init = Literal["vit", "deit", "mae", "swag"]
 
-CHOICES = {"act": get_args(Act), "pool": get_args(Pool), "pool_norm": get_args(PoolNorm), "init": get_args(Init)}
+CHOICES = {
+    **{"act": get_args(Act), "mlp": get_args(MlpKind), "pos_embed": get_args(PosEmbed), "rope": get_args(Rope)},
+    **{"pool": get_args(Pool), "pool_norm": get_args(PoolNorm), "init": get_args(Init)},
+}
 LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 
 
@@ -33,8 +39,10 @@ class Config:
     embed_dim: int = 768
     depth: int = 12
     num_heads: int = 12
-    mlp_ratio: float = 4.0
-    act: Act = "gelu"
+    mlp: MlpKind = "mlp"  # two linear layers, or those of which one half gates the other (DINOv2 g, DINOv3, EVA-02)
+    mlp_ratio: float = 4.0  # of the channels that the second layer reads
+    mlp_norm: bool = False  # LayerNorm before the second layer of "swiglu" (EVA-02)
+    act: Act = "gelu"  # of "mlp"; the gate is a SiLU
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False  # LayerNorm on queries and keys, per head
@@ -44,10 +52,16 @@ class Config:
     class_token: bool = True
     dist_token: bool = False  # a second token and a second head, for distillation (DeiT)
     reg_tokens: int = 0
-    pos_embed_prefix: bool = True  # positions cover the prefix tokens too
+    pos_embed: PosEmbed = "learned"  # positions that are added to the patches
+    pos_embed_prefix: bool | Literal["class"] = True  # those cover the prefix too, or of it the class token (DINOv2)
+    rope: Rope | None = None  # positions as rotations of queries and keys, as that family has them
 
-    pool: Pool = "token"  # what the head reads: the class token, or the mean patch
-    pool_norm: PoolNorm = "before"  # the final norm: on every token, or on the pooled vector (MAE)
+    # What the head reads: the class token, the mean patch, the one beside the other, or attention pooling (SigLIP).
+    pool: Pool = "token"
+    pool_heads: int | None = None  # of attention pooling; None: num_heads
+    pool_mlp_ratio: float | None = None  # of its MLP; None: mlp_ratio
+    pool_norm: PoolNorm = "before"  # the final norm: on every token, on the pooled vector (MAE), or not there
+    proj_dim: int | None = None  # channels that a projection makes of the pooled vector (CLIP); None: no projection
 
     prop_attn: bool = True  # add log(size) to the attention scores (ToMe, section 3, "tracking token size")
     matching: str | Callable[..., Any] = "bipartite"  # a name in tomevit.layers.MATCHINGS, or a function like those
@@ -70,15 +84,50 @@ class Config:
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
-        if self.pool == "token" and not self.class_token:
-            raise ValueError("pool='token' reads the class token: set class_token=True, or pool='avg'")
-        if self.dist_token and self.pool != "token":
-            raise ValueError("dist_token=True adds a second head beside the class token's: it needs pool='token'")
-        if self.embed_dim * self.mlp_ratio < 1 or self.norm_eps < 0:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
+        if self.pool in ("token", "token_avg") and not self.class_token:
+            raise ValueError(f"pool={self.pool!r} reads the class token: set class_token=True, or pool='avg'")
+        if self.dist_token and (self.pool != "token" or self.proj_dim is not None):
+            raise ValueError(
+                "dist_token=True adds a second head beside the class token's: it needs pool='token' and no projection"
+            )
+        if self.embed_dim * min(self.mlp_ratio, self.pool_mlp_ratio or self.mlp_ratio) < 1 or self.norm_eps < 0:
+            raise ValueError(
+                f"mlp_ratio {self.mlp_ratio}, pool_mlp_ratio {self.pool_mlp_ratio} and norm_eps {self.norm_eps} must "
+                f"be positive"
+            )
+        if self.pool_heads is not None and (self.pool_heads < 1 or self.embed_dim % self.pool_heads):
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of pool_heads {self.pool_heads}")
+        if self.proj_dim is not None and self.proj_dim < 1:
+            raise ValueError(f"proj_dim is {self.proj_dim}, and must be at least 1, or None")
+        if self.mlp_norm and self.mlp != "swiglu":
+            raise ValueError("mlp_norm=True is the norm within mlp='swiglu'")
+        if self.rope is not None and self.head_dim % 4:
+            raise ValueError(f"rope turns pairs of channels along two axes: {self.head_dim} per head must divide by 4")
+        if self.pos_embed_prefix == "class" and not self.class_token:
+            raise ValueError("pos_embed_prefix='class' is the class token's position: set class_token=True")
         for name in ("drop_path", "dropout", "attn_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be a probability below 1")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head of attention."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Channels that the second layer of an MLP reads."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def num_pooled(self) -> int:
+        """Channels of the pooled vector."""
+        return self.embed_dim * (2 if self.pool == "token_avg" else 1)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of what the head reads."""
+        return self.proj_dim or self.num_pooled
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -107,11 +156,13 @@ class Config:
     @property
     def num_positions_prefix(self) -> int:
         """Positions in front that belong to no patch."""
-        return self.num_prefix if self.pos_embed_prefix else 0
+        if self.pos_embed == "none":
+            return 0
+        return 1 if self.pos_embed_prefix == "class" else self.num_prefix if self.pos_embed_prefix else 0
 
     @property
     def num_positions(self) -> int:
-        return self.num_positions_prefix + self.num_patches
+        return 0 if self.pos_embed == "none" else self.num_positions_prefix + self.num_patches
 
 
 #: The fields of Config that say how a model runs; all others are its architecture.

@@ -12,7 +12,7 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
     """Multiply-adds of the matrix products for one image, as the ToMe paper counts them, or as they are computed.
 
     The patch embedding, and per block with N tokens in, N' behind the merge and D channels 4ND² + 2N²D for attention
-    and 8N'D² for an MLP of ratio 4. Heads, norms and the merge itself are not counted.
+    and 8N'D² for an MLP of ratio 4. Heads, norms, attention pooling and the merge itself are not counted.
 
     Args:
         config: the architecture.
@@ -28,7 +28,7 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
 
 def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) -> tuple[int, ...]:
     """What `flops` adds up: of the patch embedding, and of each block: depth + 1 numbers."""
-    dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    dim, mlp = config.embed_dim, config.embed_dim * config.mlp_hidden * (3 if config.mlp == "swiglu" else 2)
     counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
     blocks = [(entering, entering, leaving) for entering, leaving in pairwise(counts)]
     if computed and config.num_read is not None:
@@ -36,7 +36,7 @@ def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) ->
     return (
         config.num_patches * config.patch_size**2 * config.in_chans * dim,
         *(
-            2 * (keys + queries) * dim**2 + 2 * queries * keys * dim + 2 * leaving * dim * hidden
+            2 * (keys + queries) * dim**2 + 2 * queries * keys * dim + leaving * mlp
             for keys, queries, leaving in blocks
         ),
     )
@@ -44,13 +44,25 @@ def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) ->
 
 def count_parameters(config: Config) -> int:
     """The number of a model's parameters, tokens and positions among them."""
-    dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-    norm = 2 * dim
-    block = 3 * dim**2 + (3 * dim if config.qkv_bias else 0) + dim**2 + dim + 2 * norm
-    block += 2 * dim * hidden + hidden + dim
-    block += 4 * dim // config.num_heads if config.qk_norm else 0
-    block += 2 * dim if config.layer_scale is not None else 0
+    dim, norm = config.embed_dim, 2 * config.embed_dim
+    attention = 4 * dim**2 + (4 if config.qkv_bias else 1) * dim
+    block = attention + 2 * norm + _count_mlp(config, config.mlp_hidden, gated=config.mlp == "swiglu")
+    block += 2 * config.mlp_hidden if config.mlp_norm else 0
+    block += 4 * config.head_dim if config.qk_norm else 0
+    block += norm if config.layer_scale is not None else 0
     patches = config.patch_size**2 * config.in_chans * dim + (0 if config.pre_norm else dim)
     tokens = (config.num_prefix + config.num_positions) * dim
-    heads = (1 + config.dist_token) * (dim + 1) * config.num_classes
-    return patches + tokens + (norm if config.pre_norm else 0) + config.depth * block + norm + heads
+    norms = norm if config.pre_norm else 0
+    norms += {"before": norm, "after": 2 * config.num_pooled, "none": 0}[config.pool_norm]
+    pool = 0
+    if config.pool == "map":
+        pool = dim + 4 * dim**2 + 4 * dim + norm
+        pool += _count_mlp(config, int(dim * (config.pool_mlp_ratio or config.mlp_ratio)), gated=False)
+    proj = config.num_pooled * (config.proj_dim or 0)
+    heads = (1 + config.dist_token) * (config.num_features + 1) * config.num_classes
+    return patches + tokens + norms + config.depth * block + pool + proj + heads
+
+
+def _count_mlp(config: Config, hidden: int, *, gated: bool) -> int:
+    first = 2 * hidden if gated else hidden
+    return (config.embed_dim + 1) * first + (hidden + 1) * config.embed_dim

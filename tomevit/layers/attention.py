@@ -12,6 +12,7 @@ from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.packed import PackedLinear
+from tomevit.layers.rotary import ROTATIONS, rotate
 from tomevit.layers.uninitialised import layer_norm, linear
 
 
@@ -44,23 +45,28 @@ class Attention(nn.Module):
         self.qkv = linear(dim, 3 * dim, bias=config.qkv_bias)
         self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.rotate = partial(rotate, adjacent=ROTATIONS[config.rope].adjacent) if config.rope else None
         self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
 
-    def forward(self, x: Tensor, size: Tensor | None = None, num_read: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, size: Tensor | None = None, num_read: int | None = None, rope: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
             x: (B, N, D).
             size: (B, N, 1) float32 for proportional attention, None for the plain one.
             num_read: if only the first tokens of the result are wanted, how many.
+            rope: (B or 1, N, d) float32, where the positions are rotations.
 
         Returns:
-            (B, N or num_read, D), and the keys (B, H, N, d).
+            (B, N or num_read, D), and the keys (B, H, N, d), which are not rotated.
         """
         q, k, v = self._qkv(x) if num_read is None else self._qkv_read(x, num_read)
         q, k = self.q_norm(q), self.k_norm(k)
-        x = attend(q, k, v, size, self.attn_dropout if self.training else 0.0)
+        turned = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
+        x = attend(*turned, v, size, self.attn_dropout if self.training else 0.0)
         return self.dropout(backends.call(self.proj, rearrange(x, "b h n d -> b n (h d)"))), k
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from tomevit.config import Config
 from tomevit.layers.attention import Attention
 from tomevit.layers.matching import MATCHINGS, Matching, check_merge, find_matching
 from tomevit.layers.merge import Tokens, merge_tokens
-from tomevit.layers.mlp import DropPath, LayerScale, Mlp
+from tomevit.layers.mlp import MLPS, DropPath, LayerScale
 from tomevit.layers.uninitialised import layer_norm
 
 MatchAndMerge = Callable[[Tokens, Tensor, int, int], Tokens]
@@ -41,7 +41,7 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
         self.norm2 = layer_norm(config.embed_dim, config.norm_eps)
-        self.mlp = Mlp(config)
+        self.mlp = MLPS[config.mlp](config)
         self.ls2 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
@@ -55,12 +55,12 @@ class Block(nn.Module):
         Returns:
             x (B, N - r, D), or (B, num_read, D).
         """
-        x, size, slots = tokens
-        attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read)
+        x, size, slots, rope = tokens
+        attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read, rope)
         x = x if num_read is None else x[:, :num_read]
-        tokens = Tokens(x + self.drop_path(self.ls1(attended)), size, slots)
+        tokens = Tokens(x + self.drop_path(self.ls1(attended)), size, slots, rope)
         if r > 0:
             tokens = self.match_and_merge(tokens, key, r, self.num_prefix)
         del attended, key  # the keys hold all of qkv, which need not be there when memory peaks
-        x, size, slots = tokens
-        return Tokens(x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))), size, slots)
+        x = tokens.x
+        return tokens._replace(x=x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +30,27 @@ class PatchEmbed(nn.Module):
 
 
 def add_prefix_and_positions(
-    patches: Tensor, prefix: Sequence[Tensor], pos_embed: Tensor, pos_embed_prefix: bool
+    patches: Tensor, prefix: Sequence[Tensor], pos_embed: Tensor | None, pos_embed_prefix: bool | Literal["class"]
 ) -> Tensor:
     """Put the prefix tokens in front and add the positions.
 
     Args:
         patches: (B, N, D).
         prefix: tensors (1, P_i, D): class token, distillation token, registers, in this order.
-        pos_embed: (1, N or P + N, D).
-        pos_embed_prefix: whether pos_embed covers the prefix.
+        pos_embed: (1, N, D), with the class token's (1, 1 + N, D), with the whole prefix's (1, P + N, D); None: there
+            are none to add.
+        pos_embed_prefix: whether pos_embed covers the prefix, or "class" of it.
 
     Returns:
         (B, P + N, D)
     """
-    if not pos_embed_prefix:
+    if pos_embed is not None and pos_embed_prefix == "class":
+        cls, pos_embed = pos_embed[:, :1], pos_embed[:, 1:]
+        prefix = [prefix[0] + cls, *prefix[1:]]
+    if pos_embed is not None and pos_embed_prefix is not True:
         patches = patches + pos_embed
     x = torch.cat([*(token.expand(patches.shape[0], -1, -1) for token in prefix), patches], 1)
-    return x + pos_embed if pos_embed_prefix else x
+    return x + pos_embed if pos_embed is not None and pos_embed_prefix is True else x
 
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:

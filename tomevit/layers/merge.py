@@ -20,6 +20,7 @@ class Tokens(NamedTuple):
     x: Tensor  # (B, N, D)
     size: Tensor | None = None  # (B, N, 1) float32: initial tokens per token; None while all are 1
     slots: Tensor | None = None  # (B, N0) int64: where each initial token is now; only when traced
+    rope: Tensor | None = None  # (B or 1, N, d) float32: cosines and sines of its rotary position (rotary.py)
 
 
 class Merge(NamedTuple):
@@ -31,14 +32,16 @@ class Merge(NamedTuple):
 
 
 def merge_tokens(tokens: Tokens, merge: Merge) -> Tokens:
-    """Average the tokens that a merge joins, weighted by size, and keep sizes and slots in step (ToMe, section 3)."""
-    x, size, slots = tokens
+    """Average the tokens that a merge joins, weighted by size, and keep all else in step (ToMe, section 3)."""
+    x, size, slots, rope = tokens
     if size is None:
         size = torch.ones(x.shape[0], x.shape[1], 1, dtype=torch.float32, device=x.device)
+    if rope is not None:
+        rope, _ = merge_mean(rope.expand(x.shape[0], -1, -1), size, merge)
     x, size = merge_mean(x, size, merge)
     if slots is not None:
         slots = compose(slots, slot_map(merge))
-    return Tokens(x, size, slots)
+    return Tokens(x, size, slots, rope)
 
 
 def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.packed import PackedLinear
-from tomevit.layers.uninitialised import linear
+from tomevit.layers.uninitialised import layer_norm, linear
 
 
 class QuickGELU(nn.Module):
@@ -58,6 +58,30 @@ class Mlp(nn.Module):
         else:
             hidden = self.act(hidden)
         return self.dropout(backends.call(self.fc2, self.dropout(hidden)))
+
+
+class SwiGLU(nn.Module):
+    """Two linear layers between which one half of the channels gates the other: (B, N, D) -> (B, N, D).
+
+    arXiv:2002.05202; in EVA-02 with a norm before the second layer (arXiv:2303.11331).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        hidden = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = linear(config.embed_dim, 2 * hidden)  # the gate's rows first
+        self.act = nn.SiLU()
+        self.norm = layer_norm(hidden, config.norm_eps) if config.mlp_norm else nn.Identity()
+        self.fc2 = linear(hidden, config.embed_dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = backends.call(self.fc1, x).chunk(2, -1)
+        hidden = self.norm(self.act(gate) * value)
+        return self.dropout(backends.call(self.fc2, self.dropout(hidden)))
+
+
+MLPS: dict[str, Callable[[Config], nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 class LayerScale(nn.Module):

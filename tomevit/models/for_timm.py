@@ -18,7 +18,7 @@ def group_matcher(prefix: str = "") -> dict[str, Any]:
     return {"stem": stem, "blocks": [(rf"^{prefix}blocks\.(\d+)", None), (rf"^{prefix}norm", (99999,))]}
 
 
-class TimmInterface:
+class TimmInterface(nn.Module):
     """The attributes by which timm's optimizers, data configs, distillation and `save_for_hf` know a transformer.
 
     Attributes:
@@ -34,7 +34,8 @@ class TimmInterface:
     in_chans = property(lambda self: self.config.in_chans)
     num_classes = property(lambda self: self.config.num_classes)
     global_pool = property(lambda self: self.config.pool)
-    embed_dim = num_features = head_hidden_size = property(lambda self: self.config.embed_dim)
+    embed_dim = property(lambda self: self.config.embed_dim)
+    num_features = head_hidden_size = property(lambda self: self.config.num_features)
     num_prefix_tokens = property(lambda self: self.config.num_prefix)
 
     @property
@@ -60,6 +61,14 @@ class TimmInterface:
             "label_names": self.card.class_names,
         }
         return cfg | {name: value for name, value in said.items() if value}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep only what enters each block and compute the rest again in the backward pass."""
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are no matrices, whatever their shape: tokens and positions."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim == 3}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:  # noqa: ARG002 - its ViTs ignore it too
         """By which names parameters belong to which layer, for timm's layer decay."""

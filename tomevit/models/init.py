@@ -58,6 +58,8 @@ INITS: dict[str, dict[str, Draw]] = {
         "head*": _zeros,
         "reg_token": _normal(1e-6),  # no part of ViT: equal ones would stay equal (arXiv:2309.16588, DINOv2's code)
         "*_token": _zeros,
+        "attn_pool.latent": _xavier,  # google-research/big_vision@0127fb6, models/vit.py
+        "*attn_pool.qkv.weight": partial(_xavier, parts=3),
         "pos_embed": _normal(0.02),
         "patch_embed.proj.weight": _lecun_truncated,
         "*.attn.qkv.weight": partial(_xavier, parts=3),
@@ -81,6 +83,7 @@ INITS: dict[str, dict[str, Draw]] = {
         "head*": _zeros,
         "reg_token": _normal(1e-6),
         "*_token": _zeros,
+        "attn_pool.latent": _normal(0.02),
         "pos_embed": _normal(0.02),
         "patch_embed.proj.weight": _lecun,
         "*.attn.proj.weight": _torch_default,
@@ -119,7 +122,7 @@ def initial_heads(names: Iterable[str], config: Config) -> nn.ModuleDict:
     with torch.device("meta"):
         heads = nn.ModuleDict(
             {
-                name: linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+                name: linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
                 for name in names
             }
         )

@@ -62,10 +62,11 @@ class MaskedAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         config = encoder.config
-        if config.dist_token or config.pool_norm != "before":
+        if config.dist_token or config.pool_norm != "before" or encoder.pos_embed is None:
+            norm = "a distillation token" if config.dist_token else "its norm behind the pooling, or none"
             raise ValueError(
-                "the encoder must norm every token and have one head at most, as mae_cls_b16 does: this one has "
-                + ("a distillation token" if config.dist_token else "its norm behind the pooling")
+                "the encoder must norm every token, learn its positions and have one head at most, as mae_cls_b16 "
+                f"does: this one has {norm if encoder.pos_embed is not None else 'no learned positions'}"
             )
         self.mask_ratio = mask_ratio
         self.norm_pix = norm_pix
@@ -74,7 +75,11 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(
                 f"mask_ratio is {mask_ratio}: of {config.num_patches} patches some must be hidden, and some visible"
             )
-        decoder = replace(config, embed_dim=decoder_dim, depth=decoder_depth, num_heads=decoder_heads)
+        decoder = replace(
+            config,
+            **{"embed_dim": decoder_dim, "depth": decoder_depth, "num_heads": decoder_heads, "rope": None},
+            **{"pool": "avg", "pool_heads": None, "proj_dim": None},
+        )
         self.decoder = build_decoder(decoder, config.embed_dim).to(encoder.pos_embed)
         encoder.reset_classifier(0)
         encoder.pos_embed.requires_grad_(False)

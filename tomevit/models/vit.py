@@ -13,7 +13,8 @@ from tomevit.config import Card, Config
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_images, check_visible
 from tomevit.layers.merge import Tokens, rows
-from tomevit.layers.pool import mean_patch
+from tomevit.layers.pool import AttentionPool, pool
+from tomevit.layers.rotary import RotaryEmbedding
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
@@ -21,10 +22,10 @@ from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_c
 
 # What looks at values is no part of a graph of torch.fx, as create_feature_extractor makes it.
 torch.fx.wrap("check_images")
-torch.fx.wrap("mean_patch")
+torch.fx.wrap("pool")
 
 
-class VisionTransformer(TimmInterface, nn.Module):
+class VisionTransformer(TimmInterface):
     """A vision transformer in which tokens merge.
 
     Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.
@@ -48,20 +49,32 @@ class VisionTransformer(TimmInterface, nn.Module):
         self.grad_checkpointing = False
         self.optimizations: tuple[str, ...] = ()
 
-        dim, eps, norm_pooled = config.embed_dim, config.norm_eps, config.pool_norm == "after"
+        dim, eps = config.embed_dim, config.norm_eps
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.empty(1, 1, dim)) if config.dist_token else None
         self.reg_token = nn.Parameter(torch.empty(1, config.reg_tokens, dim)) if config.reg_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_positions, dim)) if config.num_positions else None
+        self.rope = RotaryEmbedding(config) if config.rope else None
         self.pos_drop = nn.Dropout(config.dropout)
         self.norm_pre = layer_norm(dim, eps) if config.pre_norm else nn.Identity()
         drop_path = torch.linspace(0, config.drop_path, config.depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config, probability) for probability in drop_path)
-        self.norm = nn.Identity() if norm_pooled else layer_norm(dim, eps)
-        self.fc_norm = layer_norm(dim, eps) if norm_pooled else nn.Identity()
+        self.norm = layer_norm(dim, eps) if config.pool_norm == "before" else nn.Identity()
+        self.attn_pool = AttentionPool(config) if config.pool == "map" else None
+        self.fc_norm = layer_norm(config.num_pooled, eps) if config.pool_norm == "after" else nn.Identity()
+        self.proj = linear(config.num_pooled, config.proj_dim, bias=False) if config.proj_dim else nn.Identity()
         for name in self.head_names:
-            setattr(self, name, linear(dim, config.num_classes) if config.num_classes else nn.Identity())
+            setattr(self, name, linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     @property
     def r(self) -> Schedule:
@@ -126,27 +139,23 @@ class VisionTransformer(TimmInterface, nn.Module):
         tokens, out = self._embed(images, trace), []
         for block, merged in zip(self.blocks, self.schedule(r), strict=True):
             tokens = self._run(block, tokens, merged)
-            out.append(Tokens(self.norm(tokens.x), tokens.size, tokens.slots) if norm else tokens)
+            out.append(tokens._replace(x=self.norm(tokens.x)) if norm else tokens)
         return out
 
     def forward_head(self, tokens: Tokens) -> Tensor:
         """From what `forward_features` returns to what `forward` returns."""
-        pooled = tokens.x[:, 0] if self.config.pool == "token" else mean_patch(tokens, self.config.num_prefix)
-        return self.head(self.fc_norm(pooled))
+        pooled = pool(tokens, self.config) if self.attn_pool is None else self.attn_pool(tokens)
+        return self.head(self.proj(self.fc_norm(pooled)))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for another number of classes, drawn from torch's default generator; 0 leaves them out."""
         self.config = replace(self.config, num_classes=num_classes)
         for name, head in initial_heads(self.head_names, self.config).items():
-            setattr(self, name, head.to(self.pos_embed).train(self.training))
+            setattr(self, name, head.to(self.device, self.dtype).train(self.training))
         self.card = replace(self.card, config=self.config, class_names=(), figures=())
 
     def extra_repr(self) -> str:
         return "\n".join([f"r={self.r}", *self.optimizations])
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are no matrices, whatever their shape: tokens and positions."""
-        return {name for name, _ in self.named_parameters(recurse=False)}
 
     def freeze(self, blocks: int) -> None:
         """Let the embedding and the first blocks keep their weights, and all others learn; 0: all learn.
@@ -164,10 +173,6 @@ class VisionTransformer(TimmInterface, nn.Module):
                 *(p for module in embedding for p in module.parameters()),
             ):
                 parameter.requires_grad_(False)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training, keep only what enters each block and compute the rest again in the backward pass."""
-        self.grad_checkpointing = enable
 
     def _encode(
         self,
@@ -189,15 +194,18 @@ class VisionTransformer(TimmInterface, nn.Module):
     def _embed(self, images: Tensor, trace: bool, visible: Tensor | None = None) -> Tokens:
         config = self.config
         check_images(images, (config.in_chans, *config.img_size))
-        images = images.to(self.pos_embed.dtype)
+        images = images.to(self.dtype)
         prefix = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
         x = add_prefix_and_positions(self.patch_embed(images), prefix, self.pos_embed, config.pos_embed_prefix)
+        rope = None if self.rope is None else self.rope.table
         if visible is not None:
             check_visible(visible, len(images), config.num_patches)
             first = torch.arange(config.num_prefix, device=x.device).expand(x.shape[0], -1)
-            x = rows(x, torch.cat([first, visible + config.num_prefix], 1))
+            index = torch.cat([first, visible + config.num_prefix], 1)
+            x = rows(x, index)
+            rope = None if rope is None else rows(rope.expand(x.shape[0], -1, -1), index)
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
-        return Tokens(self.norm_pre(self.pos_drop(x)), None, slots)
+        return Tokens(self.norm_pre(self.pos_drop(x)), None, slots, rope)
 
     def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
         return run(block, tokens, r, num_read, checkpointing=self.grad_checkpointing)
