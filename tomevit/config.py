@@ -18,8 +18,13 @@ PoolNorm = Literal["before", "after", "none"]
 Init = Literal["vit", "deit", "mae", "swag"]
 
 CHOICES = {
-    **{"act": get_args(Act), "mlp": get_args(MlpKind), "pos_embed": get_args(PosEmbed), "rope": get_args(Rope)},
-    **{"pool": get_args(Pool), "pool_norm": get_args(PoolNorm), "init": get_args(Init)},
+    "act": get_args(Act),
+    "mlp": get_args(MlpKind),
+    "pos_embed": get_args(PosEmbed),
+    "rope": get_args(Rope),
+    "pool": get_args(Pool),
+    "pool_norm": get_args(PoolNorm),
+    "init": get_args(Init),
 }
 LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
 

@@ -70,7 +70,8 @@ def plain(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
 def random_tokens(batch: int, n: int, dim: int = 5, dtype: torch.dtype = torch.float32, sized: bool = True) -> Tokens:
     size = torch.randint(1, 300, (batch, n, 1), device=DEVICE).float() if sized else None
     slots = torch.arange(n, device=DEVICE).expand(batch, -1)
-    return Tokens(torch.randn(batch, n, dim, device=DEVICE).to(dtype), size, slots)
+    rope = torch.rand(batch, n, 8, device=DEVICE)
+    return Tokens(torch.randn(batch, n, dim, device=DEVICE).to(dtype), size, slots, rope)
 
 
 def random_key(batch: int, heads: int, n: int, dim: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -94,6 +95,9 @@ def assert_same(ours: Tokens, theirs: Tokens) -> None:
     assert theirs.size is not None
     assert torch.equal(ours.slots, theirs.slots)
     assert torch.equal(ours.size, theirs.size)
+    assert ours.rope is not None
+    assert theirs.rope is not None
+    torch.testing.assert_close(ours.rope, theirs.rope, rtol=0, atol=1e-5)
     eps = torch.finfo(ours.x.dtype).eps  # both means are rounded once to it
     atol = 1e-6 if ours.x.dtype == torch.float32 else 0
     torch.testing.assert_close(ours.x, theirs.x, rtol=2 * eps, atol=atol)

@@ -105,6 +105,22 @@ def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor
     return out.view(*merge.keep.shape, dim), size_out.view(*merge.keep.shape, 1)
 
 
+def mean_by_slots(x: Tensor, size: Tensor, size_out: Tensor, slots: Tensor) -> Tensor:
+    """The size-weighted mean of each group, of a few channels, where only each token's place behind the merge is known.
+
+    Args:
+        x: (B, N, D) float32 or float64.
+        size, size_out: (B, N, 1) and (B, M, 1) float32, before and behind the merge.
+        slots: (B, N) int64.
+
+    Returns:
+        (B, M, D)
+    """
+    place = torch.arange(size_out.shape[1], device=x.device)[:, None]
+    with backends.without_autocast(x):
+        return (slots[:, None, :] == place).to(x.dtype) * (size.transpose(1, 2) / size_out).to(x.dtype) @ x
+
+
 class _MeanByIndex(torch.autograd.Function):
     """`mean_by_index` with its gradient, in which every token takes its share of its group's."""
 

@@ -22,7 +22,9 @@ from tomevit.layers import backends
 class Rotation(NamedTuple):
     """One family's rule."""
 
-    coordinate: Callable[[Tensor, int, bool], Tensor]  # of patches 0 … n - 1 of n on an axis, behind a class token or not
+    coordinate: Callable[
+        [Tensor, int, bool], Tensor
+    ]  # of patches 0 … n - 1 of n on an axis, behind a class token or not
     frequency: float  # of the first of a quarter of the head's channels
     base: float  # the last frequency would be the first, divided by this
     x_first: bool  # whether columns have the first half of the frequencies

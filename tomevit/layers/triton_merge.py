@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomevit.layers.merge import Tokens, compose, rows
+from tomevit.layers.merge import Tokens, compose, mean_by_slots, rows
 
 try:
     import triton
@@ -41,11 +41,17 @@ def match_and_merge_fused(tokens: Tokens, key: Tensor, r: int, num_prefix: int) 
     Raises:
         ValueError: a device, a dtype, a number of tokens or an r that the kernels do not take.
     """
-    x, size, slots = tokens
+    x, size, slots, rope = tokens
     if size is None:
         size = x.new_ones((x.shape[0], x.shape[1], 1), dtype=torch.float32)
-    x, size, step = _match_and_merge(x, size, key, r, num_prefix)
-    return Tokens(x, size.detach(), None if slots is None else compose(slots, step))
+    x, size_out, step = _match_and_merge(x, size, key, r, num_prefix)
+    size_out = size_out.detach()
+    return Tokens(
+        x,
+        size_out,
+        None if slots is None else compose(slots, step),
+        None if rope is None else mean_by_slots(rope.expand(x.shape[0], -1, -1), size, size_out, step),
+    )
 
 
 @torch.library.custom_op(

@@ -77,8 +77,13 @@ class MaskedAutoencoder(nn.Module):
             )
         decoder = replace(
             config,
-            **{"embed_dim": decoder_dim, "depth": decoder_depth, "num_heads": decoder_heads, "rope": None},
-            **{"pool": "avg", "pool_heads": None, "proj_dim": None},
+            embed_dim=decoder_dim,
+            depth=decoder_depth,
+            num_heads=decoder_heads,
+            rope=None,
+            pool="avg",
+            pool_heads=None,
+            proj_dim=None,
         )
         self.decoder = build_decoder(decoder, config.embed_dim).to(encoder.pos_embed)
         encoder.reset_classifier(0)

@@ -65,7 +65,9 @@ class VisionTransformer(TimmInterface):
         self.fc_norm = layer_norm(config.num_pooled, eps) if config.pool_norm == "after" else nn.Identity()
         self.proj = linear(config.num_pooled, config.proj_dim, bias=False) if config.proj_dim else nn.Identity()
         for name in self.head_names:
-            setattr(self, name, linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity())
+            setattr(
+                self, name, linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
+            )
 
     @property
     def device(self) -> torch.device:

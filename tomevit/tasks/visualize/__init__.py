@@ -159,6 +159,8 @@ def attention_weights(block: Block, tokens: Tokens, num_queries: int = 1) -> Ten
     qkv = attention.qkv(block.norm1(tokens.x))
     q, k, _ = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, d=attention.head_dim)
     q, k = attention.q_norm(q[:, :, :num_queries]), attention.k_norm(k)
+    if tokens.rope is not None:
+        q, k = attention.rotate(q, tokens.rope[:, :num_queries]), attention.rotate(k, tokens.rope)
     scores = q.to(torch.float32) @ k.to(torch.float32).transpose(-2, -1) * attention.head_dim**-0.5
     if block.prop_attn and tokens.size is not None:
         scores += rearrange(tokens.size.log(), "b n 1 -> b 1 1 n")
