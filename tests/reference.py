@@ -198,7 +198,7 @@ def _head(tokens: list[Token], weights: dict[str, Tensor], config: Config) -> Te
         x = _attention_pool(tokens, weights, config)
     if config.pool_norm == "after":
         x = _norm(x, weights, "fc_norm", config)
-    if config.proj_dim is not None:
+    if config.proj_dim:
         x = weights["proj.weight"] @ x
     return weights["head.weight"] @ x + weights["head.bias"] if config.num_classes else x
 

@@ -26,7 +26,16 @@ CHOICES = {
     "pool_norm": get_args(PoolNorm),
     "init": get_args(Init),
 }
-LEAST = {"patch_size": 1, "in_chans": 1, "embed_dim": 1, "depth": 1, "num_heads": 1, "num_classes": 0, "reg_tokens": 0}
+LEAST = {
+    "patch_size": 1,
+    "in_chans": 1,
+    "embed_dim": 1,
+    "depth": 1,
+    "num_heads": 1,
+    "num_classes": 0,
+    "reg_tokens": 0,
+    "proj_dim": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,7 @@ class Config:
     pool_heads: int | None = None  # of attention pooling; None: num_heads
     pool_mlp_ratio: float | None = None  # of its MLP; None: mlp_ratio
     pool_norm: PoolNorm = "before"  # the final norm: on every token, on the pooled vector (MAE), or not there
-    proj_dim: int | None = None  # channels that a projection makes of the pooled vector (CLIP); None: no projection
+    proj_dim: int = 0  # channels that a projection makes of the pooled vector (CLIP); 0: no projection
 
     prop_attn: bool = True  # add log(size) to the attention scores (ToMe, section 3, "tracking token size")
     matching: str | Callable[..., Any] = "bipartite"  # a name in tomevit.layers.MATCHINGS, or a function like those
@@ -91,7 +100,7 @@ class Config:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if self.pool in ("token", "token_avg") and not self.class_token:
             raise ValueError(f"pool={self.pool!r} reads the class token: set class_token=True, or pool='avg'")
-        if self.dist_token and (self.pool != "token" or self.proj_dim is not None):
+        if self.dist_token and (self.pool != "token" or self.proj_dim):
             raise ValueError(
                 "dist_token=True adds a second head beside the class token's: it needs pool='token' and no projection"
             )
@@ -102,8 +111,6 @@ class Config:
             )
         if self.pool_heads is not None and (self.pool_heads < 1 or self.embed_dim % self.pool_heads):
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of pool_heads {self.pool_heads}")
-        if self.proj_dim is not None and self.proj_dim < 1:
-            raise ValueError(f"proj_dim is {self.proj_dim}, and must be at least 1, or None")
         if self.mlp_norm and self.mlp != "swiglu":
             raise ValueError("mlp_norm=True is the norm within mlp='swiglu'")
         if self.rope is not None and self.head_dim % 4:

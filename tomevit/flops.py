@@ -58,7 +58,7 @@ def count_parameters(config: Config) -> int:
     if config.pool == "map":
         pool = dim + 4 * dim**2 + 4 * dim + norm
         pool += _count_mlp(config, int(dim * (config.pool_mlp_ratio or config.mlp_ratio)), gated=False)
-    proj = config.num_pooled * (config.proj_dim or 0)
+    proj = config.num_pooled * config.proj_dim
     heads = (1 + config.dist_token) * (config.num_features + 1) * config.num_classes
     return patches + tokens + norms + config.depth * block + pool + proj + heads
 

@@ -194,7 +194,7 @@ def test_it_is_exported(family: str) -> None:
         ({"pool": "token_avg", "class_token": False}, "reads the class token"),
         ({"pool": "map", "pool_heads": 5}, "not a multiple of pool_heads"),
         ({"mlp_norm": True}, "mlp='swiglu'"),
-        ({"proj_dim": 0}, "proj_dim is 0"),
+        ({"proj_dim": -1}, "proj_dim is -1"),
         ({"pos_embed_prefix": "class", "class_token": False, "pool": "avg"}, "class token's position"),
         ({"dist_token": True, "proj_dim": 3}, "no projection"),
     ],

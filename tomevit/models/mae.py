@@ -83,7 +83,7 @@ class MaskedAutoencoder(nn.Module):
             rope=None,
             pool="avg",
             pool_heads=None,
-            proj_dim=None,
+            proj_dim=0,
         )
         self.decoder = build_decoder(decoder, config.embed_dim).to(encoder.pos_embed)
         encoder.reset_classifier(0)
