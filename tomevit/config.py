@@ -230,6 +230,7 @@ class Figure:
     """A published ImageNet-1k accuracy."""
 
     top1: float  # per cent
+    by: Literal["head", "linear probe", "k-NN", "zero-shot"] = "head"  # how classes were told: by the model's own head
     r: int = 0
     source: str
 

@@ -7,8 +7,8 @@ Everything is data in configs/, one TOML file per family:
     [preprocess]            fields of Preprocess, likewise
     [models.SIZE]           fields of Config for one size; `resolutions`, of which the first needs no suffix in the
                             name; `timm`, timm's names for them
-    [[weights]]             model, tag, sources, licence, figures; what they were trained with (r, prop_attn,
-                            num_classes, preprocess); the first of a model are its default
+    [[weights]]             model, tag, sources, licence, figures; what they were trained with (r, preprocess, and of
+                            Config what is in OF_WEIGHTS); the first of a model are its default
     [weights_defaults]      what the weights share
     [aliases]               other names, with the weights they stand for
 """
@@ -39,6 +39,10 @@ HUB_FILES = (
 
 #: How the addresses of checkpoints begin.
 ADDRESSES = ("http://", "https://", "hf-hub:")
+
+
+#: The fields of Config in which sets of weights for one model may differ.
+OF_WEIGHTS = ("num_classes", "prop_attn", "act", "pool", "proj_dim")
 
 
 class _Zoo(NamedTuple):
@@ -99,7 +103,7 @@ def _read_family(
 
 
 def _with_weights(card: Card, preprocess: dict[str, Any], entry: dict[str, Any]) -> Card:
-    config = {name: entry[name] for name in ("num_classes", "prop_attn") if name in entry}
+    config = {name: entry[name] for name in OF_WEIGHTS if name in entry}
     return replace(
         card,
         weights=entry["tag"],

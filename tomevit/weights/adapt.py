@@ -71,9 +71,10 @@ def resample_positions(
         (1, P + H' * W', D) in the same dtype.
     """
     grid = rearrange(pos_embed[:, prefix:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    step = [(wanted + resampling.offset) / length for wanted, length in zip(new, old, strict=True)]
     grid = F.interpolate(
         grid.to(torch.promote_types(grid.dtype, torch.float32)),
-        size=new,
+        **{"scale_factor": step} if resampling.offset else {"size": new},
         mode=resampling.mode,
         antialias=resampling.antialias,
         align_corners=resampling.align_corners,

@@ -39,17 +39,51 @@ def without_wrappers(name: str) -> str:
 class Rule:
     """One native parameter, and the source's tensors that it is made of, stacked along the first dimension.
 
-    `layout` is an einops pattern that turns each of them into its native form. Backwards it undoes itself; the one
-    length that cannot be read off a native tensor, `heads`, is the config's.
+    `layout` is an einops pattern that turns each of them into its native form. Backwards it undoes itself; the lengths
+    that cannot be read off a native tensor, `heads` and `pool_heads`, are the config's. A source that is None stands
+    for zeros: the project has no such parameter, and only models in which it is 0 can be written. `shares` are the
+    rows that each source has, relative to the others; none: all the same. Where a project has several ways for one
+    parameter, `when` are the fields of Config of the models that it writes in this one.
     """
 
     native: str
-    source: str | tuple[str, ...]
+    source: str | tuple[str | None, ...]
     layout: str | None = None
+    shares: tuple[int, ...] | None = None
+    when: Mapping[str, Any] = field(default_factory=dict)
+
+    def writes(self, native: str, config: Config) -> re.Match[str] | None:
+        """Whether the project has that parameter of such a model in this way."""
+        fits = all(getattr(config, name) == value for name, value in self.when.items())
+        return _regex(self.native).fullmatch(native) if fits else None
+
+    @property
+    def parts(self) -> tuple[str | None, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
 
     @property
     def sources(self) -> tuple[str, ...]:
-        return (self.source,) if isinstance(self.source, str) else self.source
+        return tuple(part for part in self.parts if part is not None)
+
+    def stack(self, arranged: Mapping[str, Tensor]) -> Tensor:
+        """The native tensor of the source's, arranged, by their patterns in the rule."""
+        if len(self.parts) == 1:
+            return next(iter(arranged.values())).contiguous()
+        like = next(iter(arranged.values()))
+        return torch.cat([torch.zeros_like(like) if part is None else arranged[part] for part in self.parts])
+
+    def split(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The inverse of `stack`.
+
+        Raises:
+            ValueError: a part for which the project has no place is not 0.
+        """
+        shares = self.shares or (1,) * len(self.parts)
+        for part, rows in zip(self.parts, x.split([len(x) * share // sum(shares) for share in shares]), strict=True):
+            if part is not None:
+                yield part, rows
+            elif rows.any():
+                raise ValueError("has values where models of that format have none")
 
     def to_native(self, x: Tensor) -> Tensor:
         return x if self.layout is None else rearrange(x, self.layout)
@@ -58,7 +92,8 @@ class Rule:
         if self.layout is None:
             return x
         theirs, ours = self.layout.split(" -> ")
-        lengths = {"heads": config.num_heads} if "heads" in theirs else {}
+        known = {"heads": config.num_heads, "pool_heads": config.pool_heads or config.num_heads}
+        lengths = {name: length for name, length in known.items() if name in re.findall(r"\w+", theirs)}
         return rearrange(x, f"{ours} -> {theirs}", **lengths)
 
 
@@ -68,6 +103,8 @@ class Omission:
 
     source: str  # a pattern, in which a last `**` stands for anything
     reason: str
+    zero: bool = False  # if all its values are 0: else the model computes with it, and is another than ours
+    like: str | None = None  # written as zeros, one for each row of this native parameter; None: not written
 
 
 @dataclass(frozen=True)
@@ -100,10 +137,11 @@ class Resampling:
     mode: Literal["bicubic", "bilinear"]
     antialias: bool = False
     align_corners: bool = False
+    offset: float = 0.0  # patches that are added to the new size for the step from one sample to the next (DINOv2)
 
     def __str__(self) -> str:
         options = [name for name in ("antialias", "align_corners") if getattr(self, name)]
-        return " with ".join([self.mode, *options])
+        return " with ".join([self.mode, *options, *([f"an offset of {self.offset}"] if self.offset else [])])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +205,21 @@ class Format:
 
     def has_place_for(self, name: str) -> bool:
         """Whether a native parameter is made of the source's of that name."""
-        return self._find_rule(name) is not None
+        return self._find_rule(name, ()) is not None
 
-    def _find_rule(self, name: str) -> tuple[Rule, int, str] | None:
-        """The rule for a tensor of the source, its place in it, and the native name that it makes."""
+    def _find_rule(self, name: str, names: Collection[str]) -> tuple[Rule, str, str] | None:
+        """The rule for a tensor of the source, its pattern in it, and the native name that it makes.
+
+        Of several the first that has all its parts among the names.
+        """
+        found: list[tuple[Rule, str, str]] = []
         for rule in self.rules:
-            for i, source in enumerate(rule.sources):
-                if found := _regex(source).fullmatch(name):
-                    return rule, i, _fill_in(rule.native, found.groups())
-        return None
+            for source in rule.sources:
+                if match := _regex(source).fullmatch(name):
+                    found.append((rule, source, _fill_in(rule.native, match.groups())))
+                    if all(_fill_in(part, match.groups()) in names for part in rule.sources):
+                        return found[-1]
+        return found[0] if found else None
 
 
 #: Why a representation layer is left out, and the head that stands on it.
@@ -200,14 +244,16 @@ def to_native(format: Format, tensors: dict[str, Tensor]) -> Renamed:  # noqa: A
     Raises:
         CheckpointError: names that the format does not know, or parts of a parameter without the others.
     """
-    parts: dict[str, tuple[Rule, list[str | None]]] = {}
+    parts: dict[str, tuple[Rule, dict[str, str]]] = {}  # by native name; the source's names by their patterns
     left_out, unknown = {}, []
-    for name in tensors:
-        if found := format._find_rule(name):
-            rule, i, native = found
-            parts.setdefault(native, (rule, [None] * len(rule.sources)))[1][i] = name
-        elif reasons := [o.reason for o in format.omissions if _regex(o.source).fullmatch(name)]:
-            left_out[name] = reasons[0]
+    for name, tensor in tensors.items():
+        if found := format._find_rule(name, tensors.keys()):
+            rule, pattern, native = found
+            parts.setdefault(native, (rule, {}))[1][pattern] = name
+        elif omitted := [o for o in format.omissions if _regex(o.source).fullmatch(name)]:
+            left_out[name] = omitted[0].reason
+            if omitted[0].zero and tensor.any():
+                raise CheckpointError(f"not a model that can be read: {name} is not 0, as in {format.name} it must be")
         else:
             unknown.append(name)
     if unknown:
@@ -215,23 +261,23 @@ def to_native(format: Format, tensors: dict[str, Tensor]) -> Renamed:  # noqa: A
 
     native_tensors, names = {}, {}
     for native, (rule, sources) in parts.items():
-        present = tuple(source for source in sources if source is not None)
-        if len(present) < len(sources):
+        present = tuple(sources[pattern] for pattern in rule.sources if pattern in sources)
+        if len(present) < len(rule.sources):
             raise CheckpointError(
-                f"{native} is made of {len(sources)} tensors, of which there are only {enumerate_names(present)}"
+                f"{native} is made of {len(rule.sources)} tensors, of which there are only {enumerate_names(present)}"
             )
-        arranged = []
-        for source in present:
+        arranged = {}
+        for pattern, source in sources.items():
             tensor = tensors.pop(source)
             try:
-                arranged.append(rule.to_native(tensor))
+                arranged[pattern] = rule.to_native(tensor)
             except EinopsError as error:
                 shape, layout = tuple(tensor.shape), (rule.layout or "").partition(" ->")[0]
                 raise CheckpointError(f"{source} is {shape}, and {format.name} lays it out as {layout}") from error
-        if len({(part.shape, part.dtype) for part in arranged}) > 1 or (len(present) > 1 and not arranged[0].ndim):
-            kinds = ", ".join(f"{s} {tuple(p.shape)} {p.dtype}" for s, p in zip(present, arranged, strict=True))
+        if not _match(rule, arranged):
+            kinds = ", ".join(f"{sources[p]} {tuple(x.shape)} {x.dtype}" for p, x in arranged.items())
             raise CheckpointError(f"{native} cannot be made of tensors that do not match: {kinds}")
-        native_tensors[native] = torch.cat(arranged) if len(arranged) > 1 else arranged[0].contiguous()
+        native_tensors[native] = rule.stack(arranged)
         names[native] = present
     tensors.clear()
     return Renamed(native_tensors, names, left_out)
@@ -252,15 +298,31 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
     out, unknown = {}, []
     for native, tensor in tensors.items():
         for rule in format.rules:
-            if found := _regex(rule.native).fullmatch(native):
-                for source, part in zip(rule.sources, tensor.chunk(len(rule.sources)), strict=True):
-                    out[_fill_in(source, found.groups())] = rule.from_native(part, config).contiguous()
+            if found := rule.writes(native, config):
+                try:
+                    for source, part in rule.split(tensor):
+                        out[_fill_in(source, found.groups())] = rule.from_native(part, config).contiguous()
+                except ValueError as error:
+                    raise ValueError(f"{format.name} cannot hold this model: its {native} {error}") from error
                 break
         else:
             unknown.append(native)
     if unknown:
         raise ValueError(f"{format.name} cannot hold this model: it has no place for {enumerate_names(unknown)}")
+    for omission in format.omissions:
+        for native, tensor in tensors.items():
+            if omission.like and (found := _regex(omission.like).fullmatch(native)):
+                out[_fill_in(omission.source, found.groups())] = tensor.new_zeros(len(tensor))
     return out
+
+
+def _match(rule: Rule, arranged: Mapping[str, Tensor]) -> bool:
+    """Whether tensors can be stacked: of one kind and width, each with its share of the rows."""
+    if len(rule.parts) == 1:
+        return True
+    shares = dict(zip(rule.parts, rule.shares or (1,) * len(rule.parts), strict=True))
+    kinds = {(x.shape[1:], x.dtype, len(x) / shares[pattern]) if x.ndim else None for pattern, x in arranged.items()}
+    return len(kinds) == 1 and None not in kinds
 
 
 def names_under(names: Iterable[str], prefix: str) -> list[str]:
