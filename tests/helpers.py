@@ -49,4 +49,4 @@ def images_for(model: VisionTransformer, batch: int = 3, *, seed: int = 1, dtype
     """Noise that a model accepts, in its dtype."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, model.config.in_chans, *model.config.img_size, generator=generator)
-    return images.to(dtype or model.pos_embed.dtype)
+    return images.to(dtype or model.dtype)

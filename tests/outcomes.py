@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 from packaging.version import Version
@@ -77,8 +77,9 @@ class Store:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
-            for name, (mark, *args) in report.user_properties:
+            for name, value in report.user_properties:
                 if name == "row":
+                    mark, *args = cast("list[str]", value)
                     self.outcomes.setdefault(ROWS[mark](*args), []).append(Outcome.of(report))
 
     def pytest_sessionfinish(self) -> None:

@@ -66,7 +66,10 @@ def _zoo() -> _Zoo:
     for file in sorted(configs().glob("*.toml")):
         _read_family(file.stem, tomllib.loads(file.read_text(encoding="utf-8")), architectures, cards, aliases)
     published = ((card, source) for card in itertools.chain.from_iterable(cards.values()) for source in card.sources)
-    repositories = {source.hub: card.full_name for card, source in published if source.hub}
+    repositories: dict[str, str] = {}
+    for card, source in published:
+        if source.hub:
+            repositories.setdefault(source.hub, card.full_name)
     return _Zoo(architectures, cards, aliases, repositories)
 
 

@@ -218,8 +218,8 @@ def _setting(
         width=_width(classes, compare),
         upright=upright,
         batch=batch,
-        dtype=str(model.pos_embed.dtype).removeprefix("torch."),
-        machine=environment(model.pos_embed.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        machine=environment(model.device),
     )
 
 

@@ -105,7 +105,7 @@ def embed(
                 normalize=normalize,
                 dtype=DTYPES[dtype][0],
                 batch=batch,
-                workers=readers(subject.pos_embed.device) if workers is None else workers,
+                workers=readers(subject.device) if workers is None else workers,
                 upright=upright,
                 overwrite=overwrite,
                 progress=tell,

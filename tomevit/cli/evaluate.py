@@ -202,7 +202,7 @@ def eval_command(
     with join_process_group():
         rank, world = processes()
         task = fail_together(partial(_prepare, request))
-        workers = readers(task.model.pos_embed.device) if workers is None else workers
+        workers = readers(task.model.device) if workers is None else workers
         found = _evaluate(task, batch, workers, restart=restart)
     if rank:
         ctx.exit(130 if found.interrupted else 0)
@@ -293,7 +293,7 @@ def _prepare(request: _Request) -> _Task:
 
 def _setting(request: _Request, task: _Task, workers: int, world: int) -> dict[str, Any]:
     """What the figures must be read with."""
-    return subject(task.model, task.model.pos_embed.device, request.model) | {
+    return subject(task.model, task.model.device, request.model) | {
         "weights": task.model.card.full_name,
         "data": str(request.data),
         "labels": task.images.how,

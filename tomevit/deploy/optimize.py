@@ -77,13 +77,13 @@ def optimize(
         ImportError: it was asked for without Triton.
     """
     model = deepcopy(unwrap_transformer(model)).eval().requires_grad_(False)
-    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    device, dtype = model.device, model.dtype
     done = [each for each in model.optimizations if each in LASTING]
     _unpack(model)
     if device.type == "cpu" and dtype in backends.EMULATED:
         model.float()
         done.append(WIDENED[dtype])
-    if model.config.layer_scale is not None and model.pos_embed.dtype != torch.float16 and _fold_layer_scale(model):
+    if model.config.layer_scale is not None and model.dtype != torch.float16 and _fold_layer_scale(model):
         done.append(FOLDED)
     if fused_merge and FUSED not in done:
         _fuse_merge(model)
@@ -125,7 +125,7 @@ def _pack(model: VisionTransformer, *, required: bool) -> str:
         if not blocks:
             raise ValueError(
                 f"weights cannot be packed here: that is for float32 on x86 processors, and for bfloat16 on those that "
-                f"have instructions for it; the model is {model.pos_embed.dtype} on {model.pos_embed.device}"
+                f"have instructions for it; the model is {model.dtype} on {model.device}"
             )
         most, gain = float(MOST_ROWS), f"products of up to {MOST_ROWS} rows"
     else:
@@ -192,10 +192,10 @@ def _linears(block: Block, kind: type[L]) -> list[tuple[nn.Module, str, L]]:
 
 
 def _fuse_merge(model: VisionTransformer) -> None:
-    if model.pos_embed.device.type != "cuda" or model.config.matching != "bipartite":
+    if model.device.type != "cuda" or model.config.matching != "bipartite":
         raise ValueError(
             f"the fused merge is bipartite matching on a GPU, and this model has {model.config.matching!r} on "
-            f"{model.pos_embed.device}"
+            f"{model.device}"
         )
     from tomevit.layers.triton_merge import match_and_merge_fused
 
@@ -204,7 +204,7 @@ def _fuse_merge(model: VisionTransformer) -> None:
 
 
 def _compile(model: VisionTransformer) -> str:
-    if model.pos_embed.device.type != "cpu":
+    if model.device.type != "cpu":
         compile_whole(model)
         return "compiled whole, one program and one CUDA graph for each r and batch"
     compile_blocks(model)

@@ -12,7 +12,7 @@ from tomevit import private
 from tomevit.config import Config
 from tomevit.layers import backends
 from tomevit.layers.packed import PackedLinear
-from tomevit.layers.rotary import ROTATIONS, rotate
+from tomevit.layers.rotary import rotate
 from tomevit.layers.uninitialised import layer_norm, linear
 
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
         self.qkv = linear(dim, 3 * dim, bias=config.qkv_bias)
         self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.rotate = partial(rotate, adjacent=ROTATIONS[config.rope].adjacent) if config.rope else None
+        self.rotate = partial(rotate, kind=config.rope or "")
         self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
@@ -65,8 +65,8 @@ class Attention(nn.Module):
         """
         q, k, v = self._qkv(x) if num_read is None else self._qkv_read(x, num_read)
         q, k = self.q_norm(q), self.k_norm(k)
-        turned = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
-        x = attend(*turned, v, size, self.attn_dropout if self.training else 0.0)
+        turned, key = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
+        x = attend(turned, key, v, size, self.attn_dropout if self.training else 0.0)
         return self.dropout(backends.call(self.proj, rearrange(x, "b h n d -> b n (h d)"))), k
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

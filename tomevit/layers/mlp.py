@@ -81,7 +81,7 @@ class SwiGLU(nn.Module):
         return self.dropout(backends.call(self.fc2, self.dropout(hidden)))
 
 
-MLPS: dict[str, Callable[[Config], nn.Module]] = {"mlp": Mlp, "swiglu": SwiGLU}
+MLPS: dict[str, Callable[[Config], Mlp | SwiGLU]] = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 class LayerScale(nn.Module):

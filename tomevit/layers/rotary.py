@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
@@ -56,7 +57,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("table", rotary_table(config).to(torch.float32), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Made anew, on the device and in the dtype that it was moved to: half precision would blur the positions.
         self.table = rotary_table(self.config).to(self.table.device, backends.at_least_float32(self.table.dtype))
         return self
@@ -75,18 +76,19 @@ def rotary_table(config: Config) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)[None]
 
 
-def rotate(x: Tensor, table: Tensor, *, adjacent: bool) -> Tensor:
-    """Turn each token's channels, two by two.
+def rotate(x: Tensor, table: Tensor, kind: str) -> Tensor:
+    """Turn each token's channels, two by two, as `ROTATIONS[kind]` says.
 
     Args:
         x: (B, H, N, d).
         table: (B or 1, N, d) float32 or float64, cosines and then sines.
-        adjacent: channels 2m and 2m + 1 turn together; else m and m + d / 2.
+        kind: a name in ROTATIONS.
 
     Returns:
         (B, H, N, d) in the dtype of x; computed in that of the table.
     """
     cos, sin = table[:, None].chunk(2, -1)
-    a, b = x.to(table.dtype).unflatten(-1, (-1, 2) if adjacent else (2, -1)).unbind(-1 if adjacent else -2)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if adjacent else -2)
-    return turned.flatten(-2).to(x.dtype)
+    pairs = "b h n (m two) -> two b h n m" if ROTATIONS[kind].adjacent else "b h n (two m) -> two b h n m"
+    a, b = rearrange(x.to(table.dtype), pairs, two=2).unbind()
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin])
+    return rearrange(turned, " -> ".join(reversed(pairs.split(" -> ")))).to(x.dtype)

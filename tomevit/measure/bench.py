@@ -244,7 +244,7 @@ def compare(
         target: the speed-up that the suggestion is to reach.
         progress: called after every call, two rounds of warm-up included.
     """
-    config, device, kind = model.config, model.pos_embed.device, model.pos_embed.dtype
+    config, device, kind = model.config, model.device, model.dtype
     dtype = dtype or str(kind).removeprefix("torch.")
     times: list[list[float]] = [[] for _ in those]
     found: dict[int, Bounds] = {}
@@ -296,7 +296,7 @@ def _bounds_of(
         measured,
         limits,
         config=model.config,
-        dtype=model.pos_embed.dtype,
+        dtype=model.dtype,
         flops=batch * candidate.flops,
         tokens=max(1, batch * sum(tokens) // len(tokens)),
         weights=candidate.weights,

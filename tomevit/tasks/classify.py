@@ -126,7 +126,7 @@ def answers(
     for part in stream(images, transform(model), batch=batch, workers=workers, upright=upright):
         found = {place: Answer(_name(images[place]), (), tokens, error=reason) for place, reason in part.unreadable}
         if len(part.places):
-            prepared = part.images.to(model.pos_embed.device)
+            prepared = part.images.to(model.device)
             if step == 0:  # what the very first call sets up is not the time of an image
                 for value in values:
                     _run(model, prepared[:1], value)
@@ -229,7 +229,7 @@ def _run(model: VisionTransformer, images: Tensor, r: Schedule) -> _Run:
         taken = seconds(call, images.device)
     logits = logits.to("cpu", torch.float32)
     if not logits.isfinite().all():
-        dtype = str(model.pos_embed.dtype).removeprefix("torch.")
+        dtype = str(model.dtype).removeprefix("torch.")
         raise ValueError(f"the model's answers are not finite: its weights are damaged, or too large for {dtype}")
     return _Run(logits, logits.softmax(1), taken / len(images))
 

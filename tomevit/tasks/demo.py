@@ -135,7 +135,7 @@ def _measure(
         "trained_r": schedule_to_json(trained.r),
         "batch": batch,
         "rounds": rounds,
-        "dtype": str(plain.pos_embed.dtype).removeprefix("torch."),
+        "dtype": str(plain.dtype).removeprefix("torch."),
         "environment": environment() | {"tomevit": __version__},
         "rows": rows,
     }

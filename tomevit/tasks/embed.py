@@ -156,7 +156,7 @@ def embed(
             running; a batch does not fit into memory; a vector is not finite.
         OSError: a file cannot be written.
     """
-    device, out = model.pos_embed.device, Path(out)
+    device, out = model.device, Path(out)
     parts = out.with_name(f"{out.name}.parts")
 
     def check_all() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
@@ -263,7 +263,7 @@ def run_settings(
     config, matching = asdict(model.config), model.config.matching
     settings = {
         "model": model.card.full_name,
-        "computed": str(model.pos_embed.dtype).removeprefix("torch."),
+        "computed": str(model.dtype).removeprefix("torch."),
         "weights": checkpoint.digest_of(model.state_dict()),
         "architecture": {name: config[name] for name in ARCHITECTURE},
         "prop_attn": model.config.prop_attn,

@@ -14,7 +14,7 @@ from tomevit.models import initial_heads
 from tomevit.weights.rules import Resampling
 
 #: The fields of an architecture that may differ between weights and the model that takes them.
-ADAPTABLE = ("img_size", "num_classes", "in_chans", "pool", "pool_norm")
+ADAPTABLE = ("img_size", "num_classes", "in_chans", "pool", "pool_norm", "proj_dim")
 
 
 def adapt(
@@ -34,7 +34,7 @@ def adapt(
     """
     found, changes = card.config, []
     tensors = dict(tensors)
-    if wanted.grid != found.grid:
+    if wanted.grid != found.grid and found.pos_embed == "learned":
         tensors["pos_embed"] = resample_positions(
             tensors["pos_embed"], found.grid, wanted.grid, found.num_positions_prefix, resampling
         )
@@ -43,13 +43,19 @@ def adapt(
         weight = tensors["patch_embed.proj.weight"]
         tensors["patch_embed.proj.weight"] = convert_channels(weight, wanted.in_chans)
         changes.append(f"patch embedding made for {wanted.in_chans} instead of {found.in_chans} image channels")
+    if wanted.proj_dim != found.proj_dim:
+        if wanted.proj_dim:
+            raise ValueError(f"proj_dim is {wanted.proj_dim}, and the weights have {found.proj_dim}: 0 leaves it out")
+        del tensors["proj.weight"]
+        changes.append("the projection left out")
     if wanted.pool_norm != found.pool_norm:
         # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).
         assert wanted.pool_norm == "after"
         tensors["fc_norm.weight"] = torch.ones_like(tensors.pop("norm.weight"))
         tensors["fc_norm.bias"] = torch.zeros_like(tensors.pop("norm.bias"))
         changes.append("the norm of every token left out, and a fresh one put behind the pooling")
-    if wanted.num_classes != found.num_classes:
+    other_features = wanted.num_classes and wanted.num_features != found.num_features
+    if wanted.num_classes != found.num_classes or other_features:
         changes.append(_replace_heads(tensors, found, wanted))
         card = replace(card, class_names=())
     if changes:
@@ -103,7 +109,7 @@ def _replace_heads(tensors: dict[str, Tensor], found: Config, wanted: Config) ->
     if not wanted.num_classes:
         return f"{both}head{plural} for {found.num_classes} classes left out"
     heads = initial_heads(names, wanted)
-    tensors |= heads.to(tensors["pos_embed"].dtype).state_dict()
+    tensors |= heads.to(next(iter(tensors.values())).dtype).state_dict()
     if not found.num_classes:
         return f"{both}head{plural} added for {wanted.num_classes} classes, with fresh weights"
     return f"{both}head{plural} replaced: fresh weights for {wanted.num_classes} classes instead of {found.num_classes}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from tomevit.weights import cache, checkpoint, files, rules, sources
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.recognise import (
+    ADOPTED,
     Found,
     adopt_inferred,
     check_format,
@@ -124,7 +125,7 @@ def convert(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # new heads: equal sources make equal files
             card, tensors, report = adapt_weights(weights, shape, _card_of_model(model))
-        changes, stored = report.changes, tensors["pos_embed"].dtype
+        changes, stored = report.changes, next(iter(tensors.values())).dtype
         if dtype is not None and dtype != stored:
             changes += (_check_dtype(tensors, stored, dtype),)
         path = Path(out or f"{card.full_name}.safetensors")
@@ -282,7 +283,7 @@ def published_weights(card: Card) -> Weights:
 
 
 def _with_card_of_today(stored: Weights, current: Card) -> Weights:
-    shape = {name: getattr(stored.card.config, name) for name in ("img_size", "num_classes", "in_chans")}
+    shape = {name: getattr(stored.card.config, name) for name in ADOPTED}
     current = replace(with_config(current, replace(current.config, **shape)), origin=stored.card.origin)
     checkpoint.check_structure(current.config, stored.tensors, stored.report.source)
     return stored._replace(card=current)
@@ -300,6 +301,8 @@ def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = No
 
     def write(fetched: cache.Fetched, draft: Path) -> None:
         weights = read_weights(sources.locate_fetched(fetched, card), model=model, **told)
+        if card.weights:  # the positions of some are published at another size than that of their figures
+            weights = adapt_weights(weights, {"img_size": card.config.img_size})
         checkpoint.write(draft, weights.card, weights.tensors)
 
     path = cache.cached(card, write, variant=variant)
@@ -356,7 +359,8 @@ def read_weights(
             omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
         observed = infer_architecture(tensors)
-        other_heads += _find_heads_of_another_width(tensors, made_of, observed["embed_dim"])
+        widths = {observed["proj_dim"] or observed["embed_dim"], *([2 * observed["embed_dim"]] * form.beside_mean)}
+        other_heads += _find_heads_of_another_width(tensors, made_of, widths)
         if other_heads:
             if not fresh_head and (known is None or known.config.num_classes):
                 raise MissingOptionError(
@@ -486,11 +490,11 @@ def _check_tensors_are_such(place: Found, found: files.Checkpoint) -> None:
 
 
 def _find_heads_of_another_width(
-    tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], width: int
+    tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], widths: Collection[int]
 ) -> list[str]:
-    """The source's names of heads that stand on more or less than one token's features."""
+    """The source's names of heads that stand on more or less than the features that a head reads here."""
     heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
-    return [source for name in heads if tensors[name].shape[1:] != (width,) for source in sources[name]]
+    return [source for name in heads if tensors[name].shape[1] not in widths for source in sources[name]]
 
 
 def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -367,6 +367,7 @@ DINOV2 = Format(
     resampling=Resampling("bicubic", offset=0.1),  # interpolate_pos_encoding there
     omissions=(Omission("mask_token", MASK_TOKEN),),
     fixed={"norm_eps": 1e-6, "pool_norm": "before"},
+    beside_mean=True,
     container="torch",
 )
 DINOV2 = replace(
@@ -412,6 +413,7 @@ DINOV3 = Format(
         Omission("local_cls_norm.*", "it norms the class tokens of small crops in pre-training"),
     ),
     fixed={"rope": "dinov3", "norm_eps": 1e-5, "pool_norm": "before"},
+    beside_mean=True,
     container="torch",
 )
 
@@ -625,6 +627,7 @@ def _hf_dinov2() -> Iterator[Format]:
                     omissions=(Omission(f"{embeddings}.mask_token", MASK_TOKEN),),
                     variant_of=None if not bare and not suffix and not registers else "hf_dinov2",
                     fixed={"pool_norm": "before", "norm_eps": 1e-6},
+                    beside_mean=True,
                 )
 
 

@@ -266,7 +266,9 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         CheckpointError: a parameter that every model has is missing, or of another rank.
     """
-    ranks = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.attn.qkv.weight": 2, "blocks.0.mlp.fc1.weight": 2}
+    ranks = {"patch_embed.proj.weight": 4, "blocks.0.attn.qkv.weight": 2}
+    ranks |= {"blocks.0.mlp.fc1.weight": 2, "blocks.0.mlp.fc2.weight": 2}
+    ranks |= {name: rank for name, rank in {"pos_embed": 3, "attn_pool.mlp.fc1.weight": 2}.items() if name in tensors}
     for name, rank in ranks.items():
         if name not in tensors:
             raise CheckpointError(f"it has no {name}, which every vision transformer here has")
@@ -275,13 +277,18 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"its {name} is {tuple(tensors[name].shape)}, and must have {rank} dimensions, none 0"
             )
     dim, channels, _, patch = tensors["patch_embed.proj.weight"].shape
-    head = tensors.get("head.weight")
+    inner, hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0], tensors["blocks.0.mlp.fc2.weight"].shape[1]
+    head, pool = tensors.get("head.weight"), tensors.get("attn_pool.mlp.fc1.weight")
+    proj = tensors.get("proj.weight")
+    norm = {"fc_norm.weight": "after", "norm.weight": "before"}
     return {
         "patch_size": patch,
         "in_chans": channels,
         "embed_dim": dim,
         "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
-        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "mlp": "swiglu" if inner == 2 * hidden else "mlp",
+        "mlp_ratio": hidden / dim,
+        "mlp_norm": "blocks.0.mlp.norm.weight" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
@@ -289,22 +296,32 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "class_token": "cls_token" in tensors,
         "dist_token": "dist_token" in tensors,
         "reg_tokens": tensors["reg_token"].shape[1] if "reg_token" in tensors and tensors["reg_token"].ndim == 3 else 0,
-        "pool_norm": "after" if "fc_norm.weight" in tensors else "before",
+        "pos_embed": "learned" if "pos_embed" in tensors else "none",
+        "attention_pool": None if pool is None else pool.shape[0] / dim,
+        "pool_norm": next((kind for name, kind in norm.items() if name in tensors), "none"),
+        "proj_dim": 0 if proj is None else proj.shape[0],
         "num_classes": head.shape[0] if head is not None and head.ndim == 2 else 0,
-        "positions": tensors["pos_embed"].shape[1],
+        "beside_mean": head is not None and head.shape[1:] == (2 * dim,),
+        "positions": tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0,
     }
+
+
+#: The fields of Config that weights of one architecture may have otherwise: they are taken from the tensors.
+ADOPTED = ("img_size", "in_chans", "num_classes", "pool", "pool_norm", "pos_embed_prefix", "proj_dim")
 
 
 def comparable_fields(config: Config) -> dict[str, Any]:
     """An architecture, as far as `infer_architecture` sees it in tensors, and what cannot be seen there."""
     names = (
         *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
-        *("class_token", "dist_token", "reg_tokens", "pool_norm"),
-        *("num_heads", "act", "pos_embed_prefix"),  # not to be seen in tensors
+        *("class_token", "dist_token", "reg_tokens", "pos_embed", "pool_norm", "mlp", "mlp_norm"),
+        *("num_heads", "act", "pos_embed_prefix", "rope", "pool_heads"),  # not to be seen in tensors
     )
+    pooled = int(config.embed_dim * (config.pool_mlp_ratio or config.mlp_ratio))
     return {name: getattr(config, name) for name in names} | {
-        "mlp_ratio": int(config.embed_dim * config.mlp_ratio) / config.embed_dim,
+        "mlp_ratio": config.mlp_hidden / config.embed_dim,
         "layer_scale": config.layer_scale is not None,
+        "attention_pool": pooled / config.embed_dim if config.pool == "map" else None,
     }
 
 
@@ -340,11 +357,18 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     Raises:
         CheckpointError: the patches make no square, and img_size does not say what they make.
     """
-    config = replace(config, in_chans=observed["in_chans"], num_classes=observed["num_classes"])
+    config = replace(config, **{name: observed[name] for name in ("in_chans", "num_classes", "proj_dim")})
+    if observed["num_classes"] and config.class_token and config.pool != "map":
+        pool = "token" if config.pool == "token_avg" else config.pool
+        config = replace(config, pool="token_avg" if observed["beside_mean"] else pool)
     if observed["pool_norm"] != config.pool_norm:
         # Weights without a head end in a norm of every token; with fc_norm, timm's ViT reads the mean patch.
         token = observed["pool_norm"] == "before" and config.class_token
         config = replace(config, pool_norm=observed["pool_norm"], pool="token" if token else "avg")
+    if config.pos_embed == "none":
+        return config if img_size is None else replace(config, img_size=img_size)
+    if config.pos_embed_prefix == "class" and config.reg_tokens and _is_grid(observed["positions"], config, img_size):
+        config = replace(config, pos_embed_prefix=False)  # as timm has it: the class token's is added to the token
     patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
         return asked
@@ -357,6 +381,12 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
             f"or --img-size"
         )
     return replace(config, img_size=(edge * config.patch_size, edge * config.patch_size))
+
+
+def _is_grid(positions: int, config: Config, img_size: tuple[int, int] | None) -> bool:
+    """Whether so many positions are those of patches alone, in a square or as the image size says."""
+    sizes = [config, *([] if img_size is None else [replace(config, img_size=img_size)])]
+    return math.isqrt(positions) ** 2 == positions or positions in [size.num_patches for size in sizes]
 
 
 def choose_card(

@@ -79,7 +79,8 @@ class Rule:
             ValueError: a part for which the project has no place is not 0.
         """
         shares = self.shares or (1,) * len(self.parts)
-        for part, rows in zip(self.parts, x.split([len(x) * share // sum(shares) for share in shares]), strict=True):
+        lengths = [len(x) * share // sum(shares) for share in shares]
+        for part, rows in zip(self.parts, torch.split(x, lengths), strict=True):
             if part is not None:
                 yield part, rows
             elif rows.any():
@@ -157,6 +158,7 @@ class Format:
         omissions: what is left out on the way in, and why.
         variant_of: the format that users name when they mean this one too.
         fixed: fields of Config that models of this project always have: others cannot be written.
+        beside_mean: whether a head may read the class token beside the mean patch.
         num_heads: a tensor whose second dimension is the number of heads, where the format has one.
         container: what the project's own files are: "safetensors", "npz", "torch", or "torch:KEY" where the state dict
             lies under a key.
@@ -170,6 +172,7 @@ class Format:
     omissions: tuple[Omission, ...] = ()
     variant_of: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    beside_mean: bool = False
     num_heads: str | None = None
     container: str = "safetensors"
 

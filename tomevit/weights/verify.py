@@ -137,5 +137,6 @@ def _compare_with_source(
     if differ := differ + values:
         more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
         return Check("source", False, "; ".join(differ[:6]) + more)
-    rounded = "" if theirs.tensors["pos_embed"].dtype == tensors["pos_embed"].dtype else " once rounded"
+    stored, given = (next(iter(each.values())).dtype for each in (tensors, theirs.tensors))
+    rounded = "" if stored == given else " once rounded"
     return Check("source", True, f"all {len(tensors)} tensors agree with {os.fspath(against)} to the bit{rounded}")

@@ -135,7 +135,7 @@ def export_program(
             exact = checkpoint.assemble(card, {name: t.to(kept) for name, t in tensors.items()}, source)
             runs = from_pixels(exact) if raw else exact
             metadata = describe_program(reference, dtype, batch, raw)
-            images = _images(card, batch or 2, raw).to(exact.pos_embed.device, None if raw else kept)
+            images = _images(card, batch or 2, raw).to(exact.device, None if raw else kept)
             now("tracing")
             program = trace(runs, images, dynamic=batch is None)
             now("writing")
@@ -220,7 +220,7 @@ def _compare(
     if loaded is None:
         return None
     runtime, run = loaded
-    card, device = reference.card, reference.pos_embed.device
+    card, device = reference.card, reference.device
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device="cpu")[:, None, None]
         for values in (card.preprocess.mean, card.preprocess.std)

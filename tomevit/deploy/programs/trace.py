@@ -29,7 +29,7 @@ class FromPixels(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 -> what the model answers."""
         # Not 1/255 in the weights too: in float16 a good part of them would be below its normal range.
-        return self.model(images.to(self.model.pos_embed.dtype) / 255)
+        return self.model(images.to(self.model.dtype) / 255)
 
 
 def from_pixels(model: VisionTransformer) -> FromPixels:

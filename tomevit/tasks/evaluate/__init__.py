@@ -238,7 +238,7 @@ def _fill_table(
     waiting = (table.answers[:, 0] == WAITING).nonzero().flatten()
     chunks = sorted({i // batch for i in waiting.tolist()})[rank::world]
     mine = [i for chunk in chunks for i in range(chunk * batch, min((chunk + 1) * batch, len(files)))]
-    truth, device, resumed = torch.tensor(labels, device="cpu"), model.pos_embed.device, len(files) - len(waiting)
+    truth, device, resumed = torch.tensor(labels, device="cpu"), model.device, len(files) - len(waiting)
     done = unreadable = 0
     yield Step(done, len(mine), unreadable, resumed)
     with closing(stream(files, transform(model), batch=batch, workers=workers, indices=mine)) as batches:

@@ -187,8 +187,8 @@ def evaluation_key(
         "images": _digest(images),
         "r": ", ".join(map(format_schedule, r_values)),
         "batch": str(batch),
-        "dtype": str(model.pos_embed.dtype).removeprefix("torch."),
-        "device": model.pos_embed.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
         "tomevit": __version__,
     }
 

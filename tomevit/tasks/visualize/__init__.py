@@ -100,7 +100,7 @@ def observe(
     if images.ndim != 4:
         raise ValueError(f"the image is a tensor of {images.ndim - 1} dimensions; give one image, (C, H, W)")
     pixels = undo_normalisation(images[0], prepare)
-    images = images.to(model.pos_embed.device)
+    images = images.to(model.device)
     embedded = model._embed(images, trace=True)
     runs = []
     for r in r_values:
