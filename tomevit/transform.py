@@ -103,7 +103,8 @@ class Transform:
         # The same arithmetic, to the last bit: whole numbers, rounded and clipped behind each of the two passes.
         down, across = (_sums(window, self.preprocess.interpolation) for window in (rows, columns))
         pixels = _pixels(image.crop((across.begin, down.begin, across.end, down.end))).to(torch.int64)
-        for dim, sums in ((-1, across), (-2, down)):
+        passes = [(-1, across), (-2, down)]
+        for dim, sums in reversed(passes) if _shrinks_height_first(rows, columns) else passes:
             weights = sums.weights * 2**WEIGHT_BITS
             weights = torch.trunc(weights + torch.copysign(torch.full_like(weights, 0.5), weights)).to(torch.int64)
             pixels = _weighted_sums(pixels, dim, sums.places, weights)
@@ -164,6 +165,14 @@ def convert(image: Image, mode: str) -> Image:
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
         return image.convert(image.mode.upper()).convert(mode)
     return image.convert(mode)
+
+
+def _shrinks_height_first(rows: _Window, columns: _Window) -> bool:
+    """Whether `Image.resize` has the vertical pass first: since Pillow 13, where height loses far more than width."""
+    import PIL
+
+    lost = rows.have - rows.resized
+    return int(PIL.__version__.partition(".")[0]) >= 13 and lost > max(0, 2 * (columns.have - columns.resized))
 
 
 def _pixels(image: Image) -> Tensor:
