@@ -152,16 +152,16 @@ def convert(image: Image, mode: str) -> Image:
     As Pillow converts it, where that makes sense: grey of 16 bits has its high byte, as Pillow takes it of colours of
     16 bits, where `Image.convert` would make everything beyond 255 white.
     """
+    if image.mode == mode:
+        return image
     import numpy as np
     from PIL import Image, ImageCms
 
-    if image.mode == mode:
-        return image
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.ImageCmsTransform(lab, srgb, "LAB", "RGB").apply(image).convert(mode)
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB").convert(mode)
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
         return image.convert(image.mode.upper()).convert(mode)
     return image.convert(mode)

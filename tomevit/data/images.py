@@ -42,7 +42,7 @@ SUFFIXES = frozenset(
 #: Bytes that the file of an image may have: six for each of the pixels that Pillow takes, which is colour of 16 bits.
 MOST_BYTES = 2**29
 #: Bytes of a file that is read once more without what describes its image.
-MOST_BYTES_AGAIN = 2**26
+MOST_BYTES_AGAIN = 2**27
 
 HIDDEN, NAMED_OTHERWISE = "hidden", "not named as an image"
 
@@ -59,8 +59,8 @@ class Found(NamedTuple):
     def passed_over(self) -> str:
         """What was passed over, as a sentence without its end; "" if nothing was."""
         count = self.left_out.total()
-        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.most_common())
-        return f"{count:,} {'was' if count == 1 else 'were'} passed over: {kinds}" if count else ""
+        kinds = ", ".join(f"{number:,} {kind}" for kind, number in self.left_out.most_common() if number)
+        return f"{count:,} file{' was' if count == 1 else 's were'} passed over: {kinds}" if count else ""
 
 
 def find(sources: Iterable[str | PathLike[str]]) -> list[str]:
@@ -252,6 +252,10 @@ def _decode(file: IO[bytes], mode: str, upright: bool) -> Image:
         most = Image.MAX_IMAGE_PIXELS
         if most is not None and width * height > most:
             raise Image.DecompressionBombError(f"{width:,} × {height:,}, and {most:,} may be decoded")
+        # What libtiff asks memory for, whatever the size of the image.
+        tile = getattr(image, "tag_v2", {}).get(322, 0) * getattr(image, "tag_v2", {}).get(323, 0)
+        if tile > max(4 * width * height, 2**22):
+            raise ValueError(f"it has tiles of {tile:,} pixels, and is {width:,} × {height:,}")
         image.load()
         image.info.pop("transparency", None)  # of a palette: it changes no colour, and Pillow would warn of it
         turned = _turned(image) if upright else image
@@ -286,7 +290,9 @@ def _grey(image: Image, kind: str | None) -> Image:
 
     if image.mode == "I" and kind in ("PNG", "PPM"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    raise ValueError("its pixels have 32 bits, of which nothing says what is white: make it one of 8 or 16 bits")
+    raise NotImplementedError(
+        "its pixels have 32 bits, of which nothing says what is white: make it one of 8 or 16 bits"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -299,6 +305,8 @@ def _reason(error: Exception) -> str:
         return f"too many pixels: {error}"
     if isinstance(error, MemoryError):
         return "there is too little memory for it"
+    if isinstance(error, NotImplementedError):
+        return str(error)
     if isinstance(error, NotRegularFileError):
         return str(error).rpartition(" is ")[2]
     if isinstance(error, IsADirectoryError):
@@ -327,7 +335,7 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
     at = 8
     while at < len(data):
         length, kind = struct.unpack_from(">I4s", data.ljust(at + 8, b"\0"), at)
-        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):  # capitals: no pixels without it
+        if kind[:1].isupper() or kind == b"eXIf":  # a capital letter: no pixels without it
             yield data[at : at + 12 + length]
         at += 12 + length
 
@@ -339,7 +347,9 @@ def _jpeg_segments(data: bytes) -> Iterator[bytes]:
     at = 2
     while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] not in (b"", b"\xda"):  # where pixels begin
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if data[at + 1] not in (0xE1, 0xE2, 0xED, 0xFE):  # EXIF and XMP, profiles and further pictures, IPTC, comments
+        if (
+            not (0xE0 <= data[at + 1] < 0xF0 or data[at + 1] == 0xFE) or data[at + 1] == 0xEE
+        ):  # it says what colours are
             yield data[at:end]
         at = end
     yield data[at:]
