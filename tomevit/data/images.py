@@ -44,7 +44,8 @@ MOST_BYTES = 2**29
 #: Bytes of a file that is read once more without what describes its image.
 MOST_BYTES_AGAIN = 2**27
 
-HIDDEN, NAMED_OTHERWISE = "hidden", "not named as an image"
+#: What begins with a dot, among what is passed over.
+HIDDEN = "hidden"
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -54,7 +55,7 @@ class Found(NamedTuple):
     """The image files that sources name."""
 
     files: list[str]
-    left_out: Counter[str]  # what was passed over, by its kind: {"hidden": 2, "a pipe": 1}
+    left_out: Counter[str]  # what was passed over, though it is named as an image, by kind: {"hidden": 2, "a pipe": 1}
 
     def passed_over(self) -> str:
         """What was passed over, as a sentence without its end; "" if nothing was."""
@@ -113,9 +114,7 @@ def _in_folder(top: Path) -> Found:
     for folder, files in _folders(str(top), found.left_out):
         for entry in files:
             path = os.path.join(folder, entry.name)  # noqa: PTH118  # which adds no "./"
-            if Path(entry.name).suffix.lower() not in SUFFIXES:
-                found.left_out[NAMED_OTHERWISE] += 1
-            elif _holds(entry.is_file):  # as the folder has it: no question for each file
+            if _holds(entry.is_file):  # as the folder has it: no question for each file
                 found.files.append(path)
             else:
                 _add(found, path)
@@ -143,7 +142,7 @@ def _add(found: Found, path: str) -> None:
 
 
 def _folders(top: str, left_out: Counter[str]) -> Iterator[tuple[str, list[os.DirEntry[str]]]]:
-    """A folder and all below it, each once, with what in it is no folder; without what begins with a dot.
+    """A folder and all below it, each once, with what is named as an image; without what begins with a dot.
 
     Links come last: of several paths to a folder the one without links is taken, and links may lead in circles.
     """
@@ -165,9 +164,12 @@ def _folders(top: str, left_out: Counter[str]) -> Iterator[tuple[str, list[os.Di
         seen.add((status.st_dev, status.st_ino))
         files = []
         for entry in entries:
+            is_folder = _holds(entry.is_dir)
+            if not is_folder and Path(entry.name).suffix.lower() not in SUFFIXES:
+                continue
             if entry.name.startswith("."):
                 left_out[HIDDEN] += 1
-            elif _holds(entry.is_dir):
+            elif is_folder:
                 path = os.path.join(folder, entry.name)  # noqa: PTH118
                 (links if entry.is_symlink() else folders).append(path)
             else:

@@ -132,7 +132,7 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
 def _from_folders(folder: Path, folders: Sequence[Path], num_classes: int, class_names: Sequence[str]) -> Labelled:
     names = [path.name for path in folders]
     classes = _classes(names, num_classes, class_names, f"{folder}: the folders", complete=len(names) == num_classes)
-    found = Found([], Counter({HIDDEN: sum(entry.name.startswith(".") for entry in folder.iterdir())}))
+    found = Found([], Counter({HIDDEN: sum(path.name.startswith(".") for path in folder.iterdir() if path.is_dir())}))
     labels: list[int] = []
     for path in folders:
         files, left_out = search([path])
