@@ -120,7 +120,7 @@ class Transform:
         if self._fits(rows, columns):
             planes = image.reshape(-1, *image.shape[-2:])
             at_once = max(1, PIXELS_AT_ONCE // (rows.have * columns.have))
-            resized = torch.cat([self._resize_planes(part, rows, columns) for part in planes.split(at_once)])
+            resized = torch.cat([self._resize_planes(part, rows, columns) for part in torch.split(planes, at_once)])
         else:
             down, across = (_sums(window, self.preprocess.interpolation) for window in (rows, columns))
             part = image[..., down.begin : down.end, across.begin : across.end].to(torch.float32)
@@ -140,7 +140,7 @@ class Transform:
             resize(part.to(torch.float32)[None], size=(part.shape[1], columns.resized))[
                 ..., columns.begin : columns.end
             ]
-            for part in planes.split(at_once, dim=1)
+            for part in torch.split(planes, at_once, dim=1)
         ]
         resized = resize(torch.cat(parts, dim=2), size=(rows.resized, columns.kept))
         return _to_uint8(resized[0, :, rows.begin : rows.end])
@@ -161,7 +161,7 @@ def convert(image: Image, mode: str) -> Image:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB").convert(mode)
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image).convert(mode)
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
         return image.convert(image.mode.upper()).convert(mode)
     return image.convert(mode)

@@ -136,8 +136,6 @@ def test_a_crop_is_what_a_resized_picture_would_have_there(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys.modules["tomevit.transform"], "CROPS", crops)  # none is made whole, or all are
         assert torch.equal(ours(picture), expected)
-        levels = 255 * (ours(T.functional.pil_to_tensor(picture)) - expected).abs()
-        assert levels.mean() < 3, "Pillow clips between its passes"
 
 
 # ---------------------------------------------------------------------------- from files, as each family is evaluated

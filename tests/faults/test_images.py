@@ -19,8 +19,10 @@ import torch
 from PIL import Image, ImageCms, ImageFile
 
 from tests.faults.special import SPECIAL, each_special
+from tests.helpers import tiny
 from tests.outcomes import survives
 from tests.tools.test_images import CHINA, FILES, SMALL, encoded
+from tomevit import cli, save
 from tomevit.config import Preprocess
 from tomevit.data.images import find, prepare_image, read, search, stream
 from tomevit.data.labelled_images import labelled
@@ -218,6 +220,34 @@ def test_what_begins_with_a_dot_is_passed_over_unless_it_is_named(tmp_path: Path
     for named in ("cat/deep/.ipynb_checkpoints", "cat/deep/.ipynb_checkpoints/2.png", "cat/deep/._2.png"):
         assert len(find([root / named])) == 1
     assert len(find([root / "**" / ".ipynb_checkpoints" / "*.png"])) == 2
+
+
+@HIDDEN
+def test_commands_say_what_they_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0", "1"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        (tmp_path / "set" / name / "1.png").write_bytes(FILES["odd.png"])
+        (tmp_path / "set" / name / "._1.png").touch()
+    os.mkfifo(tmp_path / "set" / "1" / "2.png")
+    save(tiny(num_classes=2), tmp_path / "tiny.safetensors")
+    folder, model = str(tmp_path / "set"), ["--model", str(tmp_path / "tiny.safetensors")]
+    for command in (
+        ["classify", folder, *model],
+        ["embed", folder, "-o", str(tmp_path / "out.safetensors"), *model, "--workers", "0"],
+        ["eval", "--data", folder, *model, "--workers", "0"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(command)
+        assert not stop.value.code
+        assert "3 files were passed over: 2 hidden, 1 a pipe\n" in capsys.readouterr().err
+
+
+def test_the_command_is_quiet_about_odd_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tomevit", "--version"])
+    with warnings.catch_warnings():
+        with pytest.raises(SystemExit):
+            cli.main()
+        warnings.warn_explicit("odd", UserWarning, "TiffImagePlugin.py", 1, "PIL.TiffImagePlugin")
 
 
 @LINKS
