@@ -53,8 +53,13 @@ def read_small_file(path: str | PathLike[str], most: int = 2**26) -> bytes:
     return content
 
 
+def special_kind(mode: int) -> str:
+    """What is no regular file, by its mode, as in "a pipe"."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
 def _check(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a directory, not a file")
     if not stat.S_ISREG(mode):
-        raise NotRegularFileError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
+        raise NotRegularFileError(f"{path} is {special_kind(mode)}, not a regular file")

@@ -9,6 +9,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -109,6 +110,8 @@ def _interrupted_at_once() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A user's mistake ends in one line on standard error and status 2, without a traceback."""
+    if arguments is None:  # the process is this command's: nobody asked to be told of odd EXIF data
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = cli.main(arguments, prog_name="tomevit", standalone_mode=False)

@@ -21,7 +21,7 @@ from tomevit.cli.options import R
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
 from tomevit.data.class_names import ClassNames, class_names
-from tomevit.data.images import find, read
+from tomevit.data.images import read, search
 from tomevit.errors import ImageError, printable
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
@@ -156,7 +156,13 @@ def _sources(arguments: Sequence[str]) -> list[str | bytes]:
         raise ValueError("standard input, -, can be read only once")
     found: list[str | bytes] = []
     for argument in arguments:
-        found += _parse_standard_input(sys.stdin.buffer.read()) if argument == "-" else find([argument])
+        if argument == "-":
+            found += _parse_standard_input(sys.stdin.buffer.read())
+            continue
+        files, _ = located = search([argument])
+        found += files
+        if passed_over := located.passed_over():
+            click.echo(f"tomevit: {printable(argument)}: {passed_over}", err=True)
     return found
 
 

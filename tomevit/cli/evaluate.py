@@ -202,6 +202,8 @@ def eval_command(
     with join_process_group():
         rank, world = processes()
         task = fail_together(partial(_prepare, request))
+        if task.images.passed_over and not rank:
+            click.echo(f"tomevit: {task.images.passed_over}", err=True)
         workers = readers(task.model.pos_embed.device) if workers is None else workers
         found = _evaluate(task, batch, workers, restart=restart)
     if rank:

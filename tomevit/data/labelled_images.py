@@ -16,7 +16,7 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from tomevit.data.images import SUFFIXES, find
+from tomevit.data.images import HIDDEN, SUFFIXES, Found, search
 from tomevit.errors import join_with_or
 
 #: Where the images to evaluate lie, below a set's folder: as Kaggle has ILSVRC, as torchvision has it, or right there.
@@ -46,6 +46,7 @@ class Labelled(NamedTuple):
     labels: list[int]  # what the model's output has to be, one for each file
     how: str  # where the labels come from, in words
     notes: tuple[str, ...] = ()  # what else should be known of this set
+    passed_over: str = ""  # what is no image there, in words
 
 
 class Classes(NamedTuple):
@@ -111,34 +112,36 @@ def labelled(
         return _from_folders(folder, folders, num_classes, class_names)
     if truth is None:
         truth = _find_truth(folder)
-    files = find([folder])
+    found = search([folder])
     if truth is None:
         raise ValueError(
             f"{folder}: no folder for each class, and no list of the images' classes: name it with --truth, or put one "
             f"of {', '.join(TRUTHS)} beside the images"
         )
-    return _from_truth(folder, files, Path(truth), num_classes, class_names)
+    listed = _from_truth(folder, found.files, Path(truth), num_classes, class_names)
+    return listed._replace(passed_over=found.passed_over())
 
 
 def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the images right in a folder, sorted by name."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
-    return folders, [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
+    return folders, [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
 
 
 def _from_folders(folder: Path, folders: Sequence[Path], num_classes: int, class_names: Sequence[str]) -> Labelled:
     names = [path.name for path in folders]
     classes = _classes(names, num_classes, class_names, f"{folder}: the folders", complete=len(names) == num_classes)
-    files: list[str] = []
+    found = Found([], Counter({HIDDEN: sum(path.name.startswith(".") for path in folder.iterdir() if path.is_dir())}))
     labels: list[int] = []
     for path in folders:
-        found = find([path])
-        files += found
-        labels += [classes.of[path.name]] * len(found)
+        files, left_out = search([path])
+        found.files.extend(files)
+        found.left_out.update(left_out)
+        labels += [classes.of[path.name]] * len(files)
     missing = num_classes - len(names)
     notes = (f"Images of {len(names)} classes; answers are among all {num_classes}.",) if missing else ()
-    return Labelled(files, labels, f"{len(names)} folders, {classes.how}", notes)
+    return Labelled(found.files, labels, f"{len(names)} folders, {classes.how}", notes, found.passed_over())
 
 
 # -------------------------------------------------------------------------------------------------------------- classes

@@ -225,6 +225,7 @@ class Data(NamedTuple):
 
     names: Strings  # paths of images, or of shards
     sharded: bool
+    passed_over: str = ""  # what is no image there, in words
 
 
 def locate(sources: Iterable[str | PathLike[str]]) -> Data:
@@ -244,7 +245,8 @@ def locate(sources: Iterable[str | PathLike[str]]) -> Data:
             next(s for s, names in zip(expanded, found, strict=True) if bool(names) is b) for b in (True, False)
         )
         raise ValueError(f"{of_shards} is of WebDataset, and {other} is not: embed the two one after the other")
-    return Data(Strings(images.find(expanded)), sharded=False)
+    located = images.search(expanded)
+    return Data(Strings(located.files), sharded=False, passed_over=located.passed_over())
 
 
 def run_settings(
