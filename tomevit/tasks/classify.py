@@ -165,22 +165,35 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
 
 
 def summarise(found: Iterable[Answer]) -> Summary:
-    """All answers of one call together."""
-    found = list(found)
-    read = [answer for answer in found if not answer.error]
-    changed = [answer.changed for answer in read]
-    return Summary(
-        images=len(read),
-        unreadable=len(found) - len(read),
-        seconds=_mean([answer.seconds for answer in read]),
-        seconds_unmerged=_mean([answer.seconds_unmerged for answer in read]),
-        kept=None if None in changed or not changed else changed.count(False),
-    )
+    """All answers of one call together. None is kept: they may come one by one, and be as many as they like."""
+    images = unreadable = kept = 0
+    compared = True
+    merged, plain = _Mean(), _Mean()
+    for answer in found:
+        if answer.error:
+            unreadable += 1
+            continue
+        images += 1
+        compared = compared and answer.changed is not None
+        kept += answer.changed is False
+        merged.add(answer.seconds)
+        plain.add(answer.seconds_unmerged)
+    return Summary(images, unreadable, merged.value(), plain.value(), kept if images and compared else None)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+class _Mean:
+    """Of numbers that come one by one, without those that are not known."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, number: float | None) -> None:
+        if number is not None:
+            self.total += number
+            self.count += 1
+
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
 
 
 def _sources(
