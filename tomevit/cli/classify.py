@@ -28,7 +28,7 @@ from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_to_json
-from tomevit.tasks.classify import Answer, Guess, Summary, answers, check_classifiable, summarise
+from tomevit.tasks.classify import Answer, Guess, Summary, Tally, answers, check_classifiable
 from tomevit.version import __version__
 
 SCHEMA = 1
@@ -110,19 +110,12 @@ def classify(
 
 @contextmanager
 def _reporting(out: Path | None) -> Iterator[Callable[[str], object]]:
-    """What takes the lines of a report one by one: standard output, or a file that is put in place at the end.
-
-    Bytes in names of files that are no UTF-8 stay as they are.
-    """
+    """What takes the lines of a report one by one: standard output, or a file that is put in place at the end."""
     if out is None:
-        yield lambda line: click.echo(line if _is_unicode(line) else line.encode("utf-8", "surrogateescape"))
+        yield click.echo
         return
     with new_file(out) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
         yield lambda line: file.write(f"{line}\n")
-
-
-def _is_unicode(line: str) -> bool:
-    return not re.search("[\ud800-\udfff]", line)
 
 
 def _report_answers(
@@ -133,33 +126,28 @@ def _report_answers(
     report: Callable[[str], object],
 ) -> Summary:
     """Report answers line by line as they come; there are fewer than sources if the keyboard interrupted that."""
+    tally = Tally()
     kept: list[Answer] = []
-
-    def reported() -> Iterator[Answer]:
-        with (
-            tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar,
-            suppress(KeyboardInterrupt),
-        ):
-            for answer, source in zip(run, sources, strict=True):
-                answer = answer._replace(image=source if isinstance(source, str) else "-")
-                if form.keeps:
-                    kept.append(answer)
-                with tqdm.external_write_mode():
-                    if answer.error:
-                        click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
-                    else:
-                        report_all(form.each(setting, answer))
-                bar.update()
-                yield answer
 
     def report_all(lines: Iterable[str]) -> None:
         for line in lines:
             report(line)
 
     report_all(form.head(setting))
-    summary = summarise(reported())
-    report_all(form.foot(setting, summary, kept))
-    return summary
+    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar, suppress(KeyboardInterrupt):
+        for answer, source in zip(run, sources, strict=True):
+            answer = answer._replace(image=source if isinstance(source, str) else "-")
+            tally.add(answer)
+            if form.keeps:
+                kept.append(answer)
+            with tqdm.external_write_mode():
+                if answer.error:
+                    click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
+                else:
+                    report_all(form.each(setting, answer))
+            bar.update()
+    report_all(form.foot(setting, tally.summary(), kept))
+    return tally.summary()
 
 
 # ---------------------------------------------------------------------------------------------------------------- input

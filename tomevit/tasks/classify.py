@@ -164,21 +164,31 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
     return r
 
 
-def summarise(found: Iterable[Answer]) -> Summary:
-    """All answers of one call together. None is kept: they may come one by one, and be as many as they like."""
-    images = unreadable = kept = 0
-    compared = True
-    merged, plain = _Mean(), _Mean()
-    for answer in found:
+class Tally:
+    """Answers counted as they come, none of which is kept."""
+
+    def __init__(self) -> None:
+        self.images = self.unreadable = self.kept = self.compared = 0
+        self.seconds, self.seconds_unmerged = _Mean(), _Mean()
+
+    def add(self, answer: Answer) -> None:
         if answer.error:
-            unreadable += 1
-            continue
-        images += 1
-        compared = compared and answer.changed is not None
-        kept += answer.changed is False
-        merged.add(answer.seconds)
-        plain.add(answer.seconds_unmerged)
-    return Summary(images, unreadable, merged.value(), plain.value(), kept if images and compared else None)
+            self.unreadable += 1
+            return
+        self.images += 1
+        self.compared += answer.changed is not None
+        self.kept += answer.changed is False
+        self.seconds.add(answer.seconds)
+        self.seconds_unmerged.add(answer.seconds_unmerged)
+
+    def summary(self) -> Summary:
+        return Summary(
+            images=self.images,
+            unreadable=self.unreadable,
+            seconds=self.seconds.value(),
+            seconds_unmerged=self.seconds_unmerged.value(),
+            kept=self.kept if self.images and self.compared == self.images else None,
+        )
 
 
 class _Mean:
@@ -194,6 +204,14 @@ class _Mean:
 
     def value(self) -> float | None:
         return self.total / self.count if self.count else None
+
+
+def summarise(found: Iterable[Answer]) -> Summary:
+    """All answers of one call together."""
+    tally = Tally()
+    for answer in found:
+        tally.add(answer)
+    return tally.summary()
 
 
 def _sources(
