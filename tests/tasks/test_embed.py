@@ -22,6 +22,7 @@ from torch import Tensor
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import survives
 from tests.project.test_torchrun import torchrun
 from tests.tasks.test_cli import run
 from tests.tools.test_shards import digit, write_digits, write_shard
@@ -313,6 +314,11 @@ def stopped(stop: str, number: int, of_shard: int, *arguments: str) -> subproces
     )
 
 
+@survives(
+    "machine",
+    "embed killed at any time, in one process or several",
+    "the same command goes on behind the last part that was finished",
+)
 def test_after_kill_9_the_same_command_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
