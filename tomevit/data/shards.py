@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ LISTED = 10
 MOST_NAMES = 10**6
 
 #: How compressed files begin, and what reads them.
-PACKED: dict[bytes, Callable[[BinaryIO], IO[bytes]]] = {
+PACKED: dict[bytes, Callable[[BinaryIO], gzip.GzipFile | bz2.BZ2File | lzma.LZMAFile]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,

@@ -353,21 +353,16 @@ def _begin(
     if _is_done(out, settings, overwrite) and not _is_left(parts, settings):
         return None
     lock.enter_context(_hold_parts(parts))
-    if _is_done(out, settings, overwrite):  # by a run that ended meanwhile, or was killed while it removed its parts
-        if _is_left(parts, settings):
-            _remove(parts)
-        elif not (parts / PLAN).exists():
-            with suppress(OSError):  # another may hold it by now
-                (parts / LOCK).unlink()
-                parts.rmdir()
-        return None
+    # A run may have ended meanwhile; or it was killed while it removed its parts.
     try:
-        begun = _begun(parts)
+        done = _is_done(out, settings, overwrite)
     except ValueError:
-        if not overwrite:
-            raise
-        begun = None
-    if begun is not None:
+        _leave(parts)
+        raise
+    if done:
+        (_remove if _is_left(parts, settings) else _leave)(parts)
+        return None
+    if (begun := _begun(parts)) is not None:
         other = _difference(begun.settings, settings)
         if other is None:
             if begun.size % batch:
@@ -375,7 +370,7 @@ def _begin(
             return begun.size
         if not overwrite:
             raise ValueError(f"{parts} was begun with {_sentence(other, _first_changed(parts, data, digests))}")
-    _clear(parts)
+        _clear(parts)
     if data.sharded:
         size = batch * math.ceil(OF_SHARD / batch)
     else:
@@ -405,7 +400,7 @@ def _begun(parts: Path) -> _Plan | None:
         return None
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise ValueError(f"{parts / PLAN} is damaged, or no plan of embeddings: remove {parts}, or overwrite")
+    raise ValueError(f"{parts / PLAN} is damaged, or no plan of embeddings: remove {parts} to begin anew")
 
 
 def _is_done(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
@@ -450,6 +445,14 @@ def _clear(parts: Path) -> None:
 def _remove(parts: Path) -> None:
     _clear(parts)
     shutil.rmtree(parts, ignore_errors=True)  # a lock, and drafts of killed runs
+
+
+def _leave(parts: Path) -> None:
+    """Remove the directory of parts if nothing was begun in it."""
+    if not (parts / PLAN).exists():
+        with suppress(OSError):  # it holds something else
+            (parts / LOCK).unlink()
+            parts.rmdir()
 
 
 def _sentence(other: tuple[str, Any, Any], more: str = "") -> str:
