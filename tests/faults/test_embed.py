@@ -379,6 +379,7 @@ REPORT = {
         b'{"comparisons": [{}], "model": "m"}',
         json.dumps(REPORT | {"rows": 3}).encode(),
         json.dumps(REPORT | {"model": None}).encode(),
+        json.dumps(REPORT).replace("3.0", "1" * 400).encode(),
         json.dumps({key: value for key, value in REPORT.items() if key != "rows"}).encode(),
         "latin-ü".encode("latin-1"),
     ],

@@ -44,7 +44,7 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     try:
         with new_file(out) as draft:
             draw(draft, kind, results)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         results_are = f"{files[0]} is" if len(files) == 1 else f"one of {', '.join(map(str, files))} is"
         raise ValueError(f"{results_are} damaged, or of another version: {error!r}") from error
     click.echo(f"written to {out}", err=True)
