@@ -500,7 +500,7 @@ def test_status_is_1_if_some_cannot_be_read_and_2_if_none_can(capsys, tmp_path):
 def test_names_of_files_may_be_any_bytes(capsys, tmp_path):
     (path,) = save_digits(tmp_path, 1)
     odd = Path(path).rename(tmp_path / "odd\udce9,\u201cname\u201d.png")
-    for form in ([], ["--csv"], ["--json"], ["-o", str(tmp_path / "out.txt")]):
+    for form in ([], ["--json"], ["-o", str(tmp_path / "out.txt")]):
         status, out, _ = run(capsys, "classify", str(odd), "--model", DIGITS, *form)
         assert status == 0
         text = (tmp_path / "out.txt").read_text(encoding="utf-8") if "-o" in form else out

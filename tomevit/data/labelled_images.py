@@ -6,6 +6,7 @@ not settle is refused, with what would settle it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 from collections import Counter
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tomevit.data.images import HIDDEN, SUFFIXES, Found, search
-from tomevit.errors import join_with_or
+from tomevit.errors import join_with_or, printable
+from tomevit.opening import read_small_file
 
 #: Where the images to evaluate lie, below a set's folder: as Kaggle has ILSVRC, as torchvision has it, or right there.
 PLACES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val", "validation", ".")
@@ -36,6 +38,19 @@ GROUND_TRUTH = re.compile(r"ILSVRC201[2-7]\w*_validation_ground_truth", re.IGNOR
 BEGINNING = ["490", "361", "171", "822", "297", "482", "13", "704"]
 
 NUMBERED = re.compile(r"ILSVRC201\d_val_0*(\d+)$")
+#: Bytes that a list may have.
+MOST = 2**28
+#: How texts in several encodings begin; without such a mark they are in UTF-8. The longer one comes first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+#: How Excel says what is between the cells, on a line of its own; and a cell that is quoted whole.
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+QUOTED = re.compile(r'"([^"]|"")*"')
+
 HEADINGS = {"imageid", "image_id", "image", "id", "file", "filename", "file_name", "name", "path"}
 
 
@@ -91,6 +106,7 @@ def labelled(
         truth: a file with a line "image class" for each image (also with a comma or a tab between, and of a .csv the
             first two columns); or a line with the class alone for each image in order. A class is a WordNet id, one of
             class_names, or the number of an output, from 0. In the ground truth of ILSVRC 2012 it is an ILSVRC2012_ID.
+            The file is in UTF-8, or begins with the mark of another Unicode; paths may be written as on Windows.
 
     Raises:
         ValueError, OSError: there are no images, or it is not certain which class each has; the message says what is
@@ -216,7 +232,7 @@ def read_class_names(path: str | PathLike[str], num_classes: int) -> tuple[str, 
         ValueError: there are not as many as classes, or one comes twice.
         OSError: the file cannot be read.
     """
-    names = tuple(line.strip() for line in _lines(Path(path)))
+    names = tuple(map(_unquoted, _lines(Path(path))))
     if len(names) != num_classes:
         raise ValueError(f"{path} names {len(names)} classes, and the model has {num_classes}")
     seen: set[str] = set()
@@ -325,10 +341,11 @@ def _by_name(
     """The class of an image in a list of images and classes: by its path below the folder, or its name."""
     listed: dict[str, str] = {}
     by_stem: dict[str, set[str]] = {}
-    for name, value in rows:
-        if listed.setdefault(name, value) != value:
-            raise ValueError(f"{truth} has two classes for {name}: {listed[name]} and {value}")
-        by_stem.setdefault(_stem(name), set()).add(value)
+    for row, value in rows:
+        for name in {row, row.replace("\\", "/")}:  # as Windows writes paths
+            if listed.setdefault(name, value) != value:
+                raise ValueError(f"{truth} has two classes for {name}: {listed[name]} and {value}")
+            by_stem.setdefault(_stem(name), set()).add(value)
     shared = {stem for stem, count in Counter(map(_stem, files)).items() if count > 1}
 
     def of_file(file: str) -> str | None:
@@ -350,8 +367,17 @@ def _stem(name: str) -> str:
 
 def _rows(truth: Path) -> Iterator[tuple[str, ...]]:
     """The lines of a list, each (image, class) or (class,)."""
-    for number, line in enumerate(_lines(truth)):
-        cells = [cell.strip() for cell in _cells(line)][:2]
+    lines = _lines(truth)
+    separator = ";" if lines and all(";" in line for line in lines) else ","  # as Excel has it in most of Europe
+    if lines and (said := SEPARATOR.fullmatch(lines[0])):
+        separator, lines = said[1], lines[1:]
+    for number, line in enumerate(lines):
+        try:
+            cells = [cell.strip() for cell in _cells(line, separator)][:2]
+        except csv.Error as error:
+            raise ValueError(
+                f"{truth} is no list of images and classes: {error}, in {printable(line[:40])}…"
+            ) from error
         if len(cells) == 2:
             if number == 0 and cells[0].lower() in HEADINGS:
                 continue
@@ -359,16 +385,32 @@ def _rows(truth: Path) -> Iterator[tuple[str, ...]]:
         yield tuple(cells)
 
 
-def _cells(line: str) -> list[str]:
-    if "\t" in line:
-        return line.split("\t")
-    return next(csv.reader([line])) if "," in line else line.rsplit(None, 1)
+def _cells(line: str, separator: str) -> list[str]:
+    for between in ("\t", separator):
+        if between in line:
+            return next(csv.reader([line], delimiter=between))
+    return [_unquoted(line)] if QUOTED.fullmatch(line.strip()) else [*map(_unquoted, line.rsplit(None, 1))]
+
+
+def _unquoted(cell: str) -> str:
+    """A text without the quotes that tables put around what has commas."""
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that have something on them."""
+    """The lines of a text file that have something on them, as editors of any system write them."""
+    content = read_small_file(path, MOST)
+    encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file in UTF-8") from error
-    return [line for line in text.splitlines() if line.strip()]
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is no text file in UTF-8, nor in UTF-16 with its mark: line {line} has "
+            f"{content[error.start : error.start + 4]!r}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} is no text file in UTF-8, nor in UTF-16 with its mark; save it as UTF-8")
+    # Some programs of Windows end a file with Ctrl-Z.
+    return [line for line in re.split(r"\r\n|\n|\r", text.rstrip("\x1a")) if line.strip()]
