@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 from itertools import pairwise
@@ -26,9 +25,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import save, save_file
 
 from tests.elsewhere import Elsewhere
+from tests.fetching import (
+    CUT,
+    DATA,
+    OTHER,
+    at,
+    card,
+    convert,
+    converted_from,
+    kept,
+    obtain,
+    on_hub,
+    sha256,
+    until,
+)
 from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
@@ -36,76 +49,12 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadEr
 from tomevit.weights import cache, download
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
-DATA = random.Random(0).randbytes(300_000)
-OTHER = random.Random(1).randbytes(250_000)
-CUT = 100_000
-
-pytestmark = pytest.mark.usefixtures("set_environment")
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def convert(given: Card, fetched: Fetched, draft: Path) -> None:
-    """Stands in for the conversion: the file's bytes, as a safetensors file that says what it was made from."""
-    header = encode_header(Header(replace(given, origin=fetched.source), "of the tensors"))
-    save_file({"bytes": np.fromfile(fetched.path, dtype=np.uint8)}, draft, metadata=header)
-
-
-def obtain(given: Card, convert: Callable[[Card, Fetched, Path], None] = convert) -> Path:
-    return cached(given, partial(convert, given))
-
-
-def converted_from(path: Path) -> bytes:
-    return load_file(path)["bytes"].tobytes()
-
-
-def card(*sources: Source, licence: str = "apache-2.0") -> Card:
-    return Card(name="vit_x1", weights="tag", licence=licence, sources=sources)
-
-
-def at(url: str, **fields: Any) -> Source:
-    return Source(format="timm", url=url, **fields)
-
-
-def on_hub(repo: str = "owner/repo", **fields: Any) -> Source:
-    return Source(format="timm", hub=repo, **fields)
-
-
-def kept(directory: str = "") -> list[str]:
-    """All files under a directory of ours, locks aside."""
-    root = home() / directory
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return [name for name in files if not name.endswith(".lock")]
-
-
-@pytest.fixture(autouse=True)
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were asked for; they are cut short."""
-    asked: list[float] = []
-    sleep = time.sleep
-
-    def nap(seconds: float) -> None:
-        asked.append(seconds)
-        sleep(min(seconds, 0.01))
-
-    monkeypatch.setattr(time, "sleep", nap)
-    return asked
+pytestmark = pytest.mark.usefixtures("set_environment", "naps")
 
 
 def http_library() -> Any:
     """httpx or httpx2, whichever huggingface_hub uses."""
     return download._http_library()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    wait = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        wait.wait(0.01)
-    raise AssertionError("it never happened")
 
 
 # Plain URLs.
@@ -840,7 +789,7 @@ def test_the_token_goes_to_the_endpoint_only(server: Server, set_environment: Ca
         resolves = "/resolve/" in request.path
         assert request.authorization == ("Bearer hf_secret" if resolves else None)
         assert (request.host == endpoint) == (resolves or request.path == "/w.pth")
-    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET"]
+    assert [request.method for request in server.requests] == ["HEAD", "HEAD", "GET", "GET"]
 
 
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)

@@ -5,8 +5,8 @@ URLs are read by the client that huggingface_hub hands out, with the proxies, ce
 from a mirror: with TOMEVIT_MIRROR=http://mirror, https://host/path is read as http://mirror/host/path.
 
 No server is waited for without end. HF_HUB_DOWNLOAD_TIMEOUT bounds its silence, in seconds (10), and over three times
-as long it must send `LEAST_RATE` bytes a second, which a telephone line does; else that attempt has failed. Of redirects
-and errors no more is read than is shown.
+as long it must send `LEAST_RATE` bytes a second, which a telephone line does; else that attempt has failed. Of
+redirects and errors no more is read than is shown.
 """
 
 from __future__ import annotations
@@ -122,21 +122,28 @@ def words(text: object) -> str:
     return printable(shorten(re.sub(r"(?i)(bearer )[^'\"]+", r"\1…", said), 300))
 
 
-def remove_unless_file(path: Path) -> None:
-    """What lies at a path and is no regular file goes: a link, a directory, a pipe. Then one can be written there."""
+def remove(path: Path) -> None:
+    """Whatever lies at a path goes: a file, a link, a pipe, a directory with all that is in it, or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.is_symlink() or not path.is_file():
+    else:
         path.unlink(missing_ok=True)
 
 
+def remove_unless_file(path: Path) -> None:
+    """What lies at a path and is no regular file goes, so that one can be written there."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        remove(path)
+
+
 def sync(path: Path) -> None:
-    """Until a file, or a directory's list of names, is on the disk: a power failure no longer takes it."""
-    if os.name == "nt" and path.is_dir():  # which Windows sees to itself
-        return
+    """Wait until a file's content is on the disk, where a power failure no longer takes it; or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # of a file system that cannot
+            raise
     finally:
         os.close(descriptor)
 
@@ -253,7 +260,7 @@ def _continue(url: str, address: str, part: Path, note: Path) -> None:
 
 def _size_if_continued(headers: Mapping[str, str], have: int, begun: _Note) -> int | None:
     """The size of the whole file, if an answer is the rest of the one that was begun."""
-    match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", headers.get("Content-Range", ""), re.ASCII)
+    match = re.fullmatch(r"bytes (\d{1,20})-(\d{1,20})/(\d{1,20})", headers.get("Content-Range", ""), re.ASCII)
     if match is None or _validator(headers) != begun.validator:
         return None
     start, end, size = map(int, match.groups())
@@ -451,7 +458,7 @@ def _seconds_to_wait(value: str) -> float:
 
 def _number(text: str) -> int | None:
     """A header's, unless it is none, or larger than anything is."""
-    return int(text) if re.fullmatch(r"\s*\d{1,18}\s*", text, re.ASCII) else None
+    return int(text) if re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) else None
 
 
 def _is_about_certificates(error: BaseException | None) -> bool:
