@@ -19,16 +19,18 @@ import os
 import random
 import re
 import shutil
+import socket
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache, partial
 from pathlib import Path
 from ssl import SSLCertVerificationError
+from threading import Timer
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
@@ -279,7 +281,7 @@ def _append(chunks: Iterator[bytes], address: str, part: Path, size: int | None)
                 bar.update(len(chunk))
     except _http_library().HTTPError as error:
         raise Interrupted(f"{address} ended after {_size(part)} of {size} bytes ({words(error)})") from error
-    if size is not None and _size(part) != size:
+    if _size(part) != size and (size is not None or not _size(part)):
         raise Interrupted(f"{address} ended after {_size(part)} of {size} bytes")
 
 
@@ -356,11 +358,13 @@ def _get(address: str, headers: Mapping[str, str]) -> Iterator[Any]:
 
     http = _http_library()
     headers = {"User-Agent": "tomevit", "Accept-Encoding": "identity", **headers}
+    watch = _HeadWatch()
     try:
         client = get_session()
         request = client.build_request("GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         request.headers.pop("Authorization", None)  # which a client of the user's own may have for the hub
         for _ in range(REDIRECTS):
+            request.extensions["trace"] = watch
             response = client.send(request, auth=None, stream=True, follow_redirects=False)
             if response.next_request is None:
                 break
@@ -380,7 +384,8 @@ def _get(address: str, headers: Mapping[str, str]) -> Iterator[Any]:
     except (http.HTTPError, OSError) as error:
         if _is_about_certificates(error):
             raise DownloadError(f"{address}: {words(error)}") from error
-        raise Interrupted(f"{address} cannot be reached ({words(error) or type(error).__name__})") from error
+        reason = "it is too slow to begin its answer" if watch.ended else words(error) or type(error).__name__
+        raise Interrupted(f"{address} cannot be reached ({reason})") from error
     with closing(response):
         yield response
 
@@ -392,6 +397,34 @@ def _http_library() -> Any:
     return importlib.import_module(HfHubHTTPError.__bases__[0].__module__.partition(".")[0])
 
 
+class _HeadWatch:
+    """Ends a new connection whose server dribbles the head of its answer: the timeout is of each silence alone.
+
+    It is what httpx calls the trace of a request.
+    """
+
+    def __init__(self) -> None:
+        self.stream: Any = None
+        self.timer: Timer | None = None
+        self.ended = False
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            self.stream = info["return_value"]
+        elif event.endswith("receive_response_headers.started") and self.stream is not None:
+            self.timer = Timer(_seconds_watched(), self.end)
+            self.timer.daemon = True
+            self.timer.start()
+        elif self.timer is not None and event.endswith(("headers.complete", "headers.failed")):
+            self.timer.cancel()
+            self.timer = None
+
+    def end(self) -> None:
+        self.ended = True
+        with suppress(OSError):  # it is closed by now
+            socket.socket.shutdown(self.stream.get_extra_info("socket"), socket.SHUT_RDWR)
+
+
 _asked_by_us: ContextVar[bool] = ContextVar("_asked_by_us", default=False)
 
 
@@ -399,19 +432,25 @@ _asked_by_us: ContextVar[bool] = ContextVar("_asked_by_us", default=False)
 def bounded_answers() -> Iterator[None]:
     """While huggingface_hub asks for us: redirects and errors are read up to `MOST_SAID`, and all else is watched.
 
-    Its client would read a redirect of any size into memory. It is the process's, and gets a hook that does nothing
-    for others' requests.
+    Its client would read a redirect of any size into memory. It is the process's, and gets hooks that do nothing for
+    others' requests.
     """
     from huggingface_hub import get_session
 
-    hooks = get_session().event_hooks["response"]
-    if _bound_answer not in hooks:
-        hooks.append(_bound_answer)
+    hooks = get_session().event_hooks
+    if _bound_answer not in hooks["response"]:
+        hooks["response"].append(_bound_answer)
+        hooks["request"].append(_bound_head)
     token = _asked_by_us.set(True)
     try:
         yield
     finally:
         _asked_by_us.reset(token)
+
+
+def _bound_head(request: Any) -> None:
+    if _asked_by_us.get() and request.method in ("GET", "HEAD"):  # others take their time over what they were sent
+        request.extensions.setdefault("trace", _HeadWatch())
 
 
 def _bound_answer(response: Any) -> None:
