@@ -182,12 +182,11 @@ def _explain_unreadable() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
             raise
         variable = "TOMEVIT_HOME" if Path(error.filename).is_relative_to(home()) else "HF_HOME"
-        whose = "" if error.errno == errno.ENAMETOOLONG else ", which may be another user's"
         raise DiskError(
-            f"{printable(os.fsdecode(error.filename))}{whose}, cannot be read: {error.strerror}: "
+            f"{printable(os.fsdecode(error.filename))} cannot be read: {error.strerror}: "
             f"set {variable} to a directory of your own"
         ) from error
 
@@ -289,7 +288,8 @@ def _first_available(card: Card, unfinished: Path) -> tuple[Source, Fetched]:
         if reasons:
             log.warning("%s is read from %s: %s", card.full_name, _spell(source), "; ".join(reasons))
         return source, fetched
-    bring = f"download {_web_address(sources[0])} elsewhere and put it at {_path_to_bring(sources[0], card.full_name)}"
+    place = printable(str(_path_to_bring(sources[0], card.full_name)))
+    bring = f"download {_web_address(sources[0])} elsewhere and put it at {place}"
     if is_offline():
         raise DownloadError(f"{card.full_name} is not in the cache, and HF_HUB_OFFLINE is set: {bring}")
     if len(reasons) == 1:
@@ -307,7 +307,7 @@ def _check_unchanged(card: Card, published: Source, fetched: Fetched) -> None:
     path, origin = next(iter(before.items()))
     raise CheckpointError(
         f"{_spell(published)} has changed: its sha256 was {origin.sha256} when it was first used here, and is "
-        f"{fetched.source.sha256}; to accept that, delete {path}"
+        f"{fetched.source.sha256}; to accept that, delete {printable(str(path))}"
     )
 
 
@@ -422,7 +422,7 @@ def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
     if wrong := "is a web page, not weights" if is_web_page(path) else _wrong_hash(source, found):
         if ours:
             path.unlink()
-        raise CheckpointError(f"{path}, from {_spell(source)}, {wrong}")
+        raise CheckpointError(f"{printable(str(path))}, from {_spell(source)}, {wrong}")
     return Fetched(path, found, ours)
 
 
