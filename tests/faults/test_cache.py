@@ -428,7 +428,7 @@ def test_a_path_of_nearly_any_length(server: Server, tmp_path: Path, set_environ
     except DownloadError as error:
         said = str(error)
     assert not said or "File name too long: set TOMEVIT_HOME to a directory" in said
-    assert 3980 < length if said else length < 4090
+    assert length > 3980 if said else length < 4090
 
 
 UNUSABLE = [*SPECIAL, "a file", "a link to itself", "a link to nothing", "in a file", "in /proc", "256 bytes"]

@@ -15,6 +15,7 @@ import errno
 import importlib
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -296,7 +297,7 @@ def _least_bytes() -> float:
     return max(1.0, LEAST_RATE * _seconds_watched())
 
 
-def _watch(chunks: Iterator[bytes], address: str, most: int | None = None) -> Iterator[bytes]:
+def _watch(chunks: Iterator[bytes], address: str, most: float = math.inf) -> Iterator[bytes]:
     """The chunks of a body as they come.
 
     Args:
@@ -310,7 +311,7 @@ def _watch(chunks: Iterator[bytes], address: str, most: int | None = None) -> It
     for chunk in chunks:
         yield chunk
         came, total, now = came + len(chunk), total + len(chunk), time.monotonic()
-        if most is not None and total >= most:
+        if total >= most:
             return
         if now - begun >= seconds:
             if came < least:
@@ -425,15 +426,19 @@ class _HeadWatch:
             socket.socket.shutdown(self.stream.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
-_asked_by_us: ContextVar[bool] = ContextVar("_asked_by_us", default=False)
+#: How many bytes an answer may have to what is asked by us, in this thread; None: it is not by us that anything is.
+_asked_by_us: ContextVar[float | None] = ContextVar("_asked_by_us", default=None)
 
 
 @contextmanager
-def bounded_answers() -> Iterator[None]:
+def bounded_answers(most: float = math.inf) -> Iterator[None]:
     """While huggingface_hub asks for us: redirects and errors are read up to `MOST_SAID`, and all else is watched.
 
     Its client would read a redirect of any size into memory. It is the process's, and gets hooks that do nothing for
     others' requests.
+
+    Args:
+        most: bytes of an answer that are read.
     """
     from huggingface_hub import get_session
 
@@ -441,7 +446,7 @@ def bounded_answers() -> Iterator[None]:
     if _bound_answer not in hooks["response"]:
         hooks["response"].append(_bound_answer)
         hooks["request"].append(_bound_head)
-    token = _asked_by_us.set(True)
+    token = _asked_by_us.set(most)
     try:
         yield
     finally:
@@ -449,19 +454,22 @@ def bounded_answers() -> Iterator[None]:
 
 
 def _bound_head(request: Any) -> None:
-    if _asked_by_us.get() and request.method in ("GET", "HEAD"):  # others take their time over what they were sent
+    if _asked_by_us.get() is not None and request.method in (
+        "GET",
+        "HEAD",
+    ):  # others take their time over what they were sent
         request.extensions.setdefault("trace", _HeadWatch())
 
 
 def _bound_answer(response: Any) -> None:
-    if _asked_by_us.get():
-        response.stream = _watched_stream()(response, None if response.is_success else MOST_SAID)
+    if (most := _asked_by_us.get()) is not None:
+        response.stream = _watched_stream()(response, most if response.is_success else MOST_SAID)
 
 
 @cache
 def _watched_stream() -> Any:
     class WatchedStream(_http_library().SyncByteStream):  # type: ignore[misc]
-        def __init__(self, response: Any, most: int | None) -> None:
+        def __init__(self, response: Any, most: float) -> None:
             self.address, self.stream, self.most = str(response.request.url), response.stream, most
 
         def __iter__(self) -> Iterator[bytes]:
