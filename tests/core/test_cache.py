@@ -42,12 +42,21 @@ from tests.fetching import (
     sha256,
     until,
 )
+from tests.outcomes import survives
 from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UnreadableError
 from tomevit.weights import cache, download
 from tomevit.weights.cache import Fetched, cached, fetch, home
+
+FULL = survives(
+    "cache and network", "a disk that is full, or fills up on the way", "what was there stays; one sentence"
+)
+READ_ONLY_CACHE = survives("cache and network", "a cache that cannot be written to", "is read; else one sentence")
+KILLED = survives("cache and network", "a kill or Ctrl-C in mid-download or mid-conversion", "the next process goes on")
+PASSES = survives("cache and network", "an answer that fails, hangs or is cut", "tried again, from where it broke off")
+AT_ONCE = survives("cache and network", "several processes that want the same weights at once", "share one download")
 
 pytestmark = pytest.mark.usefixtures("set_environment", "naps")
 
@@ -106,6 +115,7 @@ PASSING = {
 }
 
 
+@PASSES
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 def test_what_passes_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
     given = card(at(server.put("/w.pth", DATA), sha256=sha256(DATA)[:8]))
@@ -115,6 +125,7 @@ def test_what_passes_is_waited_for(server: Server, faults: list[Fault | None]) -
     assert len(kept()) == 1
 
 
+@PASSES
 def test_a_cut_download_is_resumed(server: Server) -> None:
     server.faults["/w.pth"] = [Fault(cut=CUT), Fault(cut=CUT)]
     obtain(card(at(server.put("/w.pth", DATA))))
@@ -182,6 +193,7 @@ HOPELESS = {
 }
 
 
+@PASSES
 @pytest.mark.parametrize(("fault", "reason"), HOPELESS.values(), ids=HOPELESS)
 def test_what_does_not_pass_is_given_up(
     server: Server, naps: list[float], fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -792,6 +804,7 @@ def test_the_token_goes_to_the_endpoint_only(server: Server, set_environment: Ca
     assert [request.method for request in server.requests] == ["HEAD", "HEAD", "GET", "GET"]
 
 
+@PASSES
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 def test_what_passes_on_the_hub_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
@@ -883,6 +896,7 @@ def read_counting(source: Source) -> tuple[str, bytes]:
     return str(path), converted_from(path)
 
 
+@AT_ONCE
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("kind", ["url", "hub"])
 def test_processes_at_once_share_one_download(
@@ -901,6 +915,7 @@ def test_processes_at_once_share_one_download(
     assert len(kept()) == 2
 
 
+@AT_ONCE
 def test_threads_at_once_share_one_download(server: Server) -> None:
     given = card(at(server.put("/w.pth", DATA)))
     server.faults["/w.pth"] = [Fault(trickle=100_000)]
@@ -915,6 +930,7 @@ def test_threads_at_once_share_one_download(server: Server) -> None:
     assert len(server.requests) == 1
 
 
+@KILLED
 def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> None:
     source = at(server.put("/w.pth", DATA))
     server.faults["/w.pth"] = [Fault(cut=CUT, hang=30)]
@@ -929,6 +945,7 @@ def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> 
     assert len(kept()) == 1
 
 
+@KILLED
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
 def test_interrupted_by_the_user_in_mid_download(server: Server, environment: dict[str, str]) -> None:
     source = at(server.put("/w.pth", DATA))
@@ -956,6 +973,7 @@ def convert_half(source: Source) -> None:
     obtain(card(source), stop_halfway)
 
 
+@KILLED
 @pytest.mark.parametrize("kind", ["url", "hub"])
 def test_killed_in_mid_conversion(server: Server, environment: dict[str, str], kind: str) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
@@ -970,6 +988,7 @@ def test_killed_in_mid_conversion(server: Server, environment: dict[str, str], k
     assert len(kept()) == 2
 
 
+@KILLED
 def test_killed_in_mid_download_from_the_hub(server: Server, environment: dict[str, str]) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
     server.faults[f"/storage/{sha256(DATA)}"] = [Fault(cut=CUT, hang=30)]
@@ -993,6 +1012,7 @@ def test_who_waits_long_is_told(server: Server, environment: dict[str, str], cap
 # Full and unwritable disks.
 
 
+@FULL
 def test_too_little_space_is_known_before_anything_is_written(server: Server) -> None:
     given = card(at(server.put("/w.pth", DATA)), at(server.put("/second.pth", DATA)))
     server.faults["/w.pth"] = [Fault(headers={"Content-Length": str(10**18)})]
@@ -1003,6 +1023,7 @@ def test_too_little_space_is_known_before_anything_is_written(server: Server) ->
     assert converted_from(obtain(given)) == DATA
 
 
+@FULL
 def test_too_little_space_for_the_hub(server: Server) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
     path = "/owner/repo/resolve/main/model.safetensors"
@@ -1030,6 +1051,7 @@ def with_file_limit(source: Source, limit: int, converter: Callable[[Card, Fetch
     obtain(card(source), converter)
 
 
+@FULL
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
 @pytest.mark.parametrize("kind", ["download", "conversion", "hub"])
 def test_a_disk_that_fills_up(server: Server, environment: dict[str, str], kind: str) -> None:
@@ -1078,6 +1100,7 @@ def on_small_disk(sources: list[Source], directory: str) -> list[str]:
     return said
 
 
+@FULL
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces are Linux's")
 def test_a_small_disk(server: Server, environment: dict[str, str]) -> None:
     large = random.Random(2).randbytes(600_000)
@@ -1119,6 +1142,7 @@ def seal() -> Iterator[Callable[[Path], None]]:
 READ_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no read-only directories")
 
 
+@READ_ONLY_CACHE
 @READ_ONLY
 def test_a_read_only_cache_can_be_read(
     server: Server, environment: dict[str, str], seal: Callable[[Path], None]
@@ -1135,6 +1159,7 @@ def test_a_read_only_cache_can_be_read(
     assert not server.requests
 
 
+@READ_ONLY_CACHE
 @READ_ONLY
 @pytest.mark.parametrize("variable", ["TOMEVIT_HOME", "HF_HOME"])
 def test_a_cache_that_cannot_be_made(

@@ -291,6 +291,18 @@ def test_so_is_a_hub_that_drips(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 
 @SLOW
+def test_so_is_one_that_drips_its_head(
+    set_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch, naps: list[float]
+) -> None:
+    with RawServer(drip(b"", b"HTTP/1.1 200 " + b"a" * 10**5)) as server:
+        set_environment(HF_ENDPOINT=server.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+        with pytest.raises(DownloadError, match="owner/repo cannot be reached"):
+            obtain(card(on_hub()))
+    assert sum(naps) < 30
+
+
+@SLOW
 def test_a_server_that_cuts_after_every_few_bytes_is_given_up(server: Server) -> None:
     server.forever["/w.pth"] = Fault(cut=5)
     refused(server.put("/w.pth", DATA), "ended after 25 of 300000 bytes")

@@ -122,7 +122,7 @@ def words(text: object) -> str:
     said = str(text)
     if token := get_token():
         said = said.replace(token, "…")
-    return printable(shorten(re.sub(r"(?i)(bearer )[^'\"]+", r"\1…", said), 300))
+    return shorten(printable(shorten(re.sub(r"(?i)(bearer )[^'\"]+", r"\1…", said), 1000)), 300)
 
 
 def remove(path: Path) -> None:
@@ -595,13 +595,12 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     try:
         with bounded_answers(), explain_disk_errors(cache, "HF_HOME"):
-            get = partial(hf_hub_download, repo, name, revision=source.revision, local_files_only=local)
             # It would warn, and then fill the disk.
-            there = get(dry_run=True)
+            there = hf_hub_download(repo, name, revision=source.revision, local_files_only=local, dry_run=True)
             place = next(place for place in (cache, *cache.parents) if place.exists())
             if there.will_download and (there.file_size or 0) > shutil.disk_usage(place).free:
                 raise disk_error(errno.ENOSPC, cache, "HF_HOME", there.file_size)
-            return Path(get())
+            return Path(hf_hub_download(repo, name, revision=source.revision, local_files_only=local))
     except (DiskError, EntryNotFoundError, Interrupted):
         raise
     except GatedRepoError as error:
