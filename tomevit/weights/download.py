@@ -454,10 +454,8 @@ def bounded_answers(most: float = math.inf) -> Iterator[None]:
 
 
 def _bound_head(request: Any) -> None:
-    if _asked_by_us.get() is not None and request.method in (
-        "GET",
-        "HEAD",
-    ):  # others take their time over what they were sent
+    # What is sent may take its time to be answered.
+    if _asked_by_us.get() is not None and request.method in ("GET", "HEAD"):
         request.extensions.setdefault("trace", _HeadWatch())
 
 
