@@ -24,10 +24,13 @@ from tomevit.schedule import token_counts
 from tomevit.weights import checkpoint
 from tomevit.weights.adapt import ADAPTABLE
 from tomevit.weights.convert import is_finite, weights_of
+from tomevit.weights.download import bounded_answers, words
 from tomevit.weights.rules import enumerate_names
 
 #: Where the model card's template lies, and the licences that the hub has names for.
 _ASSETS = resources.files("tomevit") / "assets"
+
+MOST_ANSWERED = 2**24  # bytes, of the hub to one request
 
 
 class Base(NamedTuple):
@@ -257,9 +260,10 @@ def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
         raise UploadError(f"{repo} cannot be uploaded while HF_HUB_OFFLINE is set")
     api = HfApi()
     try:
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        if not private or api.repo_info(repo).private:
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
+        with bounded_answers(MOST_ANSWERED):
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            if not private or api.repo_info(repo).private:
+                return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
     except Exception as error:  # of httpx, httpx2 or hf_xet, which have no base class in common
         raise UploadError(f"{repo} could not be uploaded to {constants.ENDPOINT}: {_explain(error)}") from error
     raise UploadError(
@@ -274,11 +278,11 @@ def _explain(error: BaseException) -> str:
 
     while not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
         if (cause := error.__cause__ or error.__context__) is None:
-            return " ".join(str(error).split()) or type(error).__name__
+            return words(error) or type(error).__name__
         error = cause
     if isinstance(error, json.JSONDecodeError):
         return "its answer is not JSON: try again later"
-    status, said = error.response.status_code, " ".join((error.server_message or "").split())
+    status, said = error.response.status_code, words(error.server_message or "")
     hints = {401: "log in with `hf auth login`, or set HF_TOKEN"}
     hints |= dict.fromkeys((403, 404), "the token needs the right to write there, and the owner room for it")
     hint = hints.get(status, "try again later" if status == 429 or status >= 500 else "")

@@ -68,7 +68,7 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
         raise ValueError(f"it holds tensors of type {unknown[0][:20]!r}, which tomevit does not know")
     whole: Any = None
     if mapped:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, UnicodeEncodeError):  # torch takes no names but in UTF-8
             whole = torch.UntypedStorage.from_file(file.name, shared=False, nbytes=os.fstat(file.fileno()).st_size)
     tensors = {}
     for name, (kind, shape, start, end) in stored.items():
