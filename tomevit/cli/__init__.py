@@ -5,6 +5,7 @@ A verb's module is imported when the verb is used, and torch with it, so that th
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -16,7 +17,8 @@ from typing import NamedTuple
 
 import click
 
-from tomevit.errors import OtherProcessError, printable
+from tomevit.cli.console import echo, open_console
+from tomevit.errors import OtherProcessError
 from tomevit.version import __version__
 
 
@@ -110,25 +112,41 @@ def _interrupted_at_once() -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A user's mistake ends in one line on standard error and status 2, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = cli.main(arguments, prog_name="tomevit", standalone_mode=False)
-    except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "tomevit"
-        status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
-    except OtherProcessError:
-        status = 2
-    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
-        if arguments[0] == "--traceback":
-            raise
-        status = _fail(str(error), 2)
-    except (click.Abort, KeyboardInterrupt):
-        status = _fail("interrupted", 130)
+    with open_console():
+        try:
+            status = _run(arguments)
+            sys.stdout.flush()
+        except OSError as error:  # what was printed cannot be written
+            status = _fail(str(error), 2) if error.errno != errno.EPIPE else 1
     sys.exit(status)
 
 
+def _run(arguments: list[str]) -> int | str | None:
+    """The status of a command, whose mistakes are told.
+
+    Raises:
+        OutputError: of standard output.
+    """
+    try:
+        found: int | str | None = cli.main(arguments, prog_name="tomevit", standalone_mode=False)
+    except SystemExit as stop:  # of click, where whoever read the output has left
+        return stop.code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "tomevit"
+        return _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
+    except OtherProcessError:
+        return 2
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
+        if arguments[0] == "--traceback":
+            raise
+        return _fail(str(error), 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    return found
+
+
 def _fail(message: str, status: int) -> int:
-    lines = message.split("\n")  # what files say must not move the terminal's cursor
-    click.echo("\n".join(["tomevit: " + printable(lines[0]), *map(printable, lines[1:])]), err=True)
+    echo(*f"tomevit: {message}".split("\n"), err=True)
     return status
 
 
@@ -139,4 +157,4 @@ def _fail(message: str, status: int) -> int:
 def cli(ctx: click.Context) -> None:
     """Fast vision transformers with native token merging."""
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        echo(*ctx.get_help().split("\n"))

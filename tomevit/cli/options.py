@@ -50,7 +50,7 @@ model = partial(
 )
 img_size = click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
 batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
-device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
+device = click.option("--device", default="cpu", show_default=True, help="As in cpu, cuda, cuda:1 or mps.")
 threads = click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
 workers = click.option(
     "--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs."
