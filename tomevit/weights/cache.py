@@ -47,6 +47,7 @@ from tomevit.weights.download import (
     is_offline,
     is_resumable,
     is_web_page,
+    no_home,
 )
 from tomevit.zoo import HUB_FILES
 
@@ -64,11 +65,17 @@ class Fetched(NamedTuple):
 
 
 def home() -> Path:
-    """The directory of all that tomevit keeps: TOMEVIT_HOME, else tomevit in XDG_CACHE_HOME, else ~/.cache/tomevit."""
-    if ours := os.environ.get("TOMEVIT_HOME"):
-        return Path(ours).expanduser().absolute()
+    """The directory of all that tomevit keeps: TOMEVIT_HOME, else tomevit in XDG_CACHE_HOME, else ~/.cache/tomevit.
+
+    Raises:
+        DiskError: it is in the home directory of a user who has none, as in a container.
+    """
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "tomevit"
+    place = shared / "tomevit" if shared.is_absolute() else "~/.cache/tomevit"
+    try:
+        return Path(os.environ.get("TOMEVIT_HOME") or place).expanduser().absolute()
+    except RuntimeError as error:
+        raise DiskError(no_home("TOMEVIT_HOME")) from error
 
 
 def cached(card: Card, convert: Callable[[Fetched, Path], None], *, variant: str = "") -> Path:
