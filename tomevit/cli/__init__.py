@@ -136,13 +136,27 @@ def _run(arguments: list[str]) -> int | str | None:
         return _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
     except OtherProcessError:
         return 2
-    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
-        if arguments[0] == "--traceback":
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = _explain(error)
+        if message is None or arguments[0] == "--traceback":
             raise
-        return _fail(str(error), 2)
+        return _fail(message, 2)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     return found
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user is told; None: it is a mistake of tomevit's, whose traceback is of use."""
+    if isinstance(error, MemoryError):
+        return str(error) or "there is not enough memory"
+    if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError):
+        return str(error)
+    if "can't start new thread" in str(error):
+        return "no more threads can be started: raise the limit of processes (ulimit -u), or lower --threads, --workers"
+    from tomevit.measure.memory import is_out_of_memory
+
+    return f"there is not enough memory: {str(error).splitlines()[0]}" if is_out_of_memory(error) else None
 
 
 def _fail(message: str, status: int) -> int:

@@ -17,6 +17,7 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
+from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
@@ -48,10 +49,10 @@ NAME = 34  # the widest column of classes, where each image has one line
     show_default=True,
     help="Turn photographs as their EXIF data says. Published accuracies were measured without.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Images per call; default: 8, beyond a CPU 64.")
+@click.option("--batch", type=options.BATCH, help="Images per call; default: 8, beyond a CPU 64.")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=options.WORKERS,
     help="Processes that read images; default: none, beyond a CPU one per core, at most 8.",
 )
 @options.device
@@ -96,7 +97,7 @@ def classify(
     name = model if Path(model).exists() else loaded.card.full_name
     setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright)
     lines: list[str] = []
-    report = click.echo if out is None else lines.append
+    report = echo if out is None else lines.append
     found: list[Answer] = []
     run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
     interrupted = _report_answers(run, sources, form, setting, report, found)
@@ -106,7 +107,7 @@ def classify(
         raise KeyboardInterrupt
     unreadable = summarise(found).unreadable
     if unreadable == len(sources) > 1:
-        click.echo(f"tomevit: none of {unreadable} images can be read", err=True)
+        echo(f"tomevit: none of {unreadable} images can be read", err=True)
     ctx.exit(0 if not unreadable else 2 if unreadable == len(sources) else 1)
 
 
@@ -133,7 +134,7 @@ def _report_answers(
                 found.append(answer)
                 with tqdm.external_write_mode():
                     if answer.error:
-                        click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
+                        echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
                     else:
                         report_all(form.each(setting, answer))
                 bar.update()
@@ -232,13 +233,7 @@ class _Format(NamedTuple):
 
 
 def _file(answer: Answer) -> str:
-    """Its name as a terminal can show it."""
-    return printable(_image_name(answer))
-
-
-def _image_name(answer: Answer) -> str:
-    """Its name, in which bytes that are no UTF-8 are U+FFFD."""
-    return "standard input" if answer.image == "-" else click.format_filename(answer.image)
+    return "standard input" if answer.image == "-" else str(answer.image)
 
 
 def _short_name(setting: _Setting, index: int) -> str:
@@ -364,7 +359,7 @@ def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
     lines = []
     for rank, guess in enumerate(answer.top, 1):
         cells = [
-            _image_name(answer),
+            _file(answer),
             rank,
             guess.class_index,
             guess.synset,

@@ -62,7 +62,7 @@ def open_console() -> Iterator[None]:
 
 
 def _null(mode: str) -> TextIO:
-    return cast(TextIO, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123
+    return cast(TextIO, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123
 
 
 class Console:

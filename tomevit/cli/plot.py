@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tomevit.cli.console import echo
 from tomevit.cli.options import described, machine
 from tomevit.output import check_outputs, is_stream, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_from_json
@@ -42,7 +43,7 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     results = {name: _read_result(file) for name, file in zip(names, files, strict=True)}
     with new_file(out) as draft:
         draw(draft, kind, results)
-    click.echo(f"written to {out}", err=True)
+    echo(f"written to {out}", err=True)
 
 
 def picture_kind(path: Path) -> str:

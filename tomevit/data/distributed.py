@@ -25,16 +25,38 @@ def processes() -> tuple[int, int]:
 
 
 def on_this_machine() -> tuple[int, int]:
-    """As `processes`, among those on this machine, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """As `processes`, among those on this machine, as torchrun says; whatever else may have set its variables.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    if processes()[1] == 1:
+        return 0, 1
+    return _number("LOCAL_RANK", "0"), _number("LOCAL_WORLD_SIZE", "1")
+
+
+def _number(variable: str, otherwise: str | None = None) -> int:
+    value = os.environ.get(variable, otherwise)
+    if value is None or not value.isdecimal():
+        raise ValueError(
+            f"{variable} is {'not set' if value is None else repr(value)}, where torchrun sets a number: start this "
+            f"with torchrun, or unset TORCHELASTIC_RUN_ID"
+        )
+    return int(value)
 
 
 @contextmanager
 def join_process_group() -> Iterator[None]:
-    """Be one of several processes while the block runs, if torchrun started this one."""
+    """Be one of several processes while the block runs, if torchrun started this one.
+
+    Raises:
+        ValueError: what torchrun sets is there in part only.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        _number(variable)
     # The first process waits for the last, which may need hours longer.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:

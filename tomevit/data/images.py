@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from tomevit.data.workers import load_batches
 from tomevit.errors import ImageError
 from tomevit.transform import Transform
 
@@ -180,16 +181,8 @@ def stream(
         indices: the places of the files to read, in this order; None: all.
         upright: as in `read`.
     """
-    loader = DataLoader(
-        _Files(files, transform, upright),
-        batch_size=batch,
-        sampler=range(len(files)) if indices is None else indices,
-        num_workers=workers,
-        collate_fn=_collate,
-    )
-    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
-        batches = iter(loader)
-    yield from batches
+    sampler = range(len(files)) if indices is None else indices
+    yield from load_batches(_Files(files, transform, upright), workers, _collate, batch_size=batch, sampler=sampler)
 
 
 @contextmanager
