@@ -399,7 +399,7 @@ def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
         "summary": found._asdict() | {"speed_up": found.speed_up},
         "interrupted": interrupted,
     }
-    return [json.dumps(result, indent=2)]
+    return json.dumps(result, indent=2).splitlines()
 
 
 def _answer_as_json(answer: Answer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,11 @@ def echo(*lines: str, err: bool = False) -> None:
     shown = map(printable, lines) if is_terminal(stream) else lines
     stream.write("".join(f"{line}\n" for line in shown))
     stream.flush()
+
+
+def echo_json(value: Any) -> None:
+    """Print what JSON has, indented; it is ASCII."""
+    echo(*json.dumps(value, indent=2).splitlines())
 
 
 def is_terminal(stream: TextIO) -> bool:

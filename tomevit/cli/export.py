@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import BATCH, R
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.errors import join_with_or, nearest
@@ -55,7 +55,7 @@ def export(
     given = {name: value for name, value in options.items() if value is not None}
     if format_name in PROGRAMS:
         program = export_program(source, out, format_name, **given)
-        echo(*_as_json(program).splitlines()) if as_json else _print(program)
+        echo_json(_as_json(program)) if as_json else _print(program)
         return
     if format_name not in FORMATS:
         known = [*PROGRAMS, *MAIN_FORMATS]
@@ -67,7 +67,7 @@ def export(
         )
     written, unsaid = export_weights(source, out, format_name)
     if as_json:
-        echo(*json.dumps({"written": list(map(str, written)), "unsaid": unsaid}, indent=2).splitlines())
+        echo_json({"written": list(map(str, written)), "unsaid": unsaid})
         return
     for path in written:
         echo(f"written     {path}")
@@ -75,10 +75,9 @@ def export(
         echo(f"left out    {sentence}")
 
 
-def _as_json(program: Program) -> str:
+def _as_json(program: Program) -> dict[str, Any]:
     parity = program.parity._asdict() if program.parity else None
-    described = {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
-    return json.dumps(described, indent=2)
+    return {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
 
 
 def _print(program: Program) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Size, by_pattern, group_by_reason
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
@@ -67,7 +66,7 @@ def convert(
         ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
     )
     if as_json:
-        echo(*json.dumps(asdict(report), indent=2).splitlines())
+        echo_json(asdict(report))
     else:
         _print(report)
 
@@ -106,7 +105,7 @@ def verify(
     """Check a file that tomevit wrote: structure, shapes, digest, values, and a forward pass; status 1 if any fails."""
     checks = run_verify(file, against=against, key=key, prefix=prefix)
     if as_json:
-        echo(*json.dumps([check._asdict() for check in checks], indent=2).splitlines())
+        echo_json([check._asdict() for check in checks])
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from tomevit import zoo
 from tomevit.cards import Contents, is_ours, read_contents
 from tomevit.cli import options
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
 from tomevit.config import Card, Config, Source
 from tomevit.errors import printable
@@ -33,7 +32,7 @@ def list_command(pattern: str, weights: bool, as_json: bool) -> None:
         raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
     rows = [_summary(zoo.card(name)) | {"name": name} for name in names]
     if as_json:
-        echo(*json.dumps(rows, indent=2).splitlines())
+        echo_json(rows)
         return
     columns = ["name", "image", "params M", "GFLOPs", "classes"]
     columns += ["top-1", "r", "licence"] if weights else ["weights"]
@@ -114,7 +113,7 @@ def info(
         one = zoo.names_weights(name)
         weights = [other for other in zoo.cards(name) if other.weights and (other == card or not one)]
     if as_json:
-        echo(*json.dumps(_as_json(card, config, schedules, weights, contents), indent=2).splitlines())
+        echo_json(_as_json(card, config, schedules, weights, contents))
         return
     name = card.name if contents is None else card.full_name
     echo(*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config))
