@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -136,13 +137,13 @@ def _run(arguments: list[str]) -> int | str | None:
         return _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
     except OtherProcessError:
         return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = _explain(error)
         if message is None or arguments[0] == "--traceback":
             raise
         return _fail(message, 2)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130)
     return found
 
 
@@ -160,7 +161,8 @@ def _explain(error: Exception) -> str | None:
 
 
 def _fail(message: str, status: int) -> int:
-    echo(*f"tomevit: {message}".split("\n"), err=True)
+    # Lines that follow a message's first are indented; other line ends are those of a name.
+    echo(*re.split(r"\n(?=  )", f"tomevit: {message}"), err=True)
     return status
 
 

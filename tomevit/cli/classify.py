@@ -377,8 +377,8 @@ def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
 
 def _row(cells: Iterable[Any]) -> str:
     file = io.StringIO()
-    csv.writer(file, lineterminator="").writerow(cells)
-    return file.getvalue()
+    csv.writer(file).writerow(cells)  # it quotes the characters that end its lines, and these are \r\n by default
+    return file.getvalue().removesuffix("\r\n")
 
 
 def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:

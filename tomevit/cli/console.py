@@ -60,7 +60,7 @@ def open_console() -> Iterator[None]:
     try:
         yield
     finally:
-        for console in (out, err):
+        for console in (err, out):  # they may be of one stream
             console.hand_back()
         sys.stdin, sys.stdout, sys.stderr = before
         for null in filter(None, opened):

@@ -37,7 +37,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"([0-9]{1,5})(?:x([0-9]{1,5}))?", value)
+        found = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", value)
         if found is None:
             self.fail(f"{value!r} is neither 224 nor 224x320 (height x width, up to 99999)", param, ctx)
         return int(found[1]), int(found[2] or found[1])

@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from string import Formatter
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from torch import nn
 
@@ -107,13 +106,18 @@ def find_base(card: Card, repo: str = "") -> Base | None:
     """What a model's weights began as, other than an earlier state of the same repository; None: as noise."""
     for source in card.sources:
         if source.format == "tomevit" and source.hub and source.hub != repo:
-            return Base(source.hub, source.hub)
+            return Base(source.hub, _repository(source))
     if (origin := card.origin) is None:
         return None
     for known, source in zoo.published_sources():
         if (origin.hub and origin.hub == source.hub) or (origin.url and origin.url == source.url):
             return Base(known.full_name, origin.hub or next((other.hub for other in known.sources if other.hub), None))
-    return Base(origin.hub or origin.url or origin.file or "a file", origin.hub)
+    return Base(origin.hub or origin.url or origin.file or "a file", _repository(origin))
+
+
+def _repository(source: Source) -> str | None:
+    """Where a source is on the hub, which a file may say of itself in any words."""
+    return source.hub if source.hub and re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub, re.ASCII) else None
 
 
 def _check_name(repo: str) -> None:
@@ -200,9 +204,9 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
 
 
 class _CardFormatter(Formatter):
-    """Text of a card is text, on its line and in its cell; `{field:as_it_is}` and the lines of `{field:list}` are Markdown.
+    """Text of a card is text, on its line and in its cell, also between backticks, as `{field:code}`.
 
-    `{field:code}` is for what stands between backticks.
+    `{field:as_it_is}` and the lines of `{field:list}` are Markdown.
     """
 
     def format_field(self, value: Any, format_spec: str) -> str:
@@ -217,12 +221,12 @@ class _CardFormatter(Formatter):
 
 def _plain(text: str) -> str:
     """Text in Markdown, in which nothing is a heading, a link, HTML or a cell; an underscore within a word is none."""
-    return re.sub(r"[\\`*\[\]<>|~#&$!]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(text.split())))
+    return re.sub(r"^#|[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(text.split())))
 
 
 def _link(base: Base) -> str:
     name = _plain(base.name)
-    return f"[{name}](https://huggingface.co/{quote(base.hub, errors='replace')})" if base.hub else name
+    return f"[{name}](https://huggingface.co/{base.hub})" if base.hub else name
 
 
 def _link_arxiv(paper: str) -> str:
