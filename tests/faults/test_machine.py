@@ -6,9 +6,11 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +31,8 @@ from tomevit import cli
 from tomevit.cli.console import STAND_INS, Console, echo, open_console
 from tomevit.data import images
 from tomevit.data.distributed import join_process_group, on_this_machine
+from tomevit.data.workers import load_batches
+from tomevit.deploy.programs.trace import quiet
 from tomevit.errors import DownloadError, OutputError
 from tomevit.tasks.demo import PLAIN, held_out
 from tomevit.transform import transform
@@ -284,6 +288,19 @@ def test_images_are_read_without_semaphores(
     assert "/dev/shm" in caplog.text
 
 
+@MEMORY
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't start new thread")]
+)
+def test_processes_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def refused(_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", refused)
+    with pytest.raises(OSError, match=r"2 processes to read images cannot be started .*: ask for fewer"):
+        list(load_batches(torch.utils.data.TensorDataset(), 2))
+
+
 @NOWHERE
 def test_images_are_read_without_shared_memory(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: torch.Tensor) -> None:
@@ -335,8 +352,9 @@ def test_a_long_number_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @VARIABLES
-def test_another_programs_rank_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "RANK": "nonsense", "WORLD_SIZE": "-1"}.items():
+@pytest.mark.parametrize(("rank", "world"), [("nonsense", "4"), ("-1", "4"), ("3", ""), ("3", "1"), ("", "1e3")])
+def test_another_programs_rank_is_not_ours(monkeypatch: pytest.MonkeyPatch, rank: str, world: str) -> None:
+    for name, value in {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world, "RANK": "0", "WORLD_SIZE": "nonsense"}.items():
         monkeypatch.setenv(name, value)
     with join_process_group():
         assert on_this_machine() == (0, 1)
@@ -368,6 +386,7 @@ def test_what_torchrun_sets_is_checked(monkeypatch: pytest.MonkeyPatch, name: st
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried …"),
         RuntimeError("Storage size calculation overflowed with sizes=[1, 2]"),
         RuntimeError("can't start new thread"),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']"),
     ],
 )
 def test_what_runs_out_is_told(
@@ -380,7 +399,7 @@ def test_what_runs_out_is_told(
     status, _, err = run(capsys, "list")
     assert status == 2
     assert len(err.splitlines()) == 1
-    assert err.startswith(("tomevit: there is not enough memory", "tomevit: no more threads can be started"))
+    assert re.match("tomevit: there is not enough memory|tomevit: no more threads can be started|.*set TMPDIR", err)
 
 
 @MEMORY
@@ -417,6 +436,11 @@ def test_threads_leave_the_filters_of_warnings(tmp_path: Path, digits: Path) -> 
         for _ in images.stream([str(path) for path in digits.rglob("*.png")], transform(model)):
             pass
 
+    def trace(_: int) -> None:
+        with quiet():
+            time.sleep(0.002)
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(32)))
+        list(pool.map(work, range(8)))
+        list(pool.map(trace, range(32)))
     assert warnings.filters == before

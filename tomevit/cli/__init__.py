@@ -152,7 +152,8 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, MemoryError):
         return str(error) or "there is not enough memory"
     if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError):
-        return str(error)
+        hint = "No usable temporary directory" in str(error)
+        return f"{error}{': set TMPDIR to a directory that you can write to' * hint}"
     if "can't start new thread" in str(error):
         return "no more threads can be started: raise the limit of processes (ulimit -u), or lower --threads, --workers"
     from tomevit.measure.memory import is_out_of_memory

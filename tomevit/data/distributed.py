@@ -25,24 +25,10 @@ def processes() -> tuple[int, int]:
 
 
 def on_this_machine() -> tuple[int, int]:
-    """As `processes`, among those on this machine, as torchrun says; whatever else may have set its variables.
-
-    Raises:
-        ValueError: they are no numbers.
-    """
-    if processes()[1] == 1:
-        return 0, 1
-    return _number("LOCAL_RANK", "0"), _number("LOCAL_WORLD_SIZE", "1")
-
-
-def _number(variable: str, otherwise: str | None = None) -> int:
-    value = os.environ.get(variable, otherwise)
-    if value is None or not value.isdecimal():
-        raise ValueError(
-            f"{variable} is {'not set' if value is None else repr(value)}, where torchrun sets a number: start this "
-            f"with torchrun, or unset TORCHELASTIC_RUN_ID"
-        )
-    return int(value)
+    """As `processes`, among those on this machine, as torchrun says; (0, 1) where what is said cannot be."""
+    rank, world = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    there = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+    return (int(rank), int(world)) if there else (0, 1)
 
 
 @contextmanager
@@ -56,7 +42,11 @@ def join_process_group() -> Iterator[None]:
         yield
         return
     for variable in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        _number(variable)
+        if not (value := os.environ.get(variable, "")).isdecimal():
+            raise ValueError(
+                f"{variable} is {value!r}, where torchrun sets a number: start this with torchrun, or unset "
+                f"TORCHELASTIC_RUN_ID"
+            )
     # The first process waits for the last, which may need hours longer.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:

@@ -28,6 +28,9 @@ def load_batches(
         workers: processes that read; 0: this one.
         collate: makes a batch of samples; None: they are batches.
         options: of the DataLoader.
+
+    Raises:
+        OSError: the system does not start so many processes.
     """
     try:
         multiprocessing.Semaphore()
@@ -36,8 +39,13 @@ def load_batches(
             log.warning("images are read in one process, others cannot be started here: /dev/shm: %s", error)
         workers = 0
     loader = DataLoader(dataset, num_workers=workers, collate_fn=partial(_collate_and_pack, collate), **options)
-    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
-        batches = iter(loader)
+    try:
+        with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
+            batches = iter(loader)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no thread, which each process needs
+        if workers and (isinstance(error, OSError) or "new thread" in str(error)):
+            raise OSError(f"{workers} processes to read images cannot be started ({error}): ask for fewer") from error
+        raise
     for batch in batches:
         arrays = {name: value for name, value in batch._asdict().items() if isinstance(value, np.ndarray)}
         yield batch._replace(**{name: torch.from_numpy(array) for name, array in arrays.items()})
@@ -53,6 +61,8 @@ def _collate_and_pack(collate: Callable[[Any], Any] | None, samples: Any) -> Any
     if get_worker_info() is None:
         return batch
     try:
-        return batch._replace(**{name: tensor.share_memory_() for name, tensor in tensors.items()})
+        for tensor in tensors.values():
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return batch
     except RuntimeError:  # Docker's /dev/shm has 64 MB
         return batch._replace(**{name: tensor.numpy() for name, tensor in tensors.items()})
