@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -497,15 +498,16 @@ def test_status_is_1_if_some_cannot_be_read_and_2_if_none_can(capsys, tmp_path):
     assert run(capsys, "classify", bad, *model)[0] == 2
 
 
-def test_names_of_files_may_be_any_bytes(capsys, tmp_path):
+def test_names_of_files_may_be_any_bytes(capsys, tmp_path, monkeypatch):
     (path,) = save_digits(tmp_path, 1)
     odd = Path(path).rename(tmp_path / "odd\udce9,\u201cname\u201d.png")
-    for form in ([], ["--json"], ["-o", str(tmp_path / "out.txt")]):
-        status, out, _ = run(capsys, "classify", str(odd), "--model", DIGITS, *form)
-        assert status == 0
-        text = (tmp_path / "out.txt").read_text(encoding="utf-8") if "-o" in form else out
-        names = {"--json": json.dumps(str(odd))}
-        assert names.get("".join(form), "odd\ufffd,\u201cname\u201d.png") in text
+    for form in ([], ["--csv"], ["--json"], ["-o", str(tmp_path / "out.txt")]):
+        with monkeypatch.context() as patch, (tmp_path / "printed").open("w", encoding="utf-8") as printed:
+            patch.setattr(sys, "stdout", printed)
+            assert run(capsys, "classify", str(odd), "--model", DIGITS, *form)[0] == 0
+        text = (tmp_path / ("out.txt" if "-o" in form else "printed")).read_bytes()
+        names = {"--json": json.dumps(str(odd)).encode()}
+        assert names.get("".join(form), os.fsencode(odd)) in text
 
 
 def test_ctrl_c_prints_what_there_is(capsys, tmp_path, monkeypatch):

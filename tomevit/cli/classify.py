@@ -18,6 +18,7 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
+from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
@@ -49,10 +50,10 @@ NAME = 34  # the widest column of classes, where each image has one line
     show_default=True,
     help="Turn photographs as their EXIF data says. Published accuracies were measured without.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Images per call; default: 8, beyond a CPU 64.")
+@click.option("--batch", type=options.BATCH, help="Images per call; default: 8, beyond a CPU 64.")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=options.WORKERS,
     help="Processes that read images; default: none, beyond a CPU one per core, at most 8.",
 )
 @options.device
@@ -100,11 +101,11 @@ def classify(
     with _reporting(out) as report:
         summary = _report_answers(run, sources, form, setting, report)
     if out is not None:
-        click.echo(f"written to {out}", err=True)
+        echo(f"written to {out}", err=True)
     if summary.images + summary.unreadable < len(sources):
         raise KeyboardInterrupt
     if summary.unreadable == len(sources) > 1:
-        click.echo(f"tomevit: none of {summary.unreadable} images can be read", err=True)
+        echo(f"tomevit: none of {summary.unreadable} images can be read", err=True)
     ctx.exit(0 if not summary.unreadable else 2 if summary.unreadable == len(sources) else 1)
 
 
@@ -112,7 +113,7 @@ def classify(
 def _reporting(out: Path | None) -> Iterator[Callable[[str], object]]:
     """What takes the lines of a report one by one: standard output, or a file that is put in place at the end."""
     if out is None:
-        yield click.echo
+        yield echo
         return
     with new_file(out) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
         yield lambda line: file.write(f"{line}\n")
@@ -142,7 +143,7 @@ def _report_answers(
                 kept.append(answer)
             with tqdm.external_write_mode():
                 if answer.error:
-                    click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
+                    echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
                 else:
                     report_all(form.each(setting, answer))
             bar.update()
@@ -169,7 +170,7 @@ def _sources(arguments: Sequence[str]) -> list[str | bytes]:
         files, _ = located = search([argument])
         found += files
         if passed_over := located.passed_over():
-            click.echo(f"tomevit: {printable(argument)}: {passed_over}", err=True)
+            echo(f"tomevit: {argument}: {passed_over}", err=True)
     return found
 
 
@@ -246,8 +247,7 @@ class _Format(NamedTuple):
 
 
 def _file(answer: Answer) -> str:
-    """Its name as a terminal can show it, in which bytes that are no UTF-8 are U+FFFD."""
-    return "standard input" if answer.image == "-" else printable(click.format_filename(answer.image))
+    return "standard input" if answer.image == "-" else answer.image
 
 
 def _short_name(setting: _Setting, index: int) -> str:
@@ -405,7 +405,7 @@ def _json_foot(setting: _Setting, found: Summary, said: Sequence[Answer]) -> lis
         "summary": found._asdict() | {"speed_up": found.speed_up},
         "interrupted": len(said) < setting.images,
     }
-    return [json.dumps(result, indent=2)]
+    return json.dumps(result, indent=2).splitlines()
 
 
 def _answer_as_json(answer: Answer) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from tomevit.cli.console import echo
 from tomevit.cli.options import described, machine
 from tomevit.opening import read_small_file
 from tomevit.output import check_outputs, is_stream, new_file
@@ -47,7 +48,7 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
     except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         results_are = f"{files[0]} is" if len(files) == 1 else f"one of {', '.join(map(str, files))} is"
         raise ValueError(f"{results_are} damaged, or of another version: {error!r}") from error
-    click.echo(f"written to {out}", err=True)
+    echo(f"written to {out}", err=True)
 
 
 def picture_kind(path: Path) -> str:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from tomevit.data.workers import load_batches
 from tomevit.errors import ImageError, NotRegularFileError
 from tomevit.opening import open_file, special_kind
 from tomevit.transform import Transform, convert
@@ -419,17 +420,9 @@ def stream(
         indices: the places of the files to read, in this order; None: all.
         upright: as in `read`.
     """
-    loader = DataLoader(
-        _Files(files, transform, upright),
-        batch_size=batch,
-        sampler=range(len(files)) if indices is None else indices,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=quiet,
-    )
-    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
-        batches = iter(loader)
-    yield from batches
+    dataset = _Files(files, transform, upright)
+    sampler = range(len(files)) if indices is None else indices
+    yield from load_batches(dataset, workers, _collate, batch_size=batch, sampler=sampler, worker_init_fn=quiet)
 
 
 @contextmanager

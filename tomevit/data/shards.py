@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from tomevit.data.images import SUFFIXES, find, prepare_image
+from tomevit.data.images import SUFFIXES, find, prepare_image, quiet
+from tomevit.data.workers import load_batches
 from tomevit.errors import ImageError
 from tomevit.opening import open_file
 from tomevit.transform import Transform
@@ -361,19 +362,8 @@ def stream_samples(
     begin = [(place, 0) for place in range(len(shards))] if begin is None else begin
     todo = [(place, shards[place], first) for place, first in begin]
     # A process without a shard would only take memory.
-    loader = DataLoader(
-        _Shards(todo, transform, batch, upright),
-        batch_size=None,
-        num_workers=min(workers, len(todo)),
-        collate_fn=_as_it_is,
-    )
-    with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
-        batches = iter(loader)
-    yield from batches
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
+    dataset = _Shards(todo, transform, batch, upright)
+    yield from load_batches(dataset, min(workers, len(todo)), batch_size=None, worker_init_fn=quiet)
 
 
 class _Shards(IterableDataset[Batch]):

@@ -7,6 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
+#: How torch says it where the error has no class of its own.
+WORDS = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "MPS backend out of memory",
+    "Storage size calculation overflowed",
+    "std::bad_alloc",
+)
+
 
 class BatchTooLargeError(ValueError):
     """A batch does not fit into the memory of its device."""
@@ -26,12 +35,13 @@ def explain_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise BatchTooLargeError(f"a batch of {batch} does not fit into the memory of {device}") from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that there is no more, on a GPU or a CPU."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in ("can't allocate memory", "MPS backend out of memory"))
+    return any(words in str(error) for words in WORDS)

@@ -57,6 +57,7 @@ from tomevit.weights.download import (
     is_offline,
     is_resumable,
     is_web_page,
+    no_home,
     remove,
     remove_unless_file,
     sync,
@@ -81,14 +82,16 @@ def home() -> Path:
     """The directory of all that tomevit keeps: TOMEVIT_HOME, else tomevit in XDG_CACHE_HOME, else ~/.cache/tomevit.
 
     Raises:
-        DownloadError: the user has no home directory, or the current one is gone, and it would be there.
+        DiskError: the user has no home directory, or the current one is gone, and it would be there.
     """
     try:
         if ours := os.environ.get("TOMEVIT_HOME"):
             return Path(ours).expanduser().absolute()
         shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
         return (shared if shared.is_absolute() else Path.home() / ".cache") / "tomevit"
-    except (RuntimeError, FileNotFoundError) as error:
+    except RuntimeError as error:
+        raise DiskError(no_home("TOMEVIT_HOME")) from error
+    except FileNotFoundError as error:
         raise DiskError(
             f"there is no place for downloads ({error}): set TOMEVIT_HOME to a directory that you can write to"
         ) from error

@@ -302,8 +302,7 @@ def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = No
         weights = read_weights(sources.locate_fetched(fetched, card), model=model, **told)
         checkpoint.write(draft, weights.card, weights.tensors)
 
-    path = cache.cached(card, write, variant=variant)
-    return read_own_file(path, model, mapped=path.is_relative_to(cache.home()))
+    return read_own_file(cache.cached(card, write, variant=variant), model, mapped=True)
 
 
 def inspect(source: str | os.PathLike[str]) -> Contents:

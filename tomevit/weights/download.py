@@ -82,6 +82,11 @@ class DiskError(DownloadError):
     """No place for a file: another source would not help."""
 
 
+def no_home(variable: str) -> str:
+    """That the system knows no home directory of this user, and what to do."""
+    return f"this user has no home directory to keep weights in: set {variable} to a directory that you can write to"
+
+
 def disk_error(number: int, path: Path, variable: str = "TOMEVIT_HOME", needed: int | None = None) -> DiskError:
     """That a path cannot be written, for the system's reason, and that a variable names another place.
 
@@ -590,6 +595,8 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
 
     assert source.hub
     repo, cache = source.hub, Path(constants.HF_HUB_CACHE)
+    if cache.parts[:1] == ("~",):
+        raise DiskError(no_home("HF_HOME"))
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     try:
         with bounded_answers(), explain_disk_errors(cache, "HF_HOME"):
