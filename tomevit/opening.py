@@ -5,6 +5,7 @@ What was looked at is what is read: whoever checks a file reads on in the same o
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from os import PathLike
@@ -27,7 +28,7 @@ def open_file(path: str | PathLike[str]) -> BinaryIO:
     path = os.fspath(path)
     mode = Path(path).stat().st_mode  # a device may act when it is opened
     _check(path, mode)
-    file = os.fdopen(os.open(path, _FLAGS), "rb")
+    file = io.BufferedReader(io.FileIO(path, opener=lambda name, _: os.open(name, _FLAGS)))  # which keeps its name
     try:
         _check(path, os.fstat(file.fileno()).st_mode)  # another may lie there by now
     except OSError:

@@ -9,7 +9,6 @@ Each library has tables of `Row`, read in both directions. What no row can say i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -24,7 +23,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 from tomevit import zoo
 from tomevit.config import ARCHITECTURE, CHOICES, LEAST, Card, Config, Preprocess
 from tomevit.errors import CheckpointError, printable
-from tomevit.typed import conform
+from tomevit.opening import open_file
+from tomevit.typed import conform, parse_json
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -165,11 +165,14 @@ class _Object(dict[str, Any]):
 
     @classmethod
     def of(cls, path: Path) -> _Object:
-        if (size := path.stat().st_size) > MOST_BYTES:
+        with open_file(path) as file:
+            content = file.read(MOST_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+        if len(content) > MOST_BYTES:
             raise ValueError(f"it has {size} bytes, and is no description of a model")
         try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content)
+        except ValueError as error:
             raise ValueError(f"it is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"it holds {reprlib.repr(values)}, and should hold an object")
@@ -312,7 +315,7 @@ _TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^
 
 def _read_licence(readme: Path) -> str | None:
     """The licence in a model card's metadata, where it is stated plainly: people write it, and it may be anything."""
-    with readme.open("rb") as file:
+    with open_file(readme) as file:
         front = _FRONT_MATTER.match(file.read(MOST_BYTES).decode("utf-8-sig", "replace"))
     stated: dict[str, str] = dict(_LICENCE.findall(front[1])) if front else {}
     match = _TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
@@ -353,7 +356,8 @@ def _read_timm(config: _Object) -> Card:
     base = _timm_base(config.take("architecture", str), cfg.take("tag", str, ""))
     kinds = {row.theirs: row.kind for row in _TIMM}
     for name, value in args.items():
-        if name not in kinds and not _TIMM_IDLE.fullmatch(name) and (name, value) not in _TIMM_ONLY.items():
+        idle = len(name) <= MOST_CHARACTERS and _TIMM_IDLE.fullmatch(name)
+        if name not in kinds and not idle and (name, value) not in _TIMM_ONLY.items():
             raise args.refuse(name, "left out: tomevit has nothing like it")
 
     fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
@@ -393,7 +397,8 @@ def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ..
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         return ()  # timm's also may be a table with gaps
     described = config.part("label_descriptions")
-    found = tuple(str(described.get(label, label)) for label in labels)
+    texts = {label: text for label, text in described.items() if isinstance(text, str)}
+    found = tuple(texts.get(label, label) for label in labels)
     return found if len(found) == classes else ()
 
 
@@ -419,6 +424,8 @@ def _read_labels(config: _Object) -> tuple[str, ...]:
     if "id2label" not in config:
         return tuple(f"LABEL_{i}" for i in range(config.take("num_labels", int, 2, "num_classes")))
     labels = config.part("id2label")
+    if not all(isinstance(label, str | int | float) for label in labels.values()):
+        raise config.refuse("id2label", "an object of texts")
     try:
         return tuple(str(labels[str(i)]) for i in range(len(labels)))
     except KeyError as error:
