@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tomevit.config import Card
+from tomevit.config import Card, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.headers import read_header
 from tomevit.opening import open_file
@@ -122,7 +122,13 @@ def card_from_json(data: Any) -> Card:
     """
     if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
         raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
-    card: Card = conform(Card, {name: value for name, value in data.items() if name != "r"}, "card")
+    preprocess = conform(Preprocess, data.get("preprocess", {}), "card.preprocess")
+    fields = {name: value for name, value in data.items() if name != "r"} | {"preprocess": preprocess}
+    card: Card = conform(Card, fields, "card")
+    if (means := len(preprocess.mean)) != card.config.in_chans and "preprocess" in data:
+        raise ValueError(
+            f"card.preprocess.mean has {means} values, and the model takes {card.config.in_chans} channels"
+        )
     if callable(card.config.matching):
         raise ValueError(f"card.config.matching is {card.config.matching!r}, and must be a name")
     return replace(card, r=schedule_from_json(data["r"], card.config.depth))

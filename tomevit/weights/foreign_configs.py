@@ -21,7 +21,7 @@ from types import GenericAlias
 from typing import Any, NamedTuple, get_args, get_origin
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, CHOICES, LEAST, Card, Config, Preprocess
+from tomevit.config import ARCHITECTURE, CHOICES, LEAST, MOST, MOST_PIXELS, Card, Config, Preprocess
 from tomevit.errors import CheckpointError, printable
 from tomevit.opening import open_file
 from tomevit.typed import conform, parse_json
@@ -33,9 +33,8 @@ CONFIG_FILES = (CONFIG, PREPROCESSOR, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
-#: No file says more than this of a model that anyone could run; of what is not named here, 65536.
-MOST = {"patch_size": 2**12, "in_chans": 2**12, "embed_dim": 2**16, "depth": 2**10, "num_heads": 2**12}
-MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "img_size": 2**14, "mlp_hidden": 2**20}
+#: By our fields, what files may say; of what is not named here, 65536.
+_MOST: Mapping[str, int] = MOST | {"img_size": MOST_PIXELS, "mlp_hidden": 2**20}
 _LEAST: Mapping[str, float] = LEAST | {"img_size": 1, "mlp_hidden": 1, "mean": -(2**16), "std": 1e-6}
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -230,7 +229,7 @@ class _Object(dict[str, Any]):
 
 def _beyond(value: Any, ours: str) -> str:
     """The limits of a field of ours, if a value, or one of several, is beyond them."""
-    least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
+    least, most = _LEAST.get(ours, 0), _MOST.get(ours, 2**16)
     within = all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,)))
     return "" if within else f"from {least} to {most}"
 
