@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import click
 
+from tomevit.cards import first_line
 from tomevit.errors import OtherProcessError, printable
 from tomevit.version import __version__
 
@@ -117,13 +118,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
     except OtherProcessError:
         status = 2
-    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         if arguments[0] == "--traceback":
             raise
         status = _fail(str(error), 2)
+    except (MemoryError, RuntimeError) as error:
+        if arguments[0] == "--traceback" or (why := _explain_lack_of_memory(error)) is None:
+            raise
+        status = _fail(why, 2)
     except (click.Abort, KeyboardInterrupt):
         status = _fail("interrupted", 130)
     sys.exit(status)
+
+
+def _explain_lack_of_memory(error: MemoryError | RuntimeError) -> str | None:
+    """What to say where memory ended; None: the error is about something else."""
+    import_torch()
+    from tomevit.weights.reading import lacks_memory
+
+    if not lacks_memory(error):
+        return None
+    said = first_line(error)
+    return said if "does not fit into memory" in said else f"what is computed does not fit into memory: {said}"
 
 
 def _fail(message: str, status: int) -> int:

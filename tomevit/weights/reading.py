@@ -36,7 +36,11 @@ DTYPES = {
 }
 
 #: What torch says where the system has no memory or no address space for it.
-_NO_MEMORY = re.compile(r"can't allocate|not enough memory|unable to mmap|Cannot allocate memory", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    r"can't allocate|not enough memory|unable to mmap|cannot allocate memory|bad_alloc"
+    r"|could not create a (primitive|memory)",  # of oneDNN
+    re.IGNORECASE,
+)
 
 
 def check_room(path: str | os.PathLike[str], size: int) -> None:
@@ -49,6 +53,12 @@ def check_room(path: str | os.PathLike[str], size: int) -> None:
         ) from error
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of Python's, torch's or the system's says that memory or address space ended."""
+    no_room = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return no_room or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
+
+
 @contextmanager
 def explain_lack_of_memory(path: str | os.PathLike[str]) -> Iterator[None]:
     """Where memory or address space ends, say so, of which file, and how much was needed as far as it is known.
@@ -59,10 +69,7 @@ def explain_lack_of_memory(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        lacks = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-        if not lacks and not _NO_MEMORY.search(str(error)):
-            raise
-        if " does not fit into memory" in str(error):
+        if not lacks_memory(error) or " does not fit into memory" in str(error):
             raise
         size = re.search(r"allocate (\d+) bytes", str(error))
         left = f", of which there are no {int(size[1]):,} bytes left" if size else ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from tomevit.errors import CheckpointError, NotRegularFileError, printable
+from tomevit.headers import MOST_TENSORS
 from tomevit.opening import open_file
 from tomevit.typed import parse_json
 
@@ -133,6 +134,8 @@ def _parse_index(index: Path, file: BinaryIO) -> dict[str, set[str]]:
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise CheckpointError(f"{index} has no weight_map, which says in which file each tensor lies")
+    if len(listed) > MOST_TENSORS:
+        raise CheckpointError(f"{index} lists {len(listed):,} tensors, and tomevit reads up to {MOST_TENSORS:,}")
     files: dict[str, set[str]] = {}
     for tensor, name in listed.items():
         # Of a name with a colon Windows makes a place on another drive.

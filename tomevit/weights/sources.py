@@ -17,6 +17,7 @@ from tomevit.errors import CheckpointError
 from tomevit.weights import cache, directories, shards
 from tomevit.weights.files import check_is_checkpoint
 from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
+from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.shards import OpenFiles
 
 
@@ -122,7 +123,8 @@ def _open_local(path: Path, *, beside: bool) -> Iterator[Located]:
     """A checkpoint that is no file of ours, with what the files beside it say if these are its own."""
     with shards.open_files(path) as files:
         check_is_checkpoint(files)
-        origin = Source(format="", file=path.name, sha256=files.sha256())
+        with explain_lack_of_memory(path):
+            origin = Source(format="", file=path.name, sha256=files.sha256())
         located = _identify(path, origin, _files_beside(path.parent) if beside else {})
         yield located._replace(files=files)
 

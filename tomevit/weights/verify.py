@@ -18,6 +18,7 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.flops import count_parameters, flops
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint, convert, sources
+from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.rules import enumerate_names
 
 #: Values of an image, and of what is computed of it at once, with which a forward pass is tried: a file of a few MB can
@@ -124,7 +125,7 @@ def _explain_cost(config: Config) -> str | None:
 
 
 def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
-    with torch.inference_mode():
+    with explain_lack_of_memory("what a forward pass takes"), torch.inference_mode():
         answer = model(images, r)
     found = f"{tuple(answer.shape)}, from {answer.min():.4g} to {answer.max():.4g}"
     return Check(f"forward at r = {r}", convert.is_finite(answer), found)
