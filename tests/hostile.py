@@ -203,14 +203,14 @@ def costly() -> dict[str, dict[str, bytes]]:
     """
     whole = tensor((4,), (1,), 4)
     vit = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
-    model = b"".join(text(each) + b"h\x01" for each in vit)
+    model = b"}(" + text(vit[0]) + whole + b"q\x01" + text(vit[1]) + b"h\x01u"
     colliding = [number(i * (2**61 - 1)) for i in range(1, 40_000)]  # Python's hash of each is 0
     # Under every usual name, itself.
     usual = ("model", "state_dict", "module", "network", "teacher", "student", "ema", "model_ema", "ema_model")
     itself = b"".join(text(each) + b"h\x00" for each in usual) + b"".join(text(str(i)) + b"N" for i in range(50_000))
     many = b"](" + b"N" * 50_000 + b"eq\x01"
     laughs = b"]q\x00" + b"".join(b"](" + 10 * (b"h" + bytes([i])) + b"eq" + bytes([i + 1]) for i in range(60))
-    parts = {f"{i}.safetensors": "a.safetensors" for i in range(300_000)}
+    parts = {f"{i}.safetensors": "a.safetensors" for i in range(100_000)}
     labels = {"architecture": "vit_tiny_patch16_224", "num_classes": 200_000, "label_names": ["a"] * 200_000}
     safetensor = {"model.safetensors": safetensors(_empty(vit))}
 
@@ -222,9 +222,9 @@ def costly() -> dict[str, dict[str, bytes]]:
 
     return {
         "wrappers": {"model.pth": torch_zip(state_dict(**{"module." * 140_000 + vit[0]: whole, vit[1]: whole}))},
-        "dots": pickled(b"}(" + text("x") + b"}(" + text("." * 10**6) + whole + b"q\x01" + b"}(" + model + b"uuu"),
-        "names": {"model.safetensors": safetensors(_empty(f"{i}" for i in range(200_000)))},
-        "models": {"model.safetensors": safetensors(_empty(f"{i}.{each}" for i in range(8000) for each in vit))},
+        "dots": pickled(b"}(" + text("x") + b"}(" + text("." * 10**6) + model + b"uu"),
+        "names": {"model.safetensors": safetensors(_empty(f"{i}" for i in range(70_000)))},
+        "models": {"model.safetensors": safetensors(_empty(f"{i}.{each}" for i in range(3000) for each in vit))},
         "lists in a header": {"model.safetensors": safetensors(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}")},
         "keys that collide": pickled(b"}(" + text("x") + b"}(" + b"".join(n + b"N" for n in colliding) + b"uu"),
         "keys that collide in tuples": pickled(
@@ -246,14 +246,14 @@ def costly() -> dict[str, dict[str, bytes]]:
         "a list in many": pickled(b"}(" + text("a") + many + text("b") + b"](" + b"h\x01" * 50_000 + b"eu"),
         "laughs as keys": {"model.pth": legacy(state_dict(a=whole), b"\x80\x02](" + laughs + b"h\x3be.")},
         "views of one storage": pickled(
-            b"}(" + whole + b"q\x01" + b"".join(text(f"{i}") + b"h\x01" for i in range(60_000)) + b"u"
+            b"}(" + text("a") + whole + b"q\x01" + b"".join(text(f"{i}") + b"h\x01" for i in range(60_000)) + b"u"
         ),
         "names in an archive": {
             "model.npz": zip_of({f"{i}/{'/' * 60_000}.npy": npy(npy_header((0,))) for i in range(150)})
         },
         "models in an archive": {
             "model.npz": zip_of(
-                {f"{i}/{each}.npy": npy(npy_header((0,))) for i in range(8000) for each in ("embedding/kernel", "cls")}
+                {f"{i}/{each}.npy": npy(npy_header((0,))) for i in range(3000) for each in ("embedding/kernel", "cls")}
             )
         },
         "an index of lists": {"model.safetensors.index.json": b'{"weight_map":{},"a":[' + b"[]," * 5_000_000 + b"1]}"},
@@ -268,7 +268,7 @@ def costly() -> dict[str, dict[str, bytes]]:
         "an argument": configured(
             {"architecture": "vit_tiny_patch16_224", "model_args": {"drop" + "_drop" * 10**5: 0}}
         ),
-        "directories": {f"checkpoint-{i}/empty": b"" for i in range(3000)},
+        "directories": {f"checkpoint-{i}/empty": b"" for i in range(1200)},
     }
 
 

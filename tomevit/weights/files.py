@@ -67,6 +67,7 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began bef
 MAX_ENTRIES = 2**14  # of a zip archive
 MAX_DIRECTORY = 2**22  # bytes of a zip archive's list of entries
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
+LEAST_SHARE = 4  # of a training run's file, at least one in so many bytes is of the model, and has to fit into memory
 MAX_MODELS = 64  # state dicts to choose from
 CHUNK = 2**20
 
@@ -138,11 +139,12 @@ def _check_container(path: Path, file: BinaryIO) -> None:
     match _find_container(path, file):
         case "zip":
             with _open_zip(file):
-                pass
+                check_room(path, file.seek(0, os.SEEK_END) // LEAST_SHARE)
         case "safetensors":
             _read_safetensors_header(file)
         case _:
             _walk_torch_legacy(file)
+            check_room(path, file.seek(0, os.SEEK_END) // LEAST_SHARE)
 
 
 @contextlib.contextmanager
@@ -470,8 +472,8 @@ def _walk_torch_legacy(file: BinaryIO) -> tuple[Any, Walk, dict[str, int]]:
         if not count or end > size:
             raise CheckpointError(f"is truncated: it has {size:,} bytes, and storage {name!r} ends at {end:,}")
         file.seek(end)
-    if (left := size - file.tell()) > len(keys):
-        raise CheckpointError(f"is damaged: {left:,} bytes follow what it holds")
+    if (left := size - file.tell()) > file.tell():
+        raise CheckpointError(f"is damaged: {left:,} bytes follow the {file.tell():,} that are of it")
     return tree, walk, starts
 
 

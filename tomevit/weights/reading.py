@@ -112,6 +112,8 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
             whole = torch.UntypedStorage.from_file(file.name, shared=False, nbytes=os.fstat(file.fileno()).st_size)
         if not os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat()):
             whole = None  # another lies there by now
+    if whole is None:
+        check_room(file.name, sum(each.end - each.start for each in stored.values()))
     tensors = {}
     for name, (kind, shape, start, end) in stored.items():
         dtype = DTYPES[kind]
