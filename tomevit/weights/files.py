@@ -68,6 +68,8 @@ MAX_ENTRIES = 2**14  # of a zip archive
 MAX_DIRECTORY = 2**22  # bytes of a zip archive's list of entries
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
 LEAST_SHARE = 4  # of a training run's file, at least one in so many bytes is of the model, and has to fit into memory
+#: Names of tensors among which a model is looked for, of all state dicts together; each dict counts for so many more.
+MAX_LOOKED_AT, LOOK = 2**18, 64
 MAX_MODELS = 64  # state dicts to choose from
 CHUNK = 2**20
 
@@ -519,11 +521,13 @@ def _find_models(tree: Any, holds_model: Callable[[Collection[str]], bool]) -> I
     """The dotted paths of the state dicts that hold a model, whatever they are called."""
     nodes: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     holding: dict[int, bool] = {}
+    looked_at = 0
     for path, node in nodes:  # which grows; but each is looked into once: a pickle's dict can contain itself
         if id(node) not in holding:
             children = _children(node)
             names = _names_of_tensors(children)
-            holding[id(node)] = 0 < len(names) <= MOST_TENSORS and holds_model(names)
+            looked_at += len(names) + LOOK if names else 0
+            holding[id(node)] = 0 < len(names) <= MOST_TENSORS and looked_at <= MAX_LOOKED_AT and holds_model(names)
             nodes += [
                 ((*path, name), child)
                 for name, child in children.items()

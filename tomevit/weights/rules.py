@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -279,12 +280,14 @@ def names_under(names: Iterable[str], prefix: str) -> list[str]:
 
 def enumerate_names(names: Iterable[str], most: int = 6) -> str:
     """The first few of many names, block 2 before block 10."""
-    names = sorted(
+    names = list(names)
+    first = nsmallest(
+        most,
         names,
         key=lambda name: [(int(part or 0), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)],
     )
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(first) + more
 
 
 def _has(names: Iterable[str], pattern: str) -> bool:
