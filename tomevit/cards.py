@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tomevit.config import Card, Preprocess
 from tomevit.errors import CheckpointError
-from tomevit.headers import read_header
+from tomevit.headers import MOST_BYTES, read_header
 from tomevit.opening import open_file
 from tomevit.schedule import schedule_from_json, schedule_to_json
 from tomevit.typed import conform, parse_json
@@ -105,6 +105,11 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that tomevit wrote it, as far as its header can be read."""
     try:
         with open_file(path) as file:
+            length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+            # Of others' files the header, which may be long, is not parsed for this.
+            if first != b"{" or f'"{KEY}"'.encode() not in file.read(min(length, MOST_BYTES)):
+                return False
+            file.seek(0)
             return KEY in read_header(file)[0]
     except (OSError, ValueError):
         return False

@@ -10,7 +10,6 @@ import os
 import stat
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
 
 from tomevit.errors import NotRegularFileError
 
@@ -18,7 +17,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
-def open_file(path: str | PathLike[str]) -> BinaryIO:
+def open_file(path: str | PathLike[str]) -> io.BufferedReader:
     """A regular file, or a link to one, open for reading; a pipe, a device or a socket is never waited for.
 
     Raises:

@@ -291,7 +291,7 @@ def enumerate_names(names: Iterable[str], most: int = 6) -> str:
 
 
 def _has(names: Iterable[str], pattern: str) -> bool:
-    return any(_regex(pattern).fullmatch(name) for name in names)
+    return any(map(_regex(pattern).fullmatch, names))
 
 
 @cache

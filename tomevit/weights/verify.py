@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tomevit.config import Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.flops import count_parameters, flops
 from tomevit.schedule import Schedule
-from tomevit.weights import checkpoint, convert, sources
+from tomevit.weights import checkpoint, convert, shards, sources
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.rules import enumerate_names
 
@@ -68,9 +67,7 @@ def _run_checks(
     try:
         with checkpoint.open_own_file(path) as file:
             (card, recorded), tensors = checkpoint.read_open(file, fitting=False)
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+            sha256, size = shards.OpenFiles(path, file).sha256(), file.tell()
     except CheckpointError as error:
         yield Check("file", False, str(error))
         return
