@@ -27,7 +27,8 @@ def open_file(path: str | PathLike[str]) -> io.BufferedReader:
     path = os.fspath(path)
     mode = Path(path).stat().st_mode  # a device may act when it is opened
     _check(path, mode)
-    file = io.BufferedReader(io.FileIO(path, opener=lambda name, _: os.open(name, _FLAGS)))  # which keeps its name
+    opened = io.FileIO(path, opener=lambda name, _: os.open(name, _FLAGS))  # which keeps its name
+    file: io.BufferedReader = io.BufferedReader(opened)
     try:
         _check(path, os.fstat(file.fileno()).st_mode)  # another may lie there by now
     except OSError:

@@ -122,12 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[0] == "--traceback":
             raise
         status = _fail(str(error), 2)
+    except (click.Abort, KeyboardInterrupt):
+        status = _fail("interrupted", 130)
     except (MemoryError, RuntimeError) as error:
         if arguments[0] == "--traceback" or (why := _explain_lack_of_memory(error)) is None:
             raise
         status = _fail(why, 2)
-    except (click.Abort, KeyboardInterrupt):
-        status = _fail("interrupted", 130)
     sys.exit(status)
 
 

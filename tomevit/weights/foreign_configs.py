@@ -397,7 +397,7 @@ def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ..
         return ()  # timm's also may be a table with gaps
     described = config.part("label_descriptions")
     texts = {label: text for label, text in described.items() if isinstance(text, str)}
-    found: tuple[str, ...] = tuple(texts.get(label, label) for label in labels)
+    found = tuple(str(texts.get(label, label)) for label in labels)
     return found if len(found) == classes else ()
 
 
