@@ -5,11 +5,11 @@ What was looked at is what is read: whoever checks a file reads on in the same o
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
 
 from tomevit.errors import NotRegularFileError
 
@@ -17,7 +17,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
-def open_file(path: str | PathLike[str]) -> BinaryIO:
+def open_file(path: str | PathLike[str]) -> io.BufferedReader:
     """A regular file, or a link to one, open for reading; a pipe, a device or a socket is never waited for.
 
     Raises:
@@ -27,7 +27,8 @@ def open_file(path: str | PathLike[str]) -> BinaryIO:
     path = os.fspath(path)
     mode = Path(path).stat().st_mode  # a device may act when it is opened
     _check(path, mode)
-    file = os.fdopen(os.open(path, _FLAGS), "rb")
+    opened = io.FileIO(path, opener=lambda name, _: os.open(name, _FLAGS))  # which keeps its name
+    file: io.BufferedReader = io.BufferedReader(opened)
     try:
         _check(path, os.fstat(file.fileno()).st_mode)  # another may lie there by now
     except OSError:

@@ -159,9 +159,9 @@ def _explain(error: Exception) -> str | None:
         return f"{error}{': set TMPDIR to a directory that you can write to' * hint}"
     if "can't start new thread" in str(error):
         return "no more threads can be started: raise the limit of processes (ulimit -u), or lower --threads, --workers"
-    from tomevit.measure.memory import is_out_of_memory
+    from tomevit.private import lacks_memory
 
-    return f"there is not enough memory: {str(error).splitlines()[0]}" if is_out_of_memory(error) else None
+    return f"there is not enough memory: {str(error).splitlines()[0]}" if lacks_memory(error) else None
 
 
 def _fail(message: str, status: int) -> int:

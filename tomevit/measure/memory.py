@@ -7,14 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-#: How torch says it where the error has no class of its own.
-WORDS = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "MPS backend out of memory",
-    "Storage size calculation overflowed",
-    "std::bad_alloc",
-)
+from tomevit.private import lacks_memory
 
 
 class BatchTooLargeError(ValueError):
@@ -35,13 +28,6 @@ def explain_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not lacks_memory(error):
             raise
         raise BatchTooLargeError(f"a batch of {batch} does not fit into the memory of {device}") from error
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that there is no more, on a GPU or a CPU."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in WORDS)
