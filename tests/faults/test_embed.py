@@ -443,7 +443,6 @@ def test_names_in_csv_are_those_on_disk(tmp_path: Path, capsys: pytest.CaptureFi
         [sys.executable, "-m", "tomevit", *arguments],
         stdout=subprocess.PIPE,
         check=True,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:surrogateescape"},
     ).stdout
     for content in (out.read_bytes(), printed):
         text = content.decode("utf-8", "surrogateescape")

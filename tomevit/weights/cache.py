@@ -30,7 +30,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -38,19 +38,18 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from tomevit.cards import decode_header
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError, DownloadError, UnreadableError, printable
 from tomevit.headers import read_header
+from tomevit.locks import hold_lock
 from tomevit.opening import open_file
 from tomevit.output import new_file
 from tomevit.weights import checkpoint, files, shards
 from tomevit.weights.download import (
     DiskError,
     UnreachableError,
-    disk_error,
     download,
     explain_disk_errors,
     files_on_hub,
@@ -380,27 +379,19 @@ def _locked(name: str) -> Iterator[Path]:
     """Hold the lock of one name, and with it a directory for unfinished files."""
     unfinished = home() / "unfinished" / _file_name(name)
     path = home() / "locks" / f"{_file_name(name)}.lock"
-    with explain_disk_errors(home()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_unless_file(path)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=2)
-        except Timeout:
-            log.warning("waiting for another process, which is fetching %s (it holds %s)", name, printable(str(path)))
-            lock.acquire()
-        except NotImplementedError as error:  # of a file system
-            raise disk_error(errno.ENOLCK, path) from error
-    try:
+    with ExitStack() as stack:
         with explain_disk_errors(home()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_unless_file(path)
+            stack.enter_context(hold_lock(path, f"fetching {name}"))
             if not unfinished.is_dir():
                 remove(unfinished)
             unfinished.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-    finally:
-        if not any(is_resumable(note) for note in unfinished.glob("*.json")):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        lock.release()
+        try:
+            yield unfinished
+        finally:
+            if not any(is_resumable(note) for note in unfinished.glob("*.json")):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # Fetching.
