@@ -245,9 +245,11 @@ def _report(
         file, reason = found.unreadable[0]
         raise ValueError(f"none of the {found.images} images can be read, as {printable(file)}: {printable(reason)}")
     result = as_json(setting, found, verdicts)
-    if request.out is not None and not found.interrupted:  # first, for what is printed may find no reader
-        write_report(request.out, "\n".join(FORMS[task.form](result, found, verdicts)))
-    echo(*FORMS[request.flag or "text"](result, found, verdicts))
+    try:
+        echo(*FORMS[request.flag or "text"](result, found, verdicts))
+    finally:  # also where what is printed finds no reader
+        if request.out is not None and not found.interrupted:
+            write_report(request.out, "\n".join(FORMS[task.form](result, found, verdicts)))
     if found.interrupted:
         if found.rows:
             goes_on = "the same command goes on from there"
