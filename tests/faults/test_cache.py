@@ -462,7 +462,7 @@ def test_without_a_home_the_variable_is_named(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(Path, "home", nobody)
     monkeypatch.delenv("TOMEVIT_HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    with pytest.raises(DownloadError, match=r"no place for downloads .*: set TOMEVIT_HOME to a directory"):
+    with pytest.raises(DownloadError, match=r"no home directory to keep weights in: set TOMEVIT_HOME to a directory"):
         home()
     monkeypatch.setenv("TOMEVIT_HOME", "~nobody-there/cache")
     with pytest.raises(DownloadError, match="set TOMEVIT_HOME"):

@@ -96,6 +96,14 @@ def home() -> Path:
         ) from error
 
 
+def holds(path: Path) -> bool:
+    """Whether a file lies in the cache, where tomevit alone writes; what comes with tomevit needs no cache."""
+    try:
+        return path.is_relative_to(home())
+    except DiskError:
+        return False
+
+
 def cached(card: Card, convert: Callable[[Fetched, Path], None], *, variant: str = "") -> Path:
     """The converted file of a card's weights, fetched and converted on first use.
 

@@ -303,7 +303,8 @@ def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = No
         weights = read_weights(sources.locate_fetched(fetched, card), model=model, **told)
         checkpoint.write(draft, weights.card, weights.tensors)
 
-    return read_own_file(cache.cached(card, write, variant=variant), model, mapped=True)
+    path = cache.cached(card, write, variant=variant)
+    return read_own_file(path, model, mapped=cache.holds(path))
 
 
 def inspect(source: str | os.PathLike[str]) -> Contents:
