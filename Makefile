@@ -26,7 +26,7 @@ clients: .venv-clients/clients
 	$(CLIENTS)/pytest --numprocesses=auto -m clients tests/clients --store docs/works_with.json
 
 faults: .venv/test
-	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'faults and not soak' --store docs/promises.json
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'faults and not soak' tests --store docs/promises.json
 
 soak: .venv/test
 	$(BIN)/pytest -m soak --durations=0

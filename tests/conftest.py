@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,3 +106,17 @@ def set_environment(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
     yield change
     monkeypatch.undo()
     importlib.reload(huggingface_hub.constants)
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were asked for; they are cut short."""
+    asked: list[float] = []
+    sleep = time.sleep
+
+    def nap(seconds: float) -> None:
+        asked.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    monkeypatch.setattr(time, "sleep", nap)
+    return asked

@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +194,84 @@ def bombs() -> dict[str, bytes]:
 
 def _entry(shape: list[int], offsets: list[int]) -> bytes:
     return json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+
+
+def costly() -> dict[str, dict[str, bytes]]:
+    """Files of up to a few MB, by name in a folder, each of which takes minutes or gigabytes if it is believed.
+
+    The first of each folder is what is given to tomevit.
+    """
+    whole = tensor((4,), (1,), 4)
+    vit = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
+    model = b"}(" + text(vit[0]) + whole + b"q\x01" + text(vit[1]) + b"h\x01u"
+    colliding = [number(i * (2**61 - 1)) for i in range(1, 40_000)]  # Python's hash of each is 0
+    # Under every usual name, itself.
+    usual = ("model", "state_dict", "module", "network", "teacher", "student", "ema", "model_ema", "ema_model")
+    itself = b"".join(text(each) + b"h\x00" for each in usual) + b"".join(text(str(i)) + b"N" for i in range(50_000))
+    many = b"](" + b"N" * 50_000 + b"eq\x01"
+    laughs = b"]q\x00" + b"".join(b"](" + 10 * (b"h" + bytes([i])) + b"eq" + bytes([i + 1]) for i in range(60))
+    parts = {f"{i}.safetensors": "a.safetensors" for i in range(100_000)}
+    labels = {"architecture": "vit_tiny_patch16_224", "num_classes": 200_000, "label_names": ["a"] * 200_000}
+    safetensor = {"model.safetensors": safetensors(_empty(vit))}
+
+    def pickled(body: bytes) -> dict[str, bytes]:
+        return {"model.pth": torch_zip(b"\x80\x02" + body + b".")}
+
+    def configured(config: Any) -> dict[str, bytes]:
+        return safetensor | {"config.json": config if isinstance(config, bytes) else json.dumps(config).encode()}
+
+    return {
+        "wrappers": {"model.pth": torch_zip(state_dict(**{"module." * 140_000 + vit[0]: whole, vit[1]: whole}))},
+        "dots": pickled(b"}(" + text("x") + b"}(" + text("." * 10**6) + model + b"uu"),
+        "names": {"model.safetensors": safetensors(_empty(f"{i}" for i in range(70_000)))},
+        "models": {"model.safetensors": safetensors(_empty(f"{i}.{each}" for i in range(3000) for each in vit))},
+        "lists in a header": {"model.safetensors": safetensors(b'{"a":[' + b"[]," * 5_000_000 + b"[]]}")},
+        "keys that collide": pickled(b"}(" + text("x") + b"}(" + b"".join(n + b"N" for n in colliding) + b"uu"),
+        "keys that collide in tuples": pickled(
+            b"}(" + text("x") + b"}(" + b"".join(n + b"\x85N" for n in colliding) + b"uu"
+        ),
+        "a set that collides": pickled(b"](" + name("builtins", "set") + b"](" + b"".join(colliding) + b"e\x85Re"),
+        "a long key, often": pickled(b"](" + b"(" + b"N" * 10**5 + b"tq\x01" + b"}(" + b"h\x01N" * 70_000 + b"ue"),
+        "a long call, often": pickled(
+            b"]("
+            + b"("
+            + b"N" * 10**5
+            + b"tq\x01"
+            + name("torch", "device")
+            + b"q\x02"
+            + b"h\x02h\x01R0" * 70_000
+            + b"e"
+        ),
+        "a dict in itself": pickled(b"}q\x00(" + itself + b"u"),
+        "a list in many": pickled(b"}(" + text("a") + many + text("b") + b"](" + b"h\x01" * 50_000 + b"eu"),
+        "laughs as keys": {"model.pth": legacy(state_dict(a=whole), b"\x80\x02](" + laughs + b"h\x3be.")},
+        "views of one storage": pickled(
+            b"}(" + text("a") + whole + b"q\x01" + b"".join(text(f"{i}") + b"h\x01" for i in range(60_000)) + b"u"
+        ),
+        "names in an archive": {
+            "model.npz": zip_of({f"{i}/{'/' * 60_000}.npy": npy(npy_header((0,))) for i in range(150)})
+        },
+        "models in an archive": {
+            "model.npz": zip_of(
+                {f"{i}/{each}.npy": npy(npy_header((0,))) for i in range(3000) for each in ("embedding/kernel", "cls")}
+            )
+        },
+        "an index of lists": {"model.safetensors.index.json": b'{"weight_map":{},"a":[' + b"[]," * 5_000_000 + b"1]}"},
+        "an index of files": {"model.safetensors.index.json": json.dumps({"weight_map": parts}).encode()},
+        "an index of indices": {
+            f"{i}{side}.index.json": json.dumps({"weight_map": {j: f"{i + 1}{j}.index.json" for j in "ab"}}).encode()
+            for i in range(25)
+            for side in "ab"
+        },
+        "a config of lists": configured(b'{"architecture":"a","a":[' + b"[]," * 5_000_000 + b"1]}"),
+        "a config of names": configured(labels | {"label_descriptions": {"a": ["x"] * 50_000}}),
+        "an argument": configured(
+            {"architecture": "vit_tiny_patch16_224", "model_args": {"drop" + "_drop" * 10**5: 0}}
+        ),
+        "directories": {f"checkpoint-{i}/empty": b"" for i in range(1200)},
+    }
+
+
+def _empty(names: Iterable[str]) -> bytes:
+    """The header of tensors without values."""
+    return json.dumps({each: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for each in names}).encode()

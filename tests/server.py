@@ -22,9 +22,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -363,6 +365,38 @@ class _Handler(BaseHTTPRequestHandler):
             pass
         finally:
             self.close_connection = True
+
+
+class RawServer:
+    """Answers bytes that no honest server sends: whatever a function writes to the connection of a request."""
+
+    def __init__(self, answer: Callable[[socket.socket, bytes], None]) -> None:
+        self.answer = answer  # is given the connection and the head of the request
+        self.heads: list[bytes] = []
+
+    def __enter__(self) -> RawServer:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=self.listener.accept()[:1], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                if not (received := connection.recv(2**16)):
+                    return
+                head += received
+            self.heads.append(head)
+            self.answer(connection, head)
 
 
 def main(directory: Path) -> None:

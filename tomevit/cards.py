@@ -18,11 +18,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tomevit.config import Card
+from tomevit.config import Card, Preprocess
 from tomevit.errors import CheckpointError
-from tomevit.headers import read_header
+from tomevit.headers import MOST_BYTES, read_header
+from tomevit.opening import open_file
 from tomevit.schedule import schedule_from_json, schedule_to_json
-from tomevit.typed import conform
+from tomevit.typed import conform, parse_json
 
 KEY = "tomevit"
 VERSION = 2
@@ -52,7 +53,7 @@ def decode_header(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
             f"{path} was not written by tomevit: its metadata has no entry {KEY!r}; tomevit convert reads other formats"
         )
     try:
-        described = json.loads(metadata[KEY], parse_constant=_refuse_constant)
+        described = parse_json(metadata[KEY], make_constant=_refuse_constant)
         if not isinstance(described, dict) or "version" not in described:
             raise ValueError(f"its metadata is {reprlib.repr(described)}, and must have a version")
         version = described["version"]
@@ -89,22 +90,26 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             metadata, tensors = read_header(file)
+            size = os.fstat(file.fileno()).st_size
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read: it is damaged, or of another format ({error})") from error
     header, dtypes = decode_header(path, metadata), Counter(tensor.dtype for tensor in tensors.values())
     words = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     named = {words.get(dtype, dtype): count for dtype, count in dtypes.items()}
-    return Contents(path, header.card, header.sha256, path.stat().st_size, "tomevit's own format", named, {})
+    return Contents(path, header.card, header.sha256, size, "tomevit's own format", named, {})
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that tomevit wrote it, as far as its header can be read."""
     try:
-        if not Path(path).is_file():  # a pipe would wait for ever
-            return False
-        with Path(path).open("rb") as file:
+        with open_file(path) as file:
+            length, first = int.from_bytes(file.read(8), "little"), file.read(1)
+            # Of others' files the header, which may be long, is not parsed for this.
+            if first != b"{" or f'"{KEY}"'.encode() not in file.read(min(length, MOST_BYTES)):
+                return False
+            file.seek(0)
             return KEY in read_header(file)[0]
     except (OSError, ValueError):
         return False
@@ -122,7 +127,13 @@ def card_from_json(data: Any) -> Card:
     """
     if not isinstance(data, dict) or not {"config", "r"} <= data.keys():
         raise ValueError(f"card is {reprlib.repr(data)}, and must have config and r")
-    card: Card = conform(Card, {name: value for name, value in data.items() if name != "r"}, "card")
+    preprocess = conform(Preprocess, data.get("preprocess", {}), "card.preprocess")
+    fields = {name: value for name, value in data.items() if name != "r"} | {"preprocess": preprocess}
+    card: Card = conform(Card, fields, "card")
+    if (means := len(preprocess.mean)) != card.config.in_chans and "preprocess" in data:
+        raise ValueError(
+            f"card.preprocess.mean has {means} values, and the model takes {card.config.in_chans} channels"
+        )
     if callable(card.config.matching):
         raise ValueError(f"card.config.matching is {card.config.matching!r}, and must be a name")
     return replace(card, r=schedule_from_json(data["r"], card.config.depth))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -36,6 +37,13 @@ LEAST = {
     "reg_tokens": 0,
     "proj_dim": 0,
 }
+#: No model that anyone could run has more: numbers from a file are believed up to these.
+MOST = {"patch_size": 2**12, "in_chans": 2**12, "embed_dim": 2**16, "depth": 2**10, "num_heads": 2**12}
+MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "proj_dim": 2**16}
+MOST_PIXELS = 2**14  # along an edge of an image
+MOST_VALUES = 2**26  # of an image: pixels times channels
+MOST_HIDDEN = 2**22  # of an MLP
+MOST_TEXT = 2**20  # characters, of all that a card says in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +97,15 @@ class Config:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, and must be an int of at least {least}")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {reprlib.repr(getattr(self, name))}, and can be {most} at most")
         height, width = self.img_size
+        if max(height, width) > MOST_PIXELS or height * width * self.in_chans > MOST_VALUES:
+            raise ValueError(
+                f"img_size is {reprlib.repr(self.img_size)}, and can be {MOST_PIXELS} along an edge at most, and "
+                f"{MOST_VALUES} values in {self.in_chans} channels"
+            )
         if min(height, width) < 1 or height % self.patch_size or width % self.patch_size:
             near = (max(1, round(pixels / self.patch_size)) * self.patch_size for pixels in self.img_size)
             raise ValueError(
@@ -104,10 +120,12 @@ class Config:
             raise ValueError(
                 "dist_token=True adds a second head beside the class token's: it needs pool='token' and no projection"
             )
-        if self.embed_dim * min(self.mlp_ratio, self.pool_mlp_ratio or self.mlp_ratio) < 1 or self.norm_eps < 0:
+        ratios = (self.mlp_ratio, self.pool_mlp_ratio or self.mlp_ratio)
+        if self.embed_dim * min(ratios) < 1 or self.norm_eps < 0:
+            raise ValueError(f"mlp_ratio, pool_mlp_ratio {ratios} and norm_eps {self.norm_eps} must be positive")
+        if self.embed_dim * max(ratios) > MOST_HIDDEN or self.norm_eps > 1:
             raise ValueError(
-                f"mlp_ratio {self.mlp_ratio}, pool_mlp_ratio {self.pool_mlp_ratio} and norm_eps {self.norm_eps} must "
-                f"be positive"
+                f"mlp_ratio, pool_mlp_ratio are {ratios} and norm_eps {self.norm_eps}, too large for any model"
             )
         if self.pool_heads is not None and (self.pool_heads < 1 or self.embed_dim % self.pool_heads):
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of pool_heads {self.pool_heads}")
@@ -182,6 +200,10 @@ RUNTIME = ("prop_attn", "matching", "drop_path", "dropout", "attn_dropout", "ini
 ARCHITECTURE = tuple(f.name for f in fields(Config) if f.name not in RUNTIME)
 
 
+#: Of the resized edges. Published weights have 0.875 to 1; of 0.1, a hundred times the crop's pixels are resized.
+LEAST_CROP = 0.1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
     """How an image becomes a model's input: resize, centre crop, scale to [0, 1], normalise."""
@@ -196,10 +218,19 @@ class Preprocess:
         normalise_fields(self)
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(f"mean has {len(self.mean)} values and std {len(self.std)}: each has one for each channel")
+        if len(self.mean) > MOST["in_chans"]:
+            raise ValueError(f"mean has {len(self.mean)} values, and no image so many channels")
         if min(self.std) <= 0:
-            raise ValueError(f"std is {self.std}, and must be above 0")
+            raise ValueError(f"std is {reprlib.repr(self.std)}, and must be above 0")
+        if min(self.std) < 1e-6 or max(*self.std, *map(abs, self.mean)) > 2**16:
+            raise ValueError(
+                f"mean is {reprlib.repr(self.mean)} and std {reprlib.repr(self.std)}: of pixels from 0 to 1 nothing is "
+                f"left then"
+            )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct is {self.crop_pct}, and must be a share above 0, up to 1")
+        if self.crop_pct < LEAST_CROP:
+            raise ValueError(f"crop_pct is {self.crop_pct}: a crop of less than {LEAST_CROP} is no picture any more")
 
     def for_channels(self, channels: int) -> Preprocess:
         """For images of so many channels: statistics that are the same for all stay, others become 0.5 (to [-1, 1])."""
@@ -260,6 +291,11 @@ class Card:
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", check_schedule(self.r, self.config.depth))
         object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
+        if len(self.class_names) > (classes := self.config.num_classes):
+            raise ValueError(f"class_names has {len(self.class_names)} names, and the model {classes} classes")
+        said = (self.name, self.weights or "", self.timm or "", self.title, self.licence or "", self.notes)
+        if (length := sum(map(len, (*said, *self.papers, *self.class_names)))) > MOST_TEXT:
+            raise ValueError(f"class_names, notes and the like have {length:,} characters, more than any model's")
 
     @property
     def full_name(self) -> str:

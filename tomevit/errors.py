@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class CheckpointError(ValueError):
@@ -91,9 +91,15 @@ def join_with_or(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def printable(text: str) -> str:
-    """A text from a file as a terminal may have it: line breaks, control characters and the like are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+def printable(text: str, shown: Callable[[str], bool] = str.isprintable) -> str:
+    """A text from a file as a terminal may have it: line breaks, control characters and the like are escaped.
+
+    Args:
+        shown: whether a character can be as it is.
+    """
+    if all(map(shown, text)):
+        return text
+    return "".join(c if shown(c) else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:

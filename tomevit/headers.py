@@ -10,10 +10,16 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from typing import Any, BinaryIO, NamedTuple
 
-#: Of a header; that of a hundred thousand tensors has some ten million.
+from tomevit.typed import parse_json
+
+#: Of a header: the tensors of any vision transformer take a thousandth of it.
 MOST_BYTES = 2**24
+#: In a file, of any kind: a thousand blocks have fewer.
+MOST_TENSORS = 2**14
+MOST_CHARACTERS = 2**9  # of a tensor's name
 MOST_DIMS = 64
 #: Of one element, by the format's name of its type.
 ITEMSIZES = {
@@ -47,16 +53,16 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
     begin = 8 + length
     if begin > min(size, MOST_BYTES):
         raise ValueError(f"its header would end at byte {begin:,} of {size:,}")
-    try:
-        header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repetition)
-        json.dumps(header, ensure_ascii=False).encode()  # JSON can spell half a character, which no text may hold
-    except RecursionError as error:
-        raise ValueError("its header is nested too deep") from error
+    content = file.read(length)
+    header = parse_json(content.decode(), make_object=_without_repetition)
+    if b"\\u" in content:  # so JSON can spell half a character, which no text may hold
+        json.dumps(header, ensure_ascii=False).encode()
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are no texts")
+    check_names(header)
     tensors = {name: _find_stored(name, header[name], begin) for name in sorted(header)}
     position = begin
     for stored in sorted(tensors.values(), key=lambda stored: stored[2:]):
@@ -66,6 +72,14 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
     if position != size:
         raise ValueError(f"it has {size:,} bytes, and its tensors end at {position:,}")
     return metadata, tensors
+
+
+def check_names(names: Collection[str]) -> None:
+    """Raises ValueError if tensors are more than any model has, or called as none is: their names are work for all."""
+    if len(names) > MOST_TENSORS:
+        raise ValueError(f"it has {len(names):,} tensors, and tomevit reads up to {MOST_TENSORS:,}")
+    if (length := max(map(len, names), default=0)) > MOST_CHARACTERS:
+        raise ValueError(f"the name of a tensor in it has {length:,} characters")
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

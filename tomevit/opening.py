@@ -5,11 +5,11 @@ What was looked at is what is read: whoever checks a file reads on in the same o
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from os import PathLike
 from pathlib import Path
-from typing import BinaryIO
 
 from tomevit.errors import NotRegularFileError
 
@@ -17,7 +17,7 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
-def open_file(path: str | PathLike[str]) -> BinaryIO:
+def open_file(path: str | PathLike[str]) -> io.BufferedReader:
     """A regular file, or a link to one, open for reading; a pipe, a device or a socket is never waited for.
 
     Raises:
@@ -27,7 +27,8 @@ def open_file(path: str | PathLike[str]) -> BinaryIO:
     path = os.fspath(path)
     mode = Path(path).stat().st_mode  # a device may act when it is opened
     _check(path, mode)
-    file = os.fdopen(os.open(path, _FLAGS), "rb")
+    opened = io.FileIO(path, opener=lambda name, _: os.open(name, _FLAGS))  # which keeps its name
+    file: io.BufferedReader = io.BufferedReader(opened)
     try:
         _check(path, os.fstat(file.fileno()).st_mode)  # another may lie there by now
     except OSError:
@@ -53,8 +54,13 @@ def read_small_file(path: str | PathLike[str], most: int = 2**26) -> bytes:
     return content
 
 
+def special_kind(mode: int) -> str:
+    """What is no regular file, by its mode, as in "a pipe"."""
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
 def _check(path: str, mode: int) -> None:
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a directory, not a file")
     if not stat.S_ISREG(mode):
-        raise NotRegularFileError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'something else')}, not a regular file")
+        raise NotRegularFileError(f"{path} is {special_kind(mode)}, not a regular file")

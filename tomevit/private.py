@@ -5,6 +5,8 @@ Where a name is gone, something is slower or is not counted; nothing answers oth
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +20,21 @@ if TYPE_CHECKING:
 
 #: Where torch's wrappers keep what they wrap: torch.compile, and data parallelism and averaged models.
 WRAPPED = ("_orig_mod", "module")
+
+
+#: How torch and oneDNN say that memory or address space ended, where the error has no class of its own.
+_NO_MEMORY = re.compile(
+    r"can't allocate|cannot allocate memory|not enough memory|unable to mmap|bad_alloc|MPS backend out of memory"
+    r"|Storage size calculation overflowed|could not create a (primitive|memory)",
+    re.IGNORECASE,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error of Python's, torch's or the system's says that there is no more memory, of whatever device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def has_onednn() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Callable
@@ -11,7 +12,33 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+#: Of a JSON text, at most: a checkpoint's files name far fewer, and each takes up to a few hundred bytes of memory.
+MOST_VALUES = 2**19
 _PLAIN = {bool: "True or False", int: "an int", float: "a finite number", str: "a text"}
+
+
+def parse_json(
+    content: bytes | str,
+    *,
+    make_object: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    make_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """What a JSON text says, in work and memory that are in proportion to it.
+
+    Args:
+        content: of a few MB at most; the caller bounds it.
+        make_object, make_constant: as `json.loads` takes them: `object_pairs_hook`, and `parse_constant` for NaN.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deep, or has more than `MOST_VALUES` values.
+    """
+    text = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    if sum(map(text.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values")
+    try:
+        return json.loads(content, object_pairs_hook=make_object, parse_constant=make_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def normalise_fields(instance: Any) -> None:

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from email.utils import formatdate
 from functools import partial
 from itertools import pairwise
@@ -26,9 +25,24 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import save, save_file
 
 from tests.elsewhere import Elsewhere
+from tests.fetching import (
+    CUT,
+    DATA,
+    OTHER,
+    at,
+    card,
+    convert,
+    converted_from,
+    kept,
+    obtain,
+    on_hub,
+    sha256,
+    until,
+)
+from tests.outcomes import survives
 from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
@@ -36,76 +50,20 @@ from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadEr
 from tomevit.weights import cache, download
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
-DATA = random.Random(0).randbytes(300_000)
-OTHER = random.Random(1).randbytes(250_000)
-CUT = 100_000
+FULL = survives(
+    "cache and network", "a disk that is full, or fills up on the way", "what was there stays; one sentence"
+)
+READ_ONLY_CACHE = survives("cache and network", "a cache that cannot be written to", "is read; else one sentence")
+KILLED = survives("cache and network", "a kill or Ctrl-C in mid-download or mid-conversion", "the next process goes on")
+PASSES = survives("cache and network", "an answer that fails, hangs or is cut", "tried again, from where it broke off")
+AT_ONCE = survives("cache and network", "several processes that want the same weights at once", "share one download")
 
-pytestmark = pytest.mark.usefixtures("set_environment")
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def convert(given: Card, fetched: Fetched, draft: Path) -> None:
-    """Stands in for the conversion: the file's bytes, as a safetensors file that says what it was made from."""
-    header = encode_header(Header(replace(given, origin=fetched.source), "of the tensors"))
-    save_file({"bytes": np.fromfile(fetched.path, dtype=np.uint8)}, draft, metadata=header)
-
-
-def obtain(given: Card, convert: Callable[[Card, Fetched, Path], None] = convert) -> Path:
-    return cached(given, partial(convert, given))
-
-
-def converted_from(path: Path) -> bytes:
-    return load_file(path)["bytes"].tobytes()
-
-
-def card(*sources: Source, licence: str = "apache-2.0") -> Card:
-    return Card(name="vit_x1", weights="tag", licence=licence, sources=sources)
-
-
-def at(url: str, **fields: Any) -> Source:
-    return Source(format="timm", url=url, **fields)
-
-
-def on_hub(repo: str = "owner/repo", **fields: Any) -> Source:
-    return Source(format="timm", hub=repo, **fields)
-
-
-def kept(directory: str = "") -> list[str]:
-    """All files under a directory of ours, locks aside."""
-    root = home() / directory
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return [name for name in files if not name.endswith(".lock")]
-
-
-@pytest.fixture(autouse=True)
-def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were asked for; they are cut short."""
-    asked: list[float] = []
-    sleep = time.sleep
-
-    def nap(seconds: float) -> None:
-        asked.append(seconds)
-        sleep(min(seconds, 0.01))
-
-    monkeypatch.setattr(time, "sleep", nap)
-    return asked
+pytestmark = pytest.mark.usefixtures("set_environment", "naps")
 
 
 def http_library() -> Any:
     """httpx or httpx2, whichever huggingface_hub uses."""
     return download._http_library()
-
-
-def until(condition: Callable[[], Any]) -> None:
-    wait = threading.Event()
-    for _ in range(3000):
-        if condition():
-            return
-        wait.wait(0.01)
-    raise AssertionError("it never happened")
 
 
 # Plain URLs.
@@ -157,6 +115,7 @@ PASSING = {
 }
 
 
+@PASSES
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 def test_what_passes_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
     given = card(at(server.put("/w.pth", DATA), sha256=sha256(DATA)[:8]))
@@ -166,6 +125,7 @@ def test_what_passes_is_waited_for(server: Server, faults: list[Fault | None]) -
     assert len(kept()) == 1
 
 
+@PASSES
 def test_a_cut_download_is_resumed(server: Server) -> None:
     server.faults["/w.pth"] = [Fault(cut=CUT), Fault(cut=CUT)]
     obtain(card(at(server.put("/w.pth", DATA))))
@@ -233,6 +193,7 @@ HOPELESS = {
 }
 
 
+@PASSES
 @pytest.mark.parametrize(("fault", "reason"), HOPELESS.values(), ids=HOPELESS)
 def test_what_does_not_pass_is_given_up(
     server: Server, naps: list[float], fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
@@ -840,9 +801,10 @@ def test_the_token_goes_to_the_endpoint_only(server: Server, set_environment: Ca
         resolves = "/resolve/" in request.path
         assert request.authorization == ("Bearer hf_secret" if resolves else None)
         assert (request.host == endpoint) == (resolves or request.path == "/w.pth")
-    assert [request.method for request in server.requests] == ["HEAD", "GET", "GET"]
+    assert [request.method for request in server.requests] == ["HEAD", "HEAD", "GET", "GET"]
 
 
+@PASSES
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 def test_what_passes_on_the_hub_is_waited_for(server: Server, faults: list[Fault | None]) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
@@ -934,6 +896,7 @@ def read_counting(source: Source) -> tuple[str, bytes]:
     return str(path), converted_from(path)
 
 
+@AT_ONCE
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("kind", ["url", "hub"])
 def test_processes_at_once_share_one_download(
@@ -952,6 +915,7 @@ def test_processes_at_once_share_one_download(
     assert len(kept()) == 2
 
 
+@AT_ONCE
 def test_threads_at_once_share_one_download(server: Server) -> None:
     given = card(at(server.put("/w.pth", DATA)))
     server.faults["/w.pth"] = [Fault(trickle=100_000)]
@@ -966,6 +930,7 @@ def test_threads_at_once_share_one_download(server: Server) -> None:
     assert len(server.requests) == 1
 
 
+@KILLED
 def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> None:
     source = at(server.put("/w.pth", DATA))
     server.faults["/w.pth"] = [Fault(cut=CUT, hang=30)]
@@ -980,6 +945,7 @@ def test_killed_in_mid_download(server: Server, environment: dict[str, str]) -> 
     assert len(kept()) == 1
 
 
+@KILLED
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal")
 def test_interrupted_by_the_user_in_mid_download(server: Server, environment: dict[str, str]) -> None:
     source = at(server.put("/w.pth", DATA))
@@ -1007,6 +973,7 @@ def convert_half(source: Source) -> None:
     obtain(card(source), stop_halfway)
 
 
+@KILLED
 @pytest.mark.parametrize("kind", ["url", "hub"])
 def test_killed_in_mid_conversion(server: Server, environment: dict[str, str], kind: str) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
@@ -1021,6 +988,7 @@ def test_killed_in_mid_conversion(server: Server, environment: dict[str, str], k
     assert len(kept()) == 2
 
 
+@KILLED
 def test_killed_in_mid_download_from_the_hub(server: Server, environment: dict[str, str]) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
     server.faults[f"/storage/{sha256(DATA)}"] = [Fault(cut=CUT, hang=30)]
@@ -1044,6 +1012,7 @@ def test_who_waits_long_is_told(server: Server, environment: dict[str, str], cap
 # Full and unwritable disks.
 
 
+@FULL
 def test_too_little_space_is_known_before_anything_is_written(server: Server) -> None:
     given = card(at(server.put("/w.pth", DATA)), at(server.put("/second.pth", DATA)))
     server.faults["/w.pth"] = [Fault(headers={"Content-Length": str(10**18)})]
@@ -1054,6 +1023,7 @@ def test_too_little_space_is_known_before_anything_is_written(server: Server) ->
     assert converted_from(obtain(given)) == DATA
 
 
+@FULL
 def test_too_little_space_for_the_hub(server: Server) -> None:
     server.put_hub("owner/repo", "model.safetensors", DATA)
     path = "/owner/repo/resolve/main/model.safetensors"
@@ -1081,6 +1051,7 @@ def with_file_limit(source: Source, limit: int, converter: Callable[[Card, Fetch
     obtain(card(source), converter)
 
 
+@FULL
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on file sizes")
 @pytest.mark.parametrize("kind", ["download", "conversion", "hub"])
 def test_a_disk_that_fills_up(server: Server, environment: dict[str, str], kind: str) -> None:
@@ -1129,6 +1100,7 @@ def on_small_disk(sources: list[Source], directory: str) -> list[str]:
     return said
 
 
+@FULL
 @pytest.mark.skipif(sys.platform != "linux", reason="mount namespaces are Linux's")
 def test_a_small_disk(server: Server, environment: dict[str, str]) -> None:
     large = random.Random(2).randbytes(600_000)
@@ -1170,6 +1142,7 @@ def seal() -> Iterator[Callable[[Path], None]]:
 READ_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no read-only directories")
 
 
+@READ_ONLY_CACHE
 @READ_ONLY
 def test_a_read_only_cache_can_be_read(
     server: Server, environment: dict[str, str], seal: Callable[[Path], None]
@@ -1186,6 +1159,7 @@ def test_a_read_only_cache_can_be_read(
     assert not server.requests
 
 
+@READ_ONLY_CACHE
 @READ_ONLY
 @pytest.mark.parametrize("variable", ["TOMEVIT_HOME", "HF_HOME"])
 def test_a_cache_that_cannot_be_made(

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import tomevit
 from tests import hostile
 from tests.hostile import TENSORS, VALID, npz, saved, torch_zip, zip_of
+from tests.outcomes import survives
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights.files import Checkpoint, md5, open_checkpoint, sha256
 
@@ -417,6 +418,7 @@ def test_no_file(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "pipe")
 
 
+@survives("checkpoints", "a pickle that wants to run something", "nothing of it runs; the message says what it wants")
 def test_no_code_runs(tmp_path: Path, open_bytes: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     proof = tmp_path / "proof"
@@ -456,6 +458,7 @@ def test_settings_of_the_process_are_left_as_found(tmp_path: Path) -> None:
 # damage
 
 
+@survives("checkpoints", "cut short at any byte", "refused")
 @pytest.mark.parametrize("kind", VALID)
 def test_truncated_anywhere(kind: str, open_bytes: Opener) -> None:
     whole = VALID[kind]()
@@ -472,6 +475,7 @@ def data_positions(whole: bytes) -> list[int]:
     return list(range(start, start + 48))
 
 
+@survives("checkpoints", "a bit of the values flipped, in an archive with sums", "found, and said")
 @pytest.mark.parametrize("kind", ["npz", "torch zip"])
 def test_flipped_bits_in_the_data_are_found(kind: str, open_bytes: Opener) -> None:
     whole = VALID[kind]()
@@ -516,6 +520,7 @@ print(json.dumps({"grown": peak() - before, "answers": answers}))
 """
 
 
+@survives("checkpoints", "a few KB that ask for gigabytes", "refused in 200 MB, all of them together")
 def test_hostile_files_are_refused_in_little_memory(tmp_path: Path) -> None:
     bombs = hostile.bombs()
     for name, content in bombs.items():

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import tomevit
 from tests.helpers import images_for, randomise, tiny
+from tests.outcomes import survives
 from tests.server import Fault, Server, objections
 from tests.tasks.test_cli import run
 from tomevit import zoo
@@ -475,6 +476,37 @@ def test_faults_of_the_hub(server: Server, path: str, fault: Fault, says: tuple[
     server.forever.clear()
     tomevit.push(model, REPO)
     assert files(server) == after
+
+
+@survives(
+    "cache and network", "a hub whose words are hostile, or have no end", "one printable line, in which no token is"
+)
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(status=403, body=b'{"error": "\\u001b[31m\\u202e' + TOKEN.encode() + b'"}'),
+        Fault(status=403, body=b'{"error": "' + b"a" * 10**6 + b'"}'),
+        Fault(status=500, body=bytes(10**8)),
+        Fault(status=200, body=bytes(10**8)),
+        Fault(status=302, headers={"Location": "/none"}, body=bytes(10**8)),
+        Fault(status=400, headers={"X-Error-Message": f"Bearer {TOKEN}"}),
+    ],
+)
+def test_hostile_words(server: Server, fault: Fault) -> None:
+    server.forever[COMMIT] = fault
+    with pytest.raises(UploadError) as caught:
+        tomevit.push(tiny(), REPO)
+    assert str(caught.value).isprintable()
+    assert TOKEN not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_token_that_no_header_can_hold_is_not_shown(server: Server, set_environment: Callable[..., None]) -> None:
+    set_environment(HF_TOKEN="hf_wrong\x01secret")
+    fails(tiny(), "could not be uploaded")
+    with pytest.raises(UploadError) as caught:
+        tomevit.push(tiny(), REPO)
+    assert "secret" not in str(caught.value)
 
 
 def test_xet_refused(server: Server, set_environment: Callable[..., None]) -> None:

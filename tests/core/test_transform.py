@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import skimage
 import sklearn.datasets
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
@@ -106,6 +109,35 @@ def test_as_timm_bit_for_bit(preprocess: Preprocess, resize: str, size: tuple[in
             assert torch.equal(ours(picture), theirs(picture)), name
 
 
+@settings(max_examples=60)
+@given(
+    edges=st.tuples(st.integers(1, 12), st.integers(1, 300)).flatmap(st.permutations),
+    size=st.tuples(st.integers(2, 24), st.integers(2, 24)) | st.integers(2, 24).map(lambda edge: (edge, edge)),
+    crop_pct=st.sampled_from([1.0, 0.875, 0.3]),
+    interpolation=st.sampled_from(sorted(FILTERS)),
+    resize=st.sampled_from(["shorter", "squash"]),
+    mode=st.sampled_from(["L", "RGB"]),
+    crops=st.sampled_from([0, 2**40]),
+)
+def test_a_crop_is_what_a_resized_picture_would_have_there(
+    edges: list[int], size: tuple[int, int], crop_pct: float, interpolation: Any, resize: Any, mode: str, crops: int
+) -> None:
+    zeros, ones = (0.0,) * len(mode), (1.0,) * len(mode)
+    ours = Transform(
+        Preprocess(mean=zeros, std=ones, interpolation=interpolation, crop_pct=crop_pct, resize=resize), size
+    )
+    noise = np.random.default_rng(sum(edges)).integers(0, 2, (*edges, 3), dtype=np.uint8) * 255
+    picture = Image.fromarray(noise).convert(mode)
+    height, width = ours._target(*edges)
+    resized = T.functional.pil_to_tensor(
+        picture.resize((width, height), getattr(Image.Resampling, interpolation.upper()))
+    )
+    expected = T.functional.center_crop(resized, list(size)).float() / 255
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules["tomevit.transform"], "CROPS", crops)  # none is made whole, or all are
+        assert torch.equal(ours(picture), expected)
+
+
 # ---------------------------------------------------------------------------- from files, as each family is evaluated
 
 CARDS = [found for found in map(card, list_models(weights=True)) if found.config.in_chans == 3]
@@ -125,7 +157,7 @@ SHIPPED = {  # photographs and pictures, as files that others wrote
     "alpha.png": SKIMAGE / "logo.png",
     "palette.gif": SKIMAGE / "no_time_for_that_tiny.gif",  # 14 × 25 pixels
 }
-MADE = ("odd.png", "grey16.png", "grey_alpha.png", "cmyk.jpg", "palette_transparent.png", "turned.jpg", "one_pixel.png")
+MADE = ("odd.png", "grey_alpha.png", "cmyk.jpg", "palette_transparent.png", "turned.jpg", "one_pixel.png")
 
 
 @cache
@@ -222,6 +254,26 @@ def test_tensors_close_to_pil() -> None:
             levels = 255 * (ours(T.functional.pil_to_tensor(picture)) - ours(picture)).abs()
             assert (levels > 1.5).float().mean() < 0.01, name
             assert levels.mean() < 0.25, name
+
+
+@pytest.mark.parametrize("shape", [(1, 2000), (2000, 1), (3, 700), (40, 1000)])
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_tensors_of_extreme_shapes_as_torchvision_but_for_rounding(interpolation: Any, shape: tuple[int, int]) -> None:
+    ours = Transform(Preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation=interpolation), (64, 64))
+    pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    resized = T.functional.resize(pixels, [int(64 / 0.875)], FILTERS[interpolation], antialias=True)
+    levels = 255 * (ours(pixels) - T.functional.center_crop(resized.float(), [64, 64]) / 255).abs()
+    assert levels.max() < 1.5
+    assert (levels > 0.5).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 2**15])
+def test_tensors_are_resized_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Transform(Preprocess(), (64, 48))
+    batch = torch.randint(0, 256, (2, 2, 3, 101, 77), dtype=torch.uint8)
+    whole = ours(batch)
+    monkeypatch.setattr(sys.modules["tomevit.transform"], "PIXELS_AT_ONCE", at_once)
+    assert torch.equal(ours(batch), whole)
 
 
 def test_a_batch_of_tensors_is_its_images() -> None:

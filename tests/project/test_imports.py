@@ -23,6 +23,7 @@ FIRST = (
         "errors",
         "private",
         "opening",
+        "locks",
         "output",
         "schedule",
         "typed",

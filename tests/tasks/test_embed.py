@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from torch import Tensor
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
+from tests.outcomes import survives
 from tests.project.test_torchrun import torchrun
 from tests.tasks.test_cli import run
 from tests.tools.test_shards import digit, write_digits, write_shard
@@ -314,6 +314,11 @@ def stopped(stop: str, number: int, of_shard: int, *arguments: str) -> subproces
     )
 
 
+@survives(
+    "machine",
+    "embed killed at any time, in one process or several",
+    "the same command goes on behind the last part that was finished",
+)
 def test_after_kill_9_the_same_command_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,10 +382,7 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-def test_what_was_begun_otherwise_is_refused(
-    model: VisionTransformer, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "HELD", 0)
+def test_what_was_begun_otherwise_is_refused(model: VisionTransformer, folder: Path, tmp_path: Path) -> None:
     out, parts = tmp_path / "out.safetensors", tmp_path / "out.safetensors.parts"
     files = sorted(folder.glob("*.png"))[:20]
     with pytest.raises(KeyboardInterrupt):
@@ -408,8 +410,6 @@ def test_what_was_begun_otherwise_is_refused(
     refused("was begun with data 20 files, sha256 [0-9a-f]+, not 19 files", sources=files[1:])
     refused("was begun with data 20 files, sha256 [0-9a-f]+, not 20 files", sources=[*files[1:], files[0]])
     refused("has parts of 4 images, which batches of 3 do not divide", batch=3)
-    with FileLock(parts / ".lock"):
-        refused("another process is writing to")
 
     assert embed(model, files, out, batch=2).rows == 20
     with pytest.raises(ValueError, match=r"out.safetensors was made with r 16, not 8"):
@@ -419,8 +419,8 @@ def test_what_was_begun_otherwise_is_refused(
     assert not parts.exists()
 
 
-def test_a_file_of_the_same_size_counts_as_the_same(model: VisionTransformer, tmp_path: Path) -> None:
-    """Sizes are compared, not times: data may be brought to a machine anew for each run."""
+def test_a_copy_counts_as_the_same(model: VisionTransformer, tmp_path: Path) -> None:
+    """Sizes and contents are compared, not times: data may be brought to a machine anew for each run."""
     out, files = tmp_path / "out.safetensors", [tmp_path / f"{i}.png" for i in range(3)]
     for i, file in enumerate(files):
         file.write_bytes(digit(i))

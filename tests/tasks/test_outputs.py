@@ -326,34 +326,6 @@ def test_a_place_that_refuses_is_told_before_the_work(
 # ---------------------------------------------------------------------------------------------------------------- text
 
 
-ODD = "\x1b[2J\u202e\n3.png"
-SHOWN = r"\x1b[2J\u202e\n3.png"
-
-
-def test_names_of_files_do_not_command_the_terminal(
-    stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    image = next((stored / "digits").rglob("*.png")).read_bytes()
-    folder = tmp_path / "3"
-    folder.mkdir()
-    (folder / ODD).write_bytes(image)
-    (folder / f"broken{ODD}").write_bytes(b"no image")
-    for arguments in (
-        ("classify", str(folder)),
-        ("eval", "--data", str(tmp_path), "--skip-broken", "--workers", "0"),
-        ("embed", str(folder), "-o", str(tmp_path / "out.safetensors"), "--workers", "0"),
-    ):
-        _, out, err = run(capsys, *arguments, "--model", PLAIN)
-        assert SHOWN in out + err, arguments
-        assert "\x1b" not in out + err
-        assert "\u202e" not in out + err
-    (folder / ODD).unlink()
-    status, _, err = run(capsys, "eval", "--data", str(tmp_path), "--model", PLAIN, "--workers", "0")
-    assert status == 2
-    assert "\x1b" not in err
-    assert SHOWN in err
-
-
 def test_names_of_classes_do_not_command_the_terminal(
     stored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

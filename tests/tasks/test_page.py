@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_images
 
 import tomevit
 from tests.helpers import tiny
+from tomevit.errors import printable
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.plots import paint_groups
 from tomevit.tasks.visualize import Observation, group_sizes, observe, page
@@ -418,9 +419,11 @@ def test_whatever_names_hold_is_text(opened: Open, digits: Observation) -> None:
     )
     hostile = replace(digits, runs=runs, card=replace(digits.card, name=HOSTILE, weights=None))
     shown = opened(hostile, HOSTILE)
-    assert shown.run("return document.querySelector('h1').textContent") == HOSTILE
-    assert shown.text("setting").startswith(HOSTILE)
-    assert shown.run("return document.querySelector('#answers li span').textContent") == runs[1].answers[0].name
+    assert shown.run("return document.querySelector('h1').textContent") == printable(HOSTILE)
+    assert shown.text("setting").startswith(printable(HOSTILE))
+    assert shown.run("return document.querySelector('#answers li span').textContent") == printable(
+        runs[1].answers[0].name
+    )
     assert shown.run("return window.broken ?? null") is None
     assert shown.run("return document.querySelectorAll('img, body script:not([type])').length") == 1
     assert page.html(digits, "\udcff.png").encode("utf-8")  # a name in no encoding

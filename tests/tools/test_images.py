@@ -50,7 +50,6 @@ FILES = {
     "one_pixel.png": encoded(CHINA.crop((3, 5, 4, 6)), "PNG"),
     "grey.jpg": encoded(CHINA.convert("L"), "JPEG"),
     "grey_alpha.png": encoded(SMALL.convert("LA"), "PNG"),
-    "grey16.png": encoded(Image.fromarray(np.arange(60 * 40, dtype=np.uint16).reshape(60, 40) * 20), "PNG"),
     "cmyk.jpg": encoded(CHINA.convert("CMYK"), "JPEG"),
     "cmyk.tif": encoded(SMALL.convert("CMYK"), "TIFF"),
     "palette.png": encoded(FLOWER.quantize(32), "PNG"),

@@ -5,10 +5,13 @@ A verb's module is imported when the verb is used, and torch with it, so that th
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import re
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,7 +19,8 @@ from typing import NamedTuple
 
 import click
 
-from tomevit.errors import OtherProcessError, printable
+from tomevit.cli.console import echo, open_console
+from tomevit.errors import OtherProcessError
 from tomevit.version import __version__
 
 
@@ -109,26 +113,60 @@ def _interrupted_at_once() -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A user's mistake ends in one line on standard error and status 2, without a traceback."""
+    if arguments is None:  # the process is this command's: nobody asked to be told of odd EXIF data
+        warnings.filterwarnings("ignore", module=r"PIL\.")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        status = cli.main(arguments, prog_name="tomevit", standalone_mode=False)
-    except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "tomevit"
-        status = _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
-    except OtherProcessError:
-        status = 2
-    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
-        if arguments[0] == "--traceback":
-            raise
-        status = _fail(str(error), 2)
-    except (click.Abort, KeyboardInterrupt):
-        status = _fail("interrupted", 130)
+    with open_console():
+        try:
+            status = _run(arguments)
+            sys.stdout.flush()
+        except OSError as error:  # what was printed cannot be written
+            status = _fail(str(error), 2) if error.errno != errno.EPIPE else 1
     sys.exit(status)
 
 
+def _run(arguments: list[str]) -> int | str | None:
+    """The status of a command, whose mistakes are told.
+
+    Raises:
+        OutputError: of standard output.
+    """
+    try:
+        found: int | str | None = cli.main(arguments, prog_name="tomevit", standalone_mode=False)
+    except SystemExit as stop:  # of click, where whoever read the output has left
+        return stop.code
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "tomevit"
+        return _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
+    except OtherProcessError:
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        message = _explain(error)
+        if message is None or arguments[0] == "--traceback":
+            raise
+        return _fail(message, 2)
+    return found
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user is told; None: it is a mistake of tomevit's, whose traceback is of use."""
+    if isinstance(error, MemoryError):
+        return str(error) or "there is not enough memory"
+    if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError):
+        hint = "No usable temporary directory" in str(error)
+        return f"{error}{': set TMPDIR to a directory that you can write to' * hint}"
+    if "can't start new thread" in str(error):
+        return "no more threads can be started: raise the limit of processes (ulimit -u), or lower --threads, --workers"
+    from tomevit.private import lacks_memory
+
+    return f"there is not enough memory: {str(error).splitlines()[0]}" if lacks_memory(error) else None
+
+
 def _fail(message: str, status: int) -> int:
-    lines = message.split("\n")  # what files say must not move the terminal's cursor
-    click.echo("\n".join(["tomevit: " + printable(lines[0]), *map(printable, lines[1:])]), err=True)
+    # Lines that follow a message's first are indented; other line ends are those of a name.
+    echo(*re.split(r"\n(?=  )", f"tomevit: {message}"), err=True)
     return status
 
 
@@ -139,4 +177,4 @@ def _fail(message: str, status: int) -> int:
 def cli(ctx: click.Context) -> None:
     """Fast vision transformers with native token merging."""
     if ctx.invoked_subcommand is None:
-        click.echo(ctx.get_help())
+        echo(*ctx.get_help().split("\n"))

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
+from tomevit.cli.console import echo
 from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
@@ -42,7 +43,7 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.option(
     "--batch",
     "batches",
-    type=click.IntRange(1),
+    type=options.BATCH,
     multiple=True,
     help="Images per call; default: 1 8, beyond a CPU 1 64.",
 )
@@ -116,15 +117,15 @@ def bench(
         )
         interrupted = _interrupted(comparisons, found)
 
-    text = FORMS[form](where, found, notes)
-    if out is None:
-        click.echo(text)
-    else:
-        write_report(out, text)
+    lines = FORMS[form](where, found, notes)
+    if out is not None:
+        write_report(out, "\n".join(lines))
     if picture is not None and any(comparison.rows for comparison in found):
         with new_file(picture) as draft:
             draw(draft, kind, {model: as_json(where, found)})
-        click.echo(f"written to {picture}", err=True)
+        echo(f"written to {picture}", err=True)
+    if out is None:  # at last, for it may find no reader
+        echo(*lines)
     if interrupted:
         raise KeyboardInterrupt
 
@@ -155,24 +156,24 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> str:
+def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[str]:
     lines = [described(where)]
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
             lines += aligned(COLUMNS, _cells(comparison))
         lines += _sentences(comparison)
-    return "\n".join([*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)])
+    return [*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)]
 
 
-def _as_markdown(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> str:
+def _as_markdown(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[str]:
     lines = [f"### tomevit bench: {where['model']}", "", described(where)]
     for comparison in found:
         lines += ["", f"**{comparison.dtype}, batch {comparison.batch}**", ""]
         if comparison.rows:
             lines += [*markdown(COLUMNS, _cells(comparison)), ""]
         lines += [f"- {sentence}" for sentence in _sentences(comparison)]
-    return "\n".join([*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)])
+    return [*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)]
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -221,6 +222,6 @@ def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
 
 FORMS = {
     "text": _as_text,
-    "json": lambda where, found, notes: json.dumps(as_json(where, found), indent=2),  # noqa: ARG005
+    "json": lambda where, found, notes: json.dumps(as_json(where, found), indent=2).splitlines(),  # noqa: ARG005
     "markdown": _as_markdown,
 }

@@ -10,6 +10,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +18,18 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
+from tomevit.cli.console import echo
 from tomevit.cli.options import R
-from tomevit.cli.reports import report_form, write_report
+from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
 from tomevit.data.class_names import ClassNames, class_names
-from tomevit.data.images import find, read
+from tomevit.data.images import read, search
 from tomevit.errors import ImageError, printable
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
-from tomevit.output import check_outputs
+from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_to_json
-from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
+from tomevit.tasks.classify import Answer, Guess, Summary, Tally, answers, check_classifiable
 from tomevit.version import __version__
 
 SCHEMA = 1
@@ -48,10 +50,10 @@ NAME = 34  # the widest column of classes, where each image has one line
     show_default=True,
     help="Turn photographs as their EXIF data says. Published accuracies were measured without.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Images per call; default: 8, beyond a CPU 64.")
+@click.option("--batch", type=options.BATCH, help="Images per call; default: 8, beyond a CPU 64.")
 @click.option(
     "--workers",
-    type=click.IntRange(0),
+    type=options.WORKERS,
     help="Processes that read images; default: none, beyond a CPU one per core, at most 8.",
 )
 @options.device
@@ -95,19 +97,26 @@ def classify(
         workers = 0 if on_cpu else min(readers(place), len(sources) // batch)
     name = model if Path(model).exists() else loaded.card.full_name
     setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright)
-    lines: list[str] = []
-    report = click.echo if out is None else lines.append
-    found: list[Answer] = []
     run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
-    interrupted = _report_answers(run, sources, form, setting, report, found)
+    with _reporting(out) as report:
+        summary = _report_answers(run, sources, form, setting, report)
     if out is not None:
-        write_report(out, "\n".join(lines))
-    if interrupted:
+        echo(f"written to {out}", err=True)
+    if summary.images + summary.unreadable < len(sources):
         raise KeyboardInterrupt
-    unreadable = summarise(found).unreadable
-    if unreadable == len(sources) > 1:
-        click.echo(f"tomevit: none of {unreadable} images can be read", err=True)
-    ctx.exit(0 if not unreadable else 2 if unreadable == len(sources) else 1)
+    if summary.unreadable == len(sources) > 1:
+        echo(f"tomevit: none of {summary.unreadable} images can be read", err=True)
+    ctx.exit(0 if not summary.unreadable else 2 if summary.unreadable == len(sources) else 1)
+
+
+@contextmanager
+def _reporting(out: Path | None) -> Iterator[Callable[[str], object]]:
+    """What takes the lines of a report one by one: standard output, or a file that is put in place at the end."""
+    if out is None:
+        yield echo
+        return
+    with new_file(out) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        yield lambda line: file.write(f"{line}\n")
 
 
 def _report_answers(
@@ -116,31 +125,30 @@ def _report_answers(
     form: _Format,
     setting: _Setting,
     report: Callable[[str], object],
-    found: list[Answer],
-) -> bool:
-    """Report answers line by line as they come, and collect them; whether the keyboard interrupted that."""
+) -> Summary:
+    """Report answers line by line as they come; there are fewer than sources if the keyboard interrupted that."""
+    tally = Tally()
+    kept: list[Answer] = []
 
     def report_all(lines: Iterable[str]) -> None:
         for line in lines:
             report(line)
 
-    interrupted = False
     report_all(form.head(setting))
-    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar:
-        try:
-            for answer, source in zip(run, sources, strict=True):
-                answer = answer._replace(image=source if isinstance(source, str) else "-")
-                found.append(answer)
-                with tqdm.external_write_mode():
-                    if answer.error:
-                        click.echo(f"tomevit: {_file(answer)}: {printable(answer.error)}", err=True)
-                    else:
-                        report_all(form.each(setting, answer))
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-    report_all(form.foot(setting, found, interrupted))
-    return interrupted
+    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar, suppress(KeyboardInterrupt):
+        for answer, source in zip(run, sources, strict=True):
+            answer = answer._replace(image=source if isinstance(source, str) else "-")
+            tally.add(answer)
+            if form.keeps:
+                kept.append(answer)
+            with tqdm.external_write_mode():
+                if answer.error:
+                    echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
+                else:
+                    report_all(form.each(setting, answer))
+            bar.update()
+    report_all(form.foot(setting, tally.summary(), kept))
+    return tally.summary()
 
 
 # ---------------------------------------------------------------------------------------------------------------- input
@@ -156,7 +164,13 @@ def _sources(arguments: Sequence[str]) -> list[str | bytes]:
         raise ValueError("standard input, -, can be read only once")
     found: list[str | bytes] = []
     for argument in arguments:
-        found += _parse_standard_input(sys.stdin.buffer.read()) if argument == "-" else find([argument])
+        if argument == "-":
+            found += _parse_standard_input(sys.stdin.buffer.read())
+            continue
+        files, _ = located = search([argument])
+        found += files
+        if passed_over := located.passed_over():
+            echo(f"tomevit: {argument}: {passed_over}", err=True)
     return found
 
 
@@ -228,17 +242,12 @@ class _Format(NamedTuple):
 
     head: Callable[[_Setting], list[str]]
     each: Callable[[_Setting, Answer], list[str]]
-    foot: Callable[[_Setting, Sequence[Answer], bool], list[str]]
+    foot: Callable[[_Setting, Summary, Sequence[Answer]], list[str]]
+    keeps: bool = False  # all answers, for the lines after them
 
 
 def _file(answer: Answer) -> str:
-    """Its name as a terminal can show it."""
-    return printable(_image_name(answer))
-
-
-def _image_name(answer: Answer) -> str:
-    """Its name, in which bytes that are no UTF-8 are U+FFFD."""
-    return "standard input" if answer.image == "-" else click.format_filename(answer.image)
+    return "standard input" if answer.image == "-" else answer.image
 
 
 def _short_name(setting: _Setting, index: int) -> str:
@@ -296,8 +305,7 @@ def _block(setting: _Setting, answer: Answer) -> list[str]:
     return lines
 
 
-def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
-    found = summarise(said)
+def _text_foot(setting: _Setting, found: Summary, _: Sequence[Answer]) -> list[str]:
     sentences = []
     if found.images:
         device, threads = setting.machine["device"], setting.machine.get("threads")
@@ -317,8 +325,8 @@ def _text_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
             sentences.append("One batch is a rough measure of speed: tomevit bench takes a good one.")
     if found.unreadable:
         sentences.append(f"Not read: {found.unreadable}.")
-    if interrupted:
-        sentences.append(f"Interrupted after {len(said)} of {_count(setting.images)}.")
+    if (done := found.images + found.unreadable) < setting.images:
+        sentences.append(f"Interrupted after {done} of {_count(setting.images)}.")
     lines = [line for sentence in sentences for line in textwrap.wrap(sentence, WIDTH)]
     return ["", *lines] if setting.one_line_each and lines else lines
 
@@ -363,14 +371,8 @@ def _csv_head(setting: _Setting) -> list[str]:
 def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
     lines = []
     for rank, guess in enumerate(answer.top, 1):
-        cells = [
-            _image_name(answer),
-            rank,
-            guess.class_index,
-            guess.synset,
-            guess.name,
-            guess.probability,
-        ]
+        name = "standard input" if answer.image == "-" else answer.image
+        cells = [name, rank, guess.class_index, guess.synset, guess.name, guess.probability]
         cells += [answer.tokens, answer.seconds]
         if setting.compare:
             other = answer.top_unmerged[rank - 1]
@@ -382,12 +384,11 @@ def _csv_each(setting: _Setting, answer: Answer) -> list[str]:
 
 def _row(cells: Iterable[Any]) -> str:
     file = io.StringIO()
-    csv.writer(file, lineterminator="").writerow(cells)
-    return file.getvalue()
+    csv.writer(file).writerow(cells)  # it quotes the characters that end its lines, and these are \r\n by default
+    return file.getvalue().removesuffix("\r\n")
 
 
-def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> list[str]:
-    found = summarise(said)
+def _json_foot(setting: _Setting, found: Summary, said: Sequence[Answer]) -> list[str]:
     result = {
         "schema": SCHEMA,
         "model": setting.model,
@@ -402,9 +403,9 @@ def _json_foot(setting: _Setting, said: Sequence[Answer], interrupted: bool) -> 
         "images": [_answer_as_json(answer) for answer in said if not answer.error],
         "unreadable": [{"image": answer.image, "reason": answer.error} for answer in said if answer.error],
         "summary": found._asdict() | {"speed_up": found.speed_up},
-        "interrupted": interrupted,
+        "interrupted": len(said) < setting.images,
     }
-    return [json.dumps(result, indent=2)]
+    return json.dumps(result, indent=2).splitlines()
 
 
 def _answer_as_json(answer: Answer) -> dict[str, Any]:
@@ -428,5 +429,5 @@ def _guess_as_json(guess: Guess) -> dict[str, Any]:
 FORMS = {
     "text": _Format(_text_head, _text_each, _text_foot),
     "csv": _Format(_csv_head, _csv_each, lambda *_: []),
-    "json": _Format(lambda _: [], lambda *_: [], _json_foot),
+    "json": _Format(lambda _: [], lambda *_: [], _json_foot, keeps=True),
 }

@@ -12,10 +12,10 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, running
+from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.running import own_device, readers, trained
 from tomevit.data.distributed import fail_together, join_process_group, processes
-from tomevit.errors import printable
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output
 from tomevit.schedule import Schedule
@@ -96,6 +96,8 @@ def embed(
     with join_process_group():
         rank, _ = processes()
         subject, data = fail_together(load)
+        if data.passed_over and rank == 0:
+            click.echo(f"tomevit: {data.passed_over}", err=True)
         with _progress(out, shown=rank == 0) as tell:
             report = run_embed(
                 subject,
@@ -116,11 +118,11 @@ def embed(
 
 
 def _print(report: Report, out: Path, dtype: str) -> None:
-    click.echo(f"{out}: {report.rows:,} vectors of {report.dim} {dtype} numbers")
+    echo(f"{out}: {report.rows:,} vectors of {report.dim} {dtype} numbers")
     for name, reason in report.unreadable[:NAMED]:
-        click.echo(f"tomevit: left out: {printable(name)}: {printable(reason)}", err=True)
+        echo(f"tomevit: left out: {name}: {reason}", err=True)
     if report.num_unreadable > NAMED:
-        click.echo(f"tomevit: left out: {report.num_unreadable - NAMED:,} more, named in {out}", err=True)
+        echo(f"tomevit: left out: {report.num_unreadable - NAMED:,} more, named in {out}", err=True)
 
 
 @contextmanager
@@ -135,7 +137,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
             if bar is not None:
                 bar.close()
             elif done and shown:
-                click.echo(f"tomevit: going on behind {done:,} images whose parts are in {out}.parts", err=True)
+                echo(f"tomevit: going on behind {done:,} images whose parts are in {out}.parts", err=True)
             bar = tqdm(
                 desc=now,
                 total=total,
@@ -154,7 +156,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
     except KeyboardInterrupt:
         if bar is not None and shown:
             bar.close()
-            click.echo(
+            echo(
                 f"tomevit: {stage} stopped behind {last:,}{of} images; {out}.parts keeps all parts that were finished, "
                 f"and the same command goes on with the others",
                 err=True,

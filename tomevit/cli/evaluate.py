@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
+from tomevit.cli.console import echo
 from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
@@ -179,7 +180,7 @@ def eval_command(
     Top-1 and top-5 with intervals of 95 %, the difference to r = 0 on the same images and how often the answer is the
     same. Images are prepared as the weights were evaluated when they were published.
 
-    On several GPUs: torchrun --nproc-per-node N --no-python -- tomevit eval --device cuda …
+    On several GPUs: torchrun --nproc-per-node N --no-python -- tomevit eval --device cuda ...
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -202,6 +203,8 @@ def eval_command(
     with join_process_group():
         rank, world = processes()
         task = fail_together(partial(_prepare, request))
+        if task.images.passed_over and not rank:
+            echo(f"tomevit: {task.images.passed_over}", err=True)
         workers = readers(task.model.device) if workers is None else workers
         found = _evaluate(task, batch, workers, restart=restart)
     if rank:
@@ -242,18 +245,20 @@ def _report(
         file, reason = found.unreadable[0]
         raise ValueError(f"none of the {found.images} images can be read, as {printable(file)}: {printable(reason)}")
     result = as_json(setting, found, verdicts)
-    click.echo(FORMS[request.flag or "text"](result, found, verdicts))
+    try:
+        echo(*FORMS[request.flag or "text"](result, found, verdicts))
+    finally:  # also where what is printed finds no reader
+        if request.out is not None and not found.interrupted:
+            write_report(request.out, "\n".join(FORMS[task.form](result, found, verdicts)))
     if found.interrupted:
         if found.rows:
             goes_on = "the same command goes on from there"
-            click.echo(goes_on if task.state else "with -o the next run would go on from there", err=True)
+            echo(goes_on if task.state else "with -o the next run would go on from there", err=True)
         raise KeyboardInterrupt
-    if request.out is not None:
-        write_report(request.out, FORMS[task.form](result, found, verdicts))
     if request.picture is not None:
         with new_file(request.picture) as draft:
             draw(draft, task.picture_kind, {request.model: result})
-        click.echo(f"written to {request.picture}", err=True)
+        echo(f"written to {request.picture}", err=True)
     if task.state is not None:
         forget(task.state)
 
@@ -356,7 +361,7 @@ def _random_subset(images: Labelled, limit: int | None) -> Labelled:
 def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
     """How far it is, on the bar of the first process."""
     if step.done == 0 and rank == 0 and step.resumed:
-        click.echo(f"going on from {step.resumed} images of an earlier run", err=True)
+        echo(f"going on from {step.resumed} images of an earlier run", err=True)
     bar.total = step.images
     bar.update(step.done - bar.n)
     if step.unreadable:
@@ -366,22 +371,22 @@ def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> str:
+def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
     table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
-    return "\n".join([*_heading(result), *table, *_sentences(result, found, verdicts)])
+    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
 
 
-def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> str:
+def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
     table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
-    return "\n".join([f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences])
+    return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
 
 
 def _heading(result: dict[str, Any]) -> list[str]:
     processes = f" in each of {result['processes']} processes" * (result["processes"] > 1)
     return [
         f"{described(result)}",
-        f"{result['evaluated']} images from {printable(result['data'])} ({printable(result['labels'])}), "
+        f"{result['evaluated']} images from {result['data']} ({result['labels']}), "
         f"{result['dtype']}, in batches of {result['batch']}{processes}",
     ]
 
@@ -413,7 +418,7 @@ def _cells(row: Row) -> list[str]:
 
 def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
     """What is to be said below the table, each on a line of its own."""
-    said = [printable(note) for note in result["notes"]]
+    said = list(result["notes"])
     if found.interrupted:
         said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
     said += [
@@ -425,13 +430,13 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
         off = verdict.measured.value - verdict.expected
         said.append(
             f"At r = {format_schedule(verdict.r)} top-1 is {off:+.2f} points from the {verdict.expected:.2f} % of "
-            f"{printable(verdict.source)}, which {'is within' if verdict.within else 'is not within'} the interval."
+            f"{verdict.source}, which {'is within' if verdict.within else 'is not within'} the interval."
         )
     if found.rate is not None:
         said.append(f"{found.rate:.4g} images/s in all, every r and reading included (--workers {result['workers']}).")
     if found.unreadable:
         said.append(f"{len(found.unreadable)} of {found.images} files cannot be read, and are not counted:")
-        said += [f"  {printable(file)}: {printable(reason)}" for file, reason in found.unreadable[:NAMED]]
+        said += [f"  {file}: {reason}" for file, reason in found.unreadable[:NAMED]]
         if len(found.unreadable) > NAMED:
             said.append(f"  … and {len(found.unreadable) - NAMED} more; --json has all")
     return said
@@ -439,6 +444,6 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
 
 FORMS = {
     "text": _as_text,
-    "json": lambda result, found, verdicts: json.dumps(result, indent=2),  # noqa: ARG005
+    "json": lambda result, found, verdicts: json.dumps(result, indent=2).splitlines(),  # noqa: ARG005
     "markdown": _as_markdown,
 }

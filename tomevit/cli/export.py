@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from tomevit.cli.options import R
+from tomevit.cli.console import echo, echo_json
+from tomevit.cli.options import BATCH, R
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.errors import join_with_or, nearest
 from tomevit.weights.export import export as export_weights
@@ -34,7 +35,7 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
     type=click.Choice([*DTYPES, "int8"]),
     help="Of a program; default float32. int8 (onnx): weights in 8 bits, by onnxruntime.",
 )
-@click.option("--batch", type=click.IntRange(1), help="Of a program: images per call; default: any number.")
+@click.option("--batch", type=BATCH, help="Of a program: images per call; default: any number.")
 @click.option("--opset", type=int, help="Of ONNX; default: what torch's exporter recommends.")
 @click.option("--raw", is_flag=True, default=None, help="Of a program: it takes pixels, uint8, and normalises within.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -54,7 +55,7 @@ def export(
     given = {name: value for name, value in options.items() if value is not None}
     if format_name in PROGRAMS:
         program = export_program(source, out, format_name, **given)
-        click.echo(_as_json(program)) if as_json else _print(program)
+        echo_json(_as_json(program)) if as_json else _print(program)
         return
     if format_name not in FORMATS:
         known = [*PROGRAMS, *MAIN_FORMATS]
@@ -66,33 +67,32 @@ def export(
         )
     written, unsaid = export_weights(source, out, format_name)
     if as_json:
-        click.echo(json.dumps({"written": list(map(str, written)), "unsaid": unsaid}, indent=2))
+        echo_json({"written": list(map(str, written)), "unsaid": unsaid})
         return
     for path in written:
-        click.echo(f"written     {path}")
+        echo(f"written     {path}")
     for sentence in unsaid:
-        click.echo(f"left out    {sentence}")
+        echo(f"left out    {sentence}")
 
 
-def _as_json(program: Program) -> str:
+def _as_json(program: Program) -> dict[str, Any]:
     parity = program.parity._asdict() if program.parity else None
-    described = {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
-    return json.dumps(described, indent=2)
+    return {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
 
 
 def _print(program: Program) -> None:
     for path in program.written:
-        click.echo(f"written     {path}")
+        echo(f"written     {path}")
     metadata = program.metadata
     tokens = json.loads(metadata["tokens"])
-    click.echo(f"r           {metadata['r']}: of {tokens[0]} tokens {tokens[-1]} leave the last block")
+    echo(f"r           {metadata['r']}: of {tokens[0]} tokens {tokens[-1]} leave the last block")
     for end in ("input", "output"):
-        click.echo(f"{end:12}{metadata[end]}")
+        echo(f"{end:12}{metadata[end]}")
     if program.parity is None:
-        click.echo("compared    no: onnxruntime is not installed (pip install 'tomevit[export]')")
+        echo("compared    no: onnxruntime is not installed (pip install 'tomevit[export]')")
         return
     runtime, images, difference, largest, same = program.parity
-    click.echo(
+    echo(
         f"compared    {runtime} with torch in float32, {images} generated images: largest difference {difference:.2g} "
         f"of values up to {largest:.2g}, same top-1 {same} of {images}"
     )

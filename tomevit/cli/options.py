@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import click
 
+from tomevit.cli.console import echo
 from tomevit.schedule import parse_schedule
 
 
@@ -35,11 +37,16 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        found = re.fullmatch(r"(\d+)(?:x(\d+))?", value)
+        found = re.fullmatch(r"([1-9][0-9]{0,4})(?:x([1-9][0-9]{0,4}))?", value)
         if found is None:
-            self.fail(f"{value!r} is neither 224 nor 224x320 (height x width)", param, ctx)
+            self.fail(f"{value!r} is neither 224 nor 224x320 (height x width, up to 99999)", param, ctx)
         return int(found[1]), int(found[2] or found[1])
 
+
+#: No machine reads faster with more processes or threads than this, and many fall over.
+MOST_AT_ONCE = max(64, 2 * (os.cpu_count() or 1))
+BATCH = click.IntRange(1, 2**16)
+WORKERS = click.IntRange(0, MOST_AT_ONCE)
 
 # What means the same in every command that has it.
 model = partial(
@@ -49,12 +56,12 @@ model = partial(
     help="A name of the zoo, whose weights are downloaded on first use, or a file.",
 )
 img_size = click.option("--img-size", type=Size(), help="Pixels, as in 384 or 224x320.")
-batch = click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images per call.")
-device = click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, mps, …")
-threads = click.option("--threads", type=click.IntRange(1), help="CPU threads; torch's default if not given.")
-workers = click.option(
-    "--workers", type=click.IntRange(0), help="Processes that read images; default: as the machine has CPUs."
+batch = click.option("--batch", type=BATCH, default=32, show_default=True, help="Images per call.")
+device = click.option("--device", default="cpu", show_default=True, help="As in cpu, cuda, cuda:1 or mps.")
+threads = click.option(
+    "--threads", type=click.IntRange(1, MOST_AT_ONCE), help="CPU threads; torch's default if not given."
 )
+workers = click.option("--workers", type=WORKERS, help="Processes that read images; default: as the machine has CPUs.")
 picture = click.option(
     "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf."
 )
@@ -81,7 +88,8 @@ def _is_value(kind: Any, argument: str) -> bool:
     """Whether an argument is one more value: a model's name or a path, which may follow, is none."""
     if isinstance(kind, click.Choice):
         return argument in kind.choices
-    return re.match(r"[\d\[.]", argument) is not None and not Path(argument).is_file()
+    # Unlike pathlib's, this takes no name for too long.
+    return re.match(r"[\d\[.]", argument) is not None and not os.path.isfile(argument)  # noqa: PTH113
 
 
 def with_range(value: float, interval: tuple[float, float] | None, digits: int) -> str:
@@ -105,8 +113,7 @@ def group_by_reason(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned."""
-    for line in aligned(columns, rows):
-        click.echo(line)
+    echo(*aligned(columns, rows))
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:

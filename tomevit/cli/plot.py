@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
+from tomevit.cli.console import echo
 from tomevit.cli.options import described, machine
+from tomevit.opening import read_small_file
 from tomevit.output import check_outputs, is_stream, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_from_json
 from tomevit.tasks import plots
@@ -40,9 +42,13 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
         [str(file) for file in files] if len({file.stem for file in files}) < len(files) else [f.stem for f in files]
     )
     results = {name: _read_result(file) for name, file in zip(names, files, strict=True)}
-    with new_file(out) as draft:
-        draw(draft, kind, results)
-    click.echo(f"written to {out}", err=True)
+    try:
+        with new_file(out) as draft:
+            draw(draft, kind, results)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        results_are = f"{files[0]} is" if len(files) == 1 else f"one of {', '.join(map(str, files))} is"
+        raise ValueError(f"{results_are} damaged, or of another version: {error!r}") from error
+    echo(f"written to {out}", err=True)
 
 
 def picture_kind(path: Path) -> str:
@@ -63,9 +69,11 @@ def _read_result(file: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: none did.
+        OSError: the file cannot be read.
     """
+    content = read_small_file(file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(content)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not ("comparisons" in found or found.get("command") == "eval"):

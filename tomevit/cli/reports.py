@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from tomevit.cli.console import echo
 from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
 
@@ -71,5 +72,5 @@ def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> s
 def write_report(out: Path, text: str) -> None:
     """Put a report in place, and say so."""
     with new_file(out) as draft:
-        draft.write_text(f"{text}\n", encoding="utf-8")
-    click.echo(f"written to {out}", err=True)
+        draft.write_text(f"{text}\n", encoding="utf-8", errors="surrogateescape")  # names are as they are on disk
+    echo(f"written to {out}", err=True)

@@ -8,6 +8,7 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options
+from tomevit.cli.console import echo
 from tomevit.cli.options import Many, R
 from tomevit.cli.plot import picture_kind
 from tomevit.cli.running import device_of, trained
@@ -87,7 +88,7 @@ def visualize(
         else:
             title = f"{name} in {subject.card.full_name}"
             pictures.draw(draft, kind, observation, title, show=show or "strip", blocks=blocks)
-    click.echo(f"written to {out}", err=True)
+    echo(f"written to {out}", err=True)
 
 
 def _picture_kind(out: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Size, by_pattern, group_by_reason
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
@@ -66,32 +66,30 @@ def convert(
         ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None,
     )
     if as_json:
-        click.echo(json.dumps(asdict(report), indent=2))
+        echo_json(asdict(report))
     else:
         _print(report)
 
 
 def _ask(error: AmbiguousCheckpointError) -> str:
-    click.echo(f"tomevit: {error}", err=True)
+    echo(f"tomevit: {error}", err=True)
     answer: str = click.prompt(error.option, type=click.Choice(error.choices), err=True)
     return answer
 
 
 def _print(report: Report) -> None:
-    click.echo(f"source      {report.source}\nsha256      {report.sha256}\nrecognised  {report.recognised}")
-    click.echo(f"model       {report.model}")
+    echo(f"source      {report.source}", f"sha256      {report.sha256}", f"recognised  {report.recognised}")
+    echo(f"model       {report.model}")
     renamed = {name: sources for name, sources in report.names.items() if sources != (name,)}
-    click.echo(
-        f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names"
-    )
+    echo(f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names")
     patterns = (f"{' + '.join(by_pattern(sources))} -> {by_pattern([name])[0]}" for name, sources in renamed.items())
     for line in dict.fromkeys(patterns):
-        click.echo(f"            {line}")
+        echo(f"            {line}")
     for what, why in group_by_reason(report.left_out).items():
-        click.echo(f"left out    {', '.join(by_pattern(what))}: {why}")
+        echo(f"left out    {', '.join(by_pattern(what))}: {why}")
     for change in report.changes:
-        click.echo(f"changed     {change}")
-    click.echo(f"written     {report.out}")
+        echo(f"changed     {change}")
+    echo(f"written     {report.out}")
 
 
 @click.command()
@@ -107,11 +105,11 @@ def verify(
     """Check a file that tomevit wrote: structure, shapes, digest, values, and a forward pass; status 1 if any fails."""
     checks = run_verify(file, against=against, key=key, prefix=prefix)
     if as_json:
-        click.echo(json.dumps([check._asdict() for check in checks], indent=2))
+        echo_json([check._asdict() for check in checks])
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            click.echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name.ljust(width)}  {check.found}")
+            echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name.ljust(width)}  {check.found}")
     ctx.exit(0 if all(check.passed for check in checks) else 1)
 
 
@@ -149,4 +147,4 @@ def push(
     address = run_push(
         file, repo, figures=measured, dataset=dataset, licence=licence, notes=notes, private=private, message=message
     )
-    click.echo(f"uploaded    {address}")
+    echo(f"uploaded    {address}")

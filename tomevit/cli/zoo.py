@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from tomevit import zoo
 from tomevit.cards import Contents, is_ours, read_contents
 from tomevit.cli import options
+from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
 from tomevit.config import Card, Config, Source
 from tomevit.errors import printable
@@ -32,7 +32,7 @@ def list_command(pattern: str, weights: bool, as_json: bool) -> None:
         raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
     rows = [_summary(zoo.card(name)) | {"name": name} for name in names]
     if as_json:
-        click.echo(json.dumps(rows, indent=2))
+        echo_json(rows)
         return
     columns = ["name", "image", "params M", "GFLOPs", "classes"]
     columns += ["top-1", "r", "licence"] if weights else ["weights"]
@@ -113,13 +113,11 @@ def info(
         one = zoo.names_weights(name)
         weights = [other for other in zoo.cards(name) if other.weights and (other == card or not one)]
     if as_json:
-        click.echo(json.dumps(_as_json(card, config, schedules, weights, contents), indent=2))
+        echo_json(_as_json(card, config, schedules, weights, contents))
         return
     name = card.name if contents is None else card.full_name
-    for line in (*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config)):
-        click.echo(line)
-    for line in _weights(weights) if contents is None else _file(contents):
-        click.echo(line)
+    echo(*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config))
+    echo(*(_weights(weights) if contents is None else _file(contents)))
 
 
 def _contents(name: str) -> Contents | None:
@@ -152,7 +150,7 @@ def _draw(picture: Path, card: Card, config: Config, schedules: Sequence[dict[st
     lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
     with new_file(picture) as draft:
         plots.tokens_per_layer(draft, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first")
-    click.echo(f"written to {picture}", err=True)
+    echo(f"written to {picture}", err=True)
 
 
 def _as_json(

@@ -25,16 +25,28 @@ def processes() -> tuple[int, int]:
 
 
 def on_this_machine() -> tuple[int, int]:
-    """As `processes`, among those on this machine, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """As `processes`, among those on this machine, as torchrun says; (0, 1) where what is said cannot be."""
+    rank, world = os.environ.get("LOCAL_RANK", "0"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    there = rank.isdecimal() and world.isdecimal() and int(rank) < int(world)
+    return (int(rank), int(world)) if there else (0, 1)
 
 
 @contextmanager
 def join_process_group() -> Iterator[None]:
-    """Be one of several processes while the block runs, if torchrun started this one."""
+    """Be one of several processes while the block runs, if torchrun started this one.
+
+    Raises:
+        ValueError: what torchrun sets is there in part only.
+    """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
+    for variable in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not (value := os.environ.get(variable, "")).isdecimal():
+            raise ValueError(
+                f"{variable} is {value!r}, where torchrun sets a number: start this with torchrun, or unset "
+                f"TORCHELASTIC_RUN_ID"
+            )
     # The first process waits for the last, which may need hours longer.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     try:

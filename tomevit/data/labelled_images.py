@@ -6,6 +6,7 @@ not settle is refused, with what would settle it.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 from collections import Counter
@@ -16,8 +17,9 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from tomevit.data.images import SUFFIXES, find
-from tomevit.errors import join_with_or
+from tomevit.data.images import HIDDEN, SUFFIXES, Found, search
+from tomevit.errors import join_with_or, printable
+from tomevit.opening import read_small_file
 
 #: Where the images to evaluate lie, below a set's folder: as Kaggle has ILSVRC, as torchvision has it, or right there.
 PLACES = ("ILSVRC/Data/CLS-LOC/val", "Data/CLS-LOC/val", "val", "validation", ".")
@@ -36,6 +38,19 @@ GROUND_TRUTH = re.compile(r"ILSVRC201[2-7]\w*_validation_ground_truth", re.IGNOR
 BEGINNING = ["490", "361", "171", "822", "297", "482", "13", "704"]
 
 NUMBERED = re.compile(r"ILSVRC201\d_val_0*(\d+)$")
+#: Bytes that a list may have.
+MOST = 2**28
+#: How texts in several encodings begin; without such a mark they are in UTF-8. The longer one comes first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+#: How Excel says what is between the cells, on a line of its own; and a cell that is quoted whole.
+SEPARATOR = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
+QUOTED = re.compile(r'"([^"]|"")*"')
+
 HEADINGS = {"imageid", "image_id", "image", "id", "file", "filename", "file_name", "name", "path"}
 
 
@@ -46,6 +61,7 @@ class Labelled(NamedTuple):
     labels: list[int]  # what the model's output has to be, one for each file
     how: str  # where the labels come from, in words
     notes: tuple[str, ...] = ()  # what else should be known of this set
+    passed_over: str = ""  # what is no image there, in words
 
 
 class Classes(NamedTuple):
@@ -90,6 +106,7 @@ def labelled(
         truth: a file with a line "image class" for each image (also with a comma or a tab between, and of a .csv the
             first two columns); or a line with the class alone for each image in order. A class is a WordNet id, one of
             class_names, or the number of an output, from 0. In the ground truth of ILSVRC 2012 it is an ILSVRC2012_ID.
+            The file is in UTF-8, or begins with the mark of another Unicode; paths may be written as on Windows.
 
     Raises:
         ValueError, OSError: there are no images, or it is not certain which class each has; the message says what is
@@ -111,34 +128,36 @@ def labelled(
         return _from_folders(folder, folders, num_classes, class_names)
     if truth is None:
         truth = _find_truth(folder)
-    files = find([folder])
+    found = search([folder])
     if truth is None:
         raise ValueError(
             f"{folder}: no folder for each class, and no list of the images' classes: name it with --truth, or put one "
             f"of {', '.join(TRUTHS)} beside the images"
         )
-    return _from_truth(folder, files, Path(truth), num_classes, class_names)
+    listed = _from_truth(folder, found.files, Path(truth), num_classes, class_names)
+    return listed._replace(passed_over=found.passed_over())
 
 
 def _contents(folder: Path) -> tuple[list[Path], list[Path]]:
     """The folders and the images right in a folder, sorted by name."""
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir()]
-    return folders, [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
+    return folders, [entry for entry in entries if entry.suffix.lower() in SUFFIXES and entry.is_file()]
 
 
 def _from_folders(folder: Path, folders: Sequence[Path], num_classes: int, class_names: Sequence[str]) -> Labelled:
     names = [path.name for path in folders]
     classes = _classes(names, num_classes, class_names, f"{folder}: the folders", complete=len(names) == num_classes)
-    files: list[str] = []
+    found = Found([], Counter({HIDDEN: sum(path.name.startswith(".") for path in folder.iterdir() if path.is_dir())}))
     labels: list[int] = []
     for path in folders:
-        found = find([path])
-        files += found
-        labels += [classes.of[path.name]] * len(found)
+        files, left_out = search([path])
+        found.files.extend(files)
+        found.left_out.update(left_out)
+        labels += [classes.of[path.name]] * len(files)
     missing = num_classes - len(names)
     notes = (f"Images of {len(names)} classes; answers are among all {num_classes}.",) if missing else ()
-    return Labelled(files, labels, f"{len(names)} folders, {classes.how}", notes)
+    return Labelled(found.files, labels, f"{len(names)} folders, {classes.how}", notes, found.passed_over())
 
 
 # -------------------------------------------------------------------------------------------------------------- classes
@@ -213,7 +232,7 @@ def read_class_names(path: str | PathLike[str], num_classes: int) -> tuple[str, 
         ValueError: there are not as many as classes, or one comes twice.
         OSError: the file cannot be read.
     """
-    names = tuple(line.strip() for line in _lines(Path(path)))
+    names = tuple(map(_unquoted, _lines(Path(path))))
     if len(names) != num_classes:
         raise ValueError(f"{path} names {len(names)} classes, and the model has {num_classes}")
     seen: set[str] = set()
@@ -322,10 +341,11 @@ def _by_name(
     """The class of an image in a list of images and classes: by its path below the folder, or its name."""
     listed: dict[str, str] = {}
     by_stem: dict[str, set[str]] = {}
-    for name, value in rows:
-        if listed.setdefault(name, value) != value:
-            raise ValueError(f"{truth} has two classes for {name}: {listed[name]} and {value}")
-        by_stem.setdefault(_stem(name), set()).add(value)
+    for row, value in rows:
+        for name in {row, row.replace("\\", "/")}:  # as Windows writes paths
+            if listed.setdefault(name, value) != value:
+                raise ValueError(f"{truth} has two classes for {name}: {listed[name]} and {value}")
+            by_stem.setdefault(_stem(name), set()).add(value)
     shared = {stem for stem, count in Counter(map(_stem, files)).items() if count > 1}
 
     def of_file(file: str) -> str | None:
@@ -347,8 +367,17 @@ def _stem(name: str) -> str:
 
 def _rows(truth: Path) -> Iterator[tuple[str, ...]]:
     """The lines of a list, each (image, class) or (class,)."""
-    for number, line in enumerate(_lines(truth)):
-        cells = [cell.strip() for cell in _cells(line)][:2]
+    lines = _lines(truth)
+    separator = ";" if lines and all(";" in line for line in lines) else ","  # as Excel has it in most of Europe
+    if lines and (said := SEPARATOR.fullmatch(lines[0])):
+        separator, lines = said[1], lines[1:]
+    for number, line in enumerate(lines):
+        try:
+            cells = [cell.strip() for cell in _cells(line, separator)][:2]
+        except csv.Error as error:
+            raise ValueError(
+                f"{truth} is no list of images and classes: {error}, in {printable(line[:40])}…"
+            ) from error
         if len(cells) == 2:
             if number == 0 and cells[0].lower() in HEADINGS:
                 continue
@@ -356,16 +385,32 @@ def _rows(truth: Path) -> Iterator[tuple[str, ...]]:
         yield tuple(cells)
 
 
-def _cells(line: str) -> list[str]:
-    if "\t" in line:
-        return line.split("\t")
-    return next(csv.reader([line])) if "," in line else line.rsplit(None, 1)
+def _cells(line: str, separator: str) -> list[str]:
+    for between in ("\t", separator):
+        if between in line:
+            return next(csv.reader([line], delimiter=between))
+    return [_unquoted(line)] if QUOTED.fullmatch(line.strip()) else [*map(_unquoted, line.rsplit(None, 1))]
+
+
+def _unquoted(cell: str) -> str:
+    """A text without the quotes that tables put around what has commas."""
+    cell = cell.strip()
+    return cell[1:-1].replace('""', '"') if QUOTED.fullmatch(cell) else cell
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a text file that have something on them."""
+    """The lines of a text file that have something on them, as editors of any system write them."""
+    content = read_small_file(path, MOST)
+    encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file in UTF-8") from error
-    return [line for line in text.splitlines() if line.strip()]
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is no text file in UTF-8, nor in UTF-16 with its mark: line {line} has "
+            f"{content[error.start : error.start + 4]!r}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise ValueError(f"{path} is no text file in UTF-8, nor in UTF-16 with its mark; save it as UTF-8")
+    # Some programs of Windows end a file with Ctrl-Z.
+    return [line for line in re.split(r"\r\n|\n|\r", text.rstrip("\x1a")) if line.strip()]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from tomevit.private import lacks_memory
+
 
 class BatchTooLargeError(ValueError):
     """A batch does not fit into the memory of its device."""
@@ -26,12 +28,6 @@ def explain_out_of_memory(batch: int, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not lacks_memory(error):
             raise
         raise BatchTooLargeError(f"a batch of {batch} does not fit into the memory of {device}") from error
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return any(words in str(error) for words in ("can't allocate memory", "MPS backend out of memory"))

@@ -164,23 +164,54 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
     return r
 
 
+class Tally:
+    """Answers counted as they come, none of which is kept."""
+
+    def __init__(self) -> None:
+        self.images = self.unreadable = self.kept = self.compared = 0
+        self.seconds, self.seconds_unmerged = _Mean(), _Mean()
+
+    def add(self, answer: Answer) -> None:
+        if answer.error:
+            self.unreadable += 1
+            return
+        self.images += 1
+        self.compared += answer.changed is not None
+        self.kept += answer.changed is False
+        self.seconds.add(answer.seconds)
+        self.seconds_unmerged.add(answer.seconds_unmerged)
+
+    def summary(self) -> Summary:
+        return Summary(
+            images=self.images,
+            unreadable=self.unreadable,
+            seconds=self.seconds.value(),
+            seconds_unmerged=self.seconds_unmerged.value(),
+            kept=self.kept if self.images and self.compared == self.images else None,
+        )
+
+
+class _Mean:
+    """Of numbers that come one by one, without those that are not known."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, number: float | None) -> None:
+        if number is not None:
+            self.total += number
+            self.count += 1
+
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
 def summarise(found: Iterable[Answer]) -> Summary:
     """All answers of one call together."""
-    found = list(found)
-    read = [answer for answer in found if not answer.error]
-    changed = [answer.changed for answer in read]
-    return Summary(
-        images=len(read),
-        unreadable=len(found) - len(read),
-        seconds=_mean([answer.seconds for answer in read]),
-        seconds_unmerged=_mean([answer.seconds_unmerged for answer in read]),
-        kept=None if None in changed or not changed else changed.count(False),
-    )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+    tally = Tally()
+    for answer in found:
+        tally.add(answer)
+    return tally.summary()
 
 
 def _sources(

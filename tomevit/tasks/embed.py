@@ -14,10 +14,11 @@ import copy
 import hashlib
 import json
 import math
+import os
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -27,7 +28,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from tomevit.config import ARCHITECTURE, Config
@@ -36,8 +36,10 @@ from tomevit.data.distributed import broadcast_from_rank0, fail_together, proces
 from tomevit.data.images import Strings
 from tomevit.errors import join_with_or
 from tomevit.layers.pool import mean_patch
+from tomevit.locks import hold_lock
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
+from tomevit.opening import open_file, read_small_file
 from tomevit.output import check_output, is_stream, new_file
 from tomevit.schedule import Schedule, schedule_to_json
 from tomevit.tasks import embedding_files
@@ -51,10 +53,12 @@ Pool = Literal["cls", "mean"]
 PARTS, MOST = 1000, 8192
 #: Of a shard, whose length is not known, a part is so many samples.
 OF_SHARD = 1024
-#: In the directory of parts: what they are of.
-PLAN = "run.json"
-#: Seconds that the processes which read images may live on behind one that was killed: they hold its lock.
-HELD = 15.0
+#: In the directory of parts: what they are of, DIGEST bytes for each file of its data, and what the run holds.
+PLAN, DIGESTS, LOCK = "run.json", "data.bin", ".lock"
+DIGEST = 8
+#: Of a file as much is looked at to know it again, in pieces from its beginning to its end: so many of an image, and so
+#: many of a shard.
+PIECE, OF_IMAGE, OF_A_SHARD = 2**12, 4, 64
 #: The file names so many of the images that could not be read.
 LISTED = 10_000
 
@@ -131,8 +135,9 @@ def embed(
     """Write a feature vector for every image into one file, which appears whole or not at all.
 
     Memory does not grow with the number of images, but for their names. Interrupted or killed, the same call goes on
-    behind the last part that was finished. In a process group of torch.distributed the processes share the work, if
-    they see the same directories; the first one writes the file, and all return when it is there.
+    behind the last part that was finished; while another writes to the same file, it waits. In a process group of
+    torch.distributed the processes share the work, if they see the same directories; the first one writes the file, and
+    all return when it is there.
 
     Args:
         model: on the device and in the dtype to compute in.
@@ -152,27 +157,28 @@ def embed(
             None while that is not known, as with shards.
 
     Raises:
-        ValueError: an argument does not fit; an earlier run with other settings left parts or a file, or another is
-            running; a batch does not fit into memory; a vector is not finite.
+        ValueError: an argument does not fit; an earlier run with other settings left parts or a file; a batch does not
+            fit into memory; a vector is not finite.
         OSError: a file cannot be written.
     """
     device, out = model.device, Path(out)
     parts = out.with_name(f"{out.name}.parts")
 
-    def check_all() -> tuple[Callable[..., Tensor], Data, dict[str, Any]]:
+    def check_all() -> tuple[Callable[..., Tensor], Data, bytes, dict[str, Any]]:
         check_suffix(out)
         _check_arguments(dtype, batch, workers)
         features, data = extractor(model, pool), sources if isinstance(sources, Data) else locate(sources)
         check_output(out, inputs=data.names)
-        settings = run_settings(model, data, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
-        return features, data, settings
+        digests = digests_of(data)
+        settings = run_settings(model, data, digests, r=r, pool=pool, normalize=normalize, dtype=dtype, upright=upright)
+        return features, data, digests, settings
 
-    features, data, settings = fail_together(check_all)
+    features, data, digests, settings = fail_together(check_all)
     require_same({**settings, "batch": batch})
     width = model.config.embed_dim
     vectors = partial(_vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width)
     with ExitStack() as lock:
-        size = broadcast_from_rank0(lambda: _begin(out, parts, settings, data, batch, overwrite, lock))
+        size = broadcast_from_rank0(lambda: _begin(out, parts, settings, data, digests, batch, overwrite, lock))
         if size is None:
             return broadcast_from_rank0(lambda: _report(embedding_files.read_info(out)))
         todo = _remaining(parts, data, size, *processes())
@@ -225,6 +231,7 @@ class Data(NamedTuple):
 
     names: Strings  # paths of images, or of shards
     sharded: bool
+    passed_over: str = ""  # what is no image there, in words
 
 
 def locate(sources: Iterable[str | PathLike[str]]) -> Data:
@@ -244,12 +251,14 @@ def locate(sources: Iterable[str | PathLike[str]]) -> Data:
             next(s for s, names in zip(expanded, found, strict=True) if bool(names) is b) for b in (True, False)
         )
         raise ValueError(f"{of_shards} is of WebDataset, and {other} is not: embed the two one after the other")
-    return Data(Strings(images.find(expanded)), sharded=False)
+    located = images.search(expanded)
+    return Data(Strings(located.files), sharded=False, passed_over=located.passed_over())
 
 
 def run_settings(
     model: VisionTransformer,
     data: Data,
+    digests: bytes,
     *,
     r: Schedule | None = None,
     pool: Pool | None = None,
@@ -257,7 +266,11 @@ def run_settings(
     dtype: torch.dtype = torch.float32,
     upright: bool = False,
 ) -> dict[str, Any]:
-    """All that embeddings depend on, but for rounding, as JSON has it: runs of the same settings share their parts."""
+    """All that embeddings depend on, but for rounding, as JSON has it: runs of the same settings share their parts.
+
+    Args:
+        digests: of the data (`digests_of`).
+    """
     r = model.r if r is None else r
     model.schedule(r)
     config, matching = asdict(model.config), model.config.matching
@@ -275,21 +288,35 @@ def run_settings(
         "dim": model.config.embed_dim,
         "preprocess": asdict(model.card.preprocess),
         "upright": upright,
-        "data": _fingerprint(data),
+        "data": f"{len(data.names)} {'shards' if data.sharded else 'files'}, "
+        f"sha256 {hashlib.sha256(digests).hexdigest()}",
     }
     return json.loads(json.dumps(settings))
 
 
-def _fingerprint(data: Data) -> str:
-    """Names and sizes, but not times: data may be copied anew for each run."""
-    sha = hashlib.sha256()
-    for name in data.names:
-        try:
-            size = Path(name).stat().st_size
-        except OSError:  # it will be named among what cannot be read
-            size = -1
-        sha.update(f"{name}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return f"{len(data.names)} {'shards' if data.sharded else 'files'}, sha256 {sha.hexdigest()}"
+def digests_of(data: Data) -> bytes:
+    """DIGEST bytes for each file: of its name, its size and some of its content, but not its time.
+
+    Data may be copied anew for each run. To read all of it would take as long as to embed it on a fast device.
+    """
+    return b"".join(_digest(name, OF_A_SHARD if data.sharded else OF_IMAGE) for name in data.names)
+
+
+def _digest(name: str, pieces: int) -> bytes:
+    sha = hashlib.sha256(name.encode("utf-8", "surrogateescape"))
+    try:
+        with open_file(name) as file:
+            size = os.fstat(file.fileno()).st_size
+            sha.update(f"\0{size}\0".encode())
+            if size <= pieces * PIECE:
+                sha.update(file.read(pieces * PIECE))
+            else:
+                for i in range(pieces):
+                    file.seek(i * (size - PIECE) // (pieces - 1))
+                    sha.update(file.read(PIECE))
+    except OSError:  # it will be named among what cannot be read
+        sha.update(b"\0-1\0")
+    return sha.digest()[:DIGEST]
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
@@ -308,7 +335,14 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> t
 
 
 def _begin(
-    out: Path, parts: Path, settings: dict[str, Any], data: Data, batch: int, overwrite: bool, lock: ExitStack
+    out: Path,
+    parts: Path,
+    settings: dict[str, Any],
+    data: Data,
+    digests: bytes,
+    batch: int,
+    overwrite: bool,
+    lock: ExitStack,
 ) -> int | None:
     """Hold the directory of parts, and see what an earlier run left.
 
@@ -318,49 +352,96 @@ def _begin(
     Raises:
         ValueError: an earlier run had other settings; the message names one.
     """
-    if out.exists() and not is_stream(out) and not overwrite:
-        info = embedding_files.read_info(out)
-        if other := _difference({name: info.get(name) for name in settings}, settings):
-            raise ValueError(f"{out} was made with {_sentence(other)}")
-        if (begun := _begun(parts)) is not None and begun[
-            "settings"
-        ] == settings:  # that run was killed while it removed them
-            lock.enter_context(_hold_parts(parts))
-            _remove(parts)
+    if _is_done(out, settings, overwrite) and not _is_left(parts, settings):
         return None
     lock.enter_context(_hold_parts(parts))
+    # A run may have ended meanwhile; or it was killed while it removed its parts.
+    try:
+        done = _is_done(out, settings, overwrite)
+    except ValueError:
+        _leave(parts)
+        raise
+    if done:
+        (_remove if _is_left(parts, settings) else _leave)(parts)
+        return None
     if (begun := _begun(parts)) is not None:
-        other, size = _difference(begun["settings"], settings), begun["size"]
+        other = _difference(begun.settings, settings)
         if other is None:
-            if size % batch:
-                raise ValueError(f"{parts} has parts of {size} images, which batches of {batch} do not divide")
-            return size
+            if begun.size % batch:
+                raise ValueError(f"{parts} has parts of {begun.size} images, which batches of {batch} do not divide")
+            return begun.size
         if not overwrite:
-            raise ValueError(f"{parts} was begun with {_sentence(other)}")
+            raise ValueError(f"{parts} was begun with {_sentence(other, _first_changed(parts, data, digests))}")
         _clear(parts)
     if data.sharded:
         size = batch * math.ceil(OF_SHARD / batch)
     else:
         size = batch * min(math.ceil(len(data.names) / (PARTS * batch)), max(1, MOST // batch))
-    with new_file(parts / PLAN) as unfinished:
+    with new_file(parts / PLAN) as unfinished:  # the first, for it says that the directory is ours
         unfinished.write_text(json.dumps({"settings": settings, "size": size}, indent=2), encoding="utf-8")
+    with new_file(parts / DIGESTS) as unfinished:
+        unfinished.write_bytes(digests)
     return size
 
 
-def _begun(parts: Path) -> dict[str, Any] | None:
-    """The settings of the run that the directory of parts is of, and the size of its parts; None if there is none."""
+class _Plan(NamedTuple):
+    """What a directory of parts is of."""
+
+    settings: dict[str, Any]
+    size: int  # images in a part
+
+
+def _begun(parts: Path) -> _Plan | None:
+    """What the run was of that left the directory of parts; None if none did. Raises ValueError if that is damaged."""
     try:
-        begun: dict[str, Any] = json.loads((parts / PLAN).read_text(encoding="utf-8"))
+        found = json.loads(read_small_file(parts / PLAN))
+        plan = _Plan(found["settings"], found["size"])
+        if isinstance(plan.settings, dict) and type(plan.size) is int and plan.size > 0:
+            return plan
     except FileNotFoundError:
         return None
-    return begun
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{parts / PLAN} is damaged, or no plan of embeddings: remove {parts} to begin anew")
+
+
+def _is_done(out: Path, settings: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the output is there already. Raises ValueError if it was made with other settings, or holds others."""
+    if overwrite or is_stream(out) or not out.exists():
+        return False
+    info = embedding_files.read_info(out)
+    if other := _difference({name: info.get(name) for name in settings}, dict(settings)):
+        raise ValueError(f"{out} was made with {_sentence(other)}")
+    return True
+
+
+def _is_left(parts: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the directory of parts is of a run with these settings."""
+    with suppress(ValueError):
+        begun = _begun(parts)
+        return begun is not None and begun.settings == settings
+    return False
+
+
+def _first_changed(parts: Path, data: Data, digests: bytes) -> str:
+    """The first file that is another than when the directory of parts was begun, in words; "" if that is not known."""
+    try:
+        before = read_small_file(parts / DIGESTS, max(2**26, 2 * len(digests)))
+    except (OSError, ValueError):
+        return ""
+    for place, name in enumerate(data.names):
+        begin, end = place * DIGEST, (place + 1) * DIGEST
+        if before[begin:end] != digests[begin:end]:
+            return f"; the first file that is not as it was is {name}"
+    return ""
 
 
 def _clear(parts: Path) -> None:
     """Remove all parts, and at last what says that they are ours."""
     for path in parts.glob("*.safetensors"):
         path.unlink()
-    (parts / PLAN).unlink()
+    for name in (DIGESTS, PLAN):
+        (parts / name).unlink(missing_ok=True)
 
 
 def _remove(parts: Path) -> None:
@@ -368,9 +449,17 @@ def _remove(parts: Path) -> None:
     shutil.rmtree(parts, ignore_errors=True)  # a lock, and drafts of killed runs
 
 
-def _sentence(other: tuple[str, Any, Any]) -> str:
+def _leave(parts: Path) -> None:
+    """Remove the directory of parts if nothing was begun in it."""
+    if not (parts / PLAN).exists():
+        with suppress(OSError):  # it holds something else
+            (parts / LOCK).unlink()
+            parts.rmdir()
+
+
+def _sentence(other: tuple[str, Any, Any], more: str = "") -> str:
     name, before, now = other
-    return f"{name} {before}, not {now}: give the same again, name another file, or overwrite"
+    return f"{name} {before}, not {now}{more}: give the same again, name another file, or overwrite"
 
 
 @contextmanager
@@ -378,20 +467,19 @@ def _hold_parts(parts: Path) -> Iterator[None]:
     """Keep other runs out of the directory of parts, which is made if need be, while the block runs.
 
     Raises:
-        ValueError: another process does, or it is none of ours.
+        ValueError: it is none of ours.
     """
-    parts.mkdir(exist_ok=True)
-    lock = FileLock(parts / ".lock")
-    try:
-        lock.acquire(timeout=HELD)
-    except Timeout as error:
-        raise ValueError(f"another process is writing to {parts}") from error
-    try:
+    with ExitStack() as lock:
+        held = False
+        while not held:
+            parts.mkdir(exist_ok=True)
+            with suppress(FileNotFoundError):  # the run that held it is done, and has removed the directory
+                held = not lock.enter_context(hold_lock(parts / LOCK, f"writing to {parts}")) or (parts / LOCK).exists()
+            if not held:
+                lock.close()
         if not (parts / PLAN).exists() and any(not path.name.startswith(".") for path in parts.iterdir()):
             raise ValueError(f"{parts} is in the way: parts are kept there, and it holds something else")
         yield
-    finally:
-        lock.release()
 
 
 def _join_parts(
@@ -402,15 +490,20 @@ def _join_parts(
     progress: Callable[[str, int, int | None], object],
 ) -> Report:
     """Join all parts into the output, and remove them."""
-    found = dict(_all_parts(parts, data))
-    unreadable = [name for part in found.values() for name in part.unreadable]
-    rows = sum(part.rows for part in found.values())
+    places: dict[Path, int] = {}  # of the shard of each part
+    rows = num_unreadable = 0
+    unreadable: list[tuple[str, str]] = []
+    for place, part in _all_parts(parts, data):
+        places[_path(parts, *place)] = place[0]
+        rows += part.rows
+        num_unreadable += len(part.unreadable)
+        unreadable += part.unreadable[: LISTED - len(unreadable)]
     info = {
         **settings,
         **({"shards": list(data.names)} if data.sharded else {}),
         "rows": rows,
-        "num_unreadable": len(unreadable),
-        "unreadable": unreadable[:LISTED],
+        "num_unreadable": num_unreadable,
+        "unreadable": unreadable,
     }
     written = 0
 
@@ -420,7 +513,7 @@ def _join_parts(
         progress("writing", written, rows)
 
     with new_file(out) as draft:
-        embedding_files.join(draft, out.suffix, {_path(parts, *place): place[0] for place in found}, info, tell)
+        embedding_files.join(draft, out.suffix, places, info, tell)
     _remove(parts)
     return _report(info)
 

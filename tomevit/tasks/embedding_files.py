@@ -33,6 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tomevit.data.images import Strings
+from tomevit.errors import NotRegularFileError
+from tomevit.opening import open_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,6 +43,11 @@ KEY = "tomevit_embeddings"
 VERSION = 1
 SUFFIXES = (".safetensors", ".parquet")
 DTYPES = {"float32": (torch.float32, "F32"), "float16": (torch.float16, "F16")}
+
+#: What the metadata of every file has.
+REQUIRED = {"version", "rows", "dim", "dtype", "num_unreadable", "unreadable"}
+#: What comes of metadata that make no sense.
+SENSELESS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 #: Bytes of vectors that parquet keeps together.
 ROW_GROUP = 2**25
@@ -63,12 +70,15 @@ def read(path: str | PathLike[str]) -> Embeddings:
         ValueError: it is damaged, or another kind of file, or parquet, and pyarrow is not installed.
     """
     info = read_info(path)
-    if Path(path).suffix == ".parquet":
-        return _read_parquet(path, info)
-    with torch.device("cpu"), safe_open(path, framework="pt") as file:
-        keys, ends = file.get_tensor("keys").numpy(), file.get_tensor("key_ends").numpy()
-        shard = file.get_tensor("shard") if "shards" in info else None
-        return Embeddings(file.get_tensor("embeddings"), _strings(keys, ends), shard, info)
+    try:
+        if Path(path).suffix == ".parquet":
+            return _read_parquet(path, info)
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
+            keys, ends = file.get_tensor("keys").numpy(), file.get_tensor("key_ends").numpy()
+            shard = file.get_tensor("shard") if "shards" in info else None
+            return Embeddings(file.get_tensor("embeddings"), _strings(keys, ends), shard, info)
+    except (SafetensorError, *SENSELESS) as error:
+        raise _no_embeddings(path) from error
 
 
 def read_info(path: str | PathLike[str]) -> dict[str, Any]:
@@ -77,11 +87,21 @@ def read_info(path: str | PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no file {fspath(path)}")
     text = (_parquet_metadata if Path(path).suffix == ".parquet" else _metadata)(path)
     if text is None:
-        raise ValueError(f"{fspath(path)} holds no embeddings of tomevit's, or is damaged")
-    info: dict[str, Any] = json.loads(text)
-    if info["version"] > VERSION:
+        raise _no_embeddings(path)
+    try:
+        info: dict[str, Any] = json.loads(text)
+        newer, known = info["version"] > VERSION, info.keys() >= REQUIRED
+    except SENSELESS as error:
+        raise _no_embeddings(path) from error
+    if newer:
         raise ValueError(f"{fspath(path)} is of format version {info['version']}; this tomevit reads {VERSION}")
+    if not known:
+        raise _no_embeddings(path)
     return info
+
+
+def _no_embeddings(path: str | PathLike[str]) -> ValueError:
+    return ValueError(f"{fspath(path)} holds no embeddings of tomevit's, or is damaged")
 
 
 def _metadata(path: str | PathLike[str]) -> str | None:
@@ -125,12 +145,25 @@ def write_part(path: Path, vectors: Tensor, keys: Sequence[str], unreadable: lis
 
 
 def read_part(path: Path) -> Part | None:
-    """What a part holds; None if it is not there, or not whole."""
-    text = _metadata(path)
-    if text is None:
+    """What a part holds; None if it is not there, or not whole.
+
+    Raises:
+        NotRegularFileError: something that waits for ever lies there.
+    """
+    try:
+        with open_file(path), safe_open(path, framework="np") as file:
+            info = json.loads(file.metadata()[KEY])
+            part = Part(info["rows"], [(name, reason) for name, reason in info["unreadable"]], info["last"])
+            ends, keys, vectors = map(file.get_slice, ("key_ends", "keys", "embeddings"))
+            rows = vectors.get_shape()[0]
+            # The last end is 0 in a file that lost what it held when the power failed.
+            length = int(ends[rows - 1 : rows][0]) if rows else 0
+            whole = (ends.get_shape(), keys.get_shape(), part.rows) == ([rows], [length], rows)
+            return part if whole else None
+    except NotRegularFileError:
+        raise
+    except (OSError, SafetensorError, *SENSELESS):
         return None
-    info = json.loads(text)
-    return Part(info["rows"], [(name, reason) for name, reason in info["unreadable"]], info["last"])
 
 
 # ------------------------------------------------------------------------------------------------------------- joining
@@ -278,4 +311,4 @@ def _parquet_metadata(path: str | PathLike[str]) -> str | None:
     except (OSError, pa.ArrowException):
         return None
     text = metadata.get(KEY.encode())
-    return None if text is None else text.decode()
+    return None if text is None else text.decode(errors="replace")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tomevit.errors import printable
 from tomevit.schedule import Schedule, format_schedule
 
 if TYPE_CHECKING:
@@ -208,13 +209,11 @@ def panels(
         for axis, picture in zip(axes[row], shown, strict=True):
             _show(axis, picture)
         for axis, caption in zip(axes[row], captions[row] if captions else (), strict=False):
-            axis.set_xlabel(caption, fontsize=9, color=INK, labelpad=4, parse_math=False)
-        axes[row][0].set_ylabel(
-            label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8, parse_math=False
-        )
+            axis.set_xlabel(caption, fontsize=9, color=INK, labelpad=4)
+        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8)
     for axis, heading in zip(axes[0], columns, strict=True):
-        axis.set_title(heading, fontsize=10, color=INK, pad=6, parse_math=False)
-    figure.suptitle(title, fontsize=12.5, color=INK, parse_math=False)
+        axis.set_title(heading, fontsize=10, color=INK, pad=6)
+    figure.suptitle(title, fontsize=12.5, color=INK)
     figure.supxlabel(note, fontsize=9, color=GREY)
     _save(figure, path, suffix[1:])
 
@@ -481,6 +480,15 @@ def _show(axis: Axes, picture: Tensor) -> None:
 
 def _save(figure: Figure, path: Path, kind: str = "png") -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.text import Text
 
+    drawn = get_font(findfont(FontProperties())).get_charmap()
+    for text in figure.findobj(Text):
+        # Names of files and classes are no mathematics, and no TeX; what the font has not is told by its number.
+        text.set_parse_math(False)
+        text.set_usetex(False)
+        lines = (printable(line, lambda c: c.isprintable() and ord(c) in drawn) for line in text.get_text().split("\n"))
+        text.set_text("\n".join(lines))
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=DPI, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)

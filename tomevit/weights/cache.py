@@ -10,34 +10,43 @@ Everything lies under `home()`, with one name per set of weights ("vit_b16.augre
     locks/NAME.lock                 held by the one process that fills the above
 
 A file appears in weights/ whole or not at all, and its own header says what it was made from. Finding it needs no lock,
-and no right to write. Nobody writes to it afterwards, so that it may be mapped into memory. All but the locks of living
-processes may be removed at any time; on a network file system, when no process uses the weights. Files from the Hugging
+and no right to write. Nobody writes to it afterwards, so that it may be mapped into memory. What is damaged, or is no
+file at all, is made again: a file has all its bytes before it has its name, also on the disk, and one with blocks of
+zeros, as power failures leave them on disks that do not keep to that, must have the digest that its header tells. (To
+look for such blocks takes 9 ms for 346 MB, to compute the digest 410; with other work beside.)
+
+Each of these directories may be a link to another file system. All but the locks of living processes may be removed at
+any time; on a network file system, when no process uses the weights. Files from the Hugging
 Face hub stay in the cache of huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. How files
 are downloaded says `tomevit.weights.download`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from filelock import FileLock, Timeout
+import numpy as np
 
 from tomevit.cards import decode_header
 from tomevit.config import Card, Source
-from tomevit.errors import CheckpointError, DownloadError, UnreadableError
+from tomevit.errors import CheckpointError, DownloadError, UnreadableError, printable
 from tomevit.headers import read_header
-from tomevit.weights import files, shards
+from tomevit.locks import hold_lock
+from tomevit.opening import open_file
+from tomevit.output import new_file
+from tomevit.weights import checkpoint, files, shards
 from tomevit.weights.download import (
     DiskError,
     UnreachableError,
@@ -47,12 +56,17 @@ from tomevit.weights.download import (
     is_offline,
     is_resumable,
     is_web_page,
+    no_home,
+    remove,
+    remove_unless_file,
+    sync,
 )
 from tomevit.zoo import HUB_FILES
 
 log = logging.getLogger("tomevit")
 
 DRAFTS = "converted"  # the directory in unfinished/NAME/ that a conversion writes to
+BLOCK = 4096  # bytes, of file systems
 
 
 class Fetched(NamedTuple):
@@ -64,11 +78,30 @@ class Fetched(NamedTuple):
 
 
 def home() -> Path:
-    """The directory of all that tomevit keeps: TOMEVIT_HOME, else tomevit in XDG_CACHE_HOME, else ~/.cache/tomevit."""
-    if ours := os.environ.get("TOMEVIT_HOME"):
-        return Path(ours).expanduser().absolute()
-    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (shared if shared.is_absolute() else Path.home() / ".cache") / "tomevit"
+    """The directory of all that tomevit keeps: TOMEVIT_HOME, else tomevit in XDG_CACHE_HOME, else ~/.cache/tomevit.
+
+    Raises:
+        DiskError: the user has no home directory, or the current one is gone, and it would be there.
+    """
+    try:
+        if ours := os.environ.get("TOMEVIT_HOME"):
+            return Path(ours).expanduser().absolute()
+        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "tomevit"
+    except RuntimeError as error:
+        raise DiskError(no_home("TOMEVIT_HOME")) from error
+    except FileNotFoundError as error:
+        raise DiskError(
+            f"there is no place for downloads ({error}): set TOMEVIT_HOME to a directory that you can write to"
+        ) from error
+
+
+def holds(path: Path) -> bool:
+    """Whether a file lies in the cache, where tomevit alone writes; what comes with tomevit needs no cache."""
+    try:
+        return path.is_relative_to(home())
+    except DiskError:
+        return False
 
 
 def cached(card: Card, convert: Callable[[Fetched, Path], None], *, variant: str = "") -> Path:
@@ -93,19 +126,20 @@ def cached(card: Card, convert: Callable[[Fetched, Path], None], *, variant: str
     if (found := _find(made)) is not None:
         return found
     with _locked(card.full_name) as unfinished:
-        if (found := _find(made)) is not None:  # by now, made by the process that this one waited for
+        if (found := _find(made, say=True)) is not None:  # by now, made by the process that this one waited for
             return found
         published, fetched = _first_available(card, unfinished)
         _check_unchanged(made, published, fetched)
         drafts = unfinished / DRAFTS
         with _removed_after_use(unfinished), explain_disk_errors(drafts, needed=fetched.path.stat().st_size):
-            shutil.rmtree(drafts, ignore_errors=True)  # of a process that died
+            remove(drafts)  # of a process that died
             drafts.mkdir()
             draft = drafts / "converted.safetensors"
             convert(fetched, draft)
             path = home() / "weights" / _converted_name(made, str(fetched.source.sha256)[:16])
             path.parent.mkdir(exist_ok=True)
-            return draft.replace(path)
+            _put_in_place(draft, path)
+            return path
 
 
 @contextmanager
@@ -152,25 +186,87 @@ def beside(source: Source, names: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def _find(card: Card) -> Path | None:
-    """The converted file of one of a card's sources."""
+@contextmanager
+def _explain_unreadable() -> Iterator[None]:
+    """That the caches' files cannot be read, where another user made them, is told in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        variable = "TOMEVIT_HOME" if Path(error.filename).is_relative_to(home()) else "HF_HOME"
+        raise DiskError(
+            f"{printable(os.fsdecode(error.filename))} cannot be read: {error.strerror}: "
+            f"set {variable} to a directory of your own"
+        ) from error
+
+
+def _put_in_place(draft: Path, path: Path) -> None:
+    """A file gets its final name once a power failure can no longer take its content, also on another file system."""
+    remove_unless_file(path)
+    sync(draft)
+    try:
+        draft.replace(path)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with new_file(path) as copy:
+            shutil.copyfile(draft, copy)
+            sync(copy)
+    with suppress(OSError):  # of a directory that may be written to, and not read
+        sync(path.parent)
+
+
+def _find(card: Card, *, say: bool = False) -> Path | None:
+    """The converted file of one of a card's sources; say which are damaged."""
+    there = _look(card)
     for source in card.sources:
-        for path, origin in _made_from(source, card).items():
+        for path, origin in _made_from(source, card, there).items():
             if _wrong_hash(source, origin) is None:
                 return path
+    for path in (path for path, known in there.items() if known is None and say):
+        log.warning("%s is damaged, or of a newer version: it is made again", printable(str(path)))
     return None
 
 
-def _made_from(source: Source, card: Card) -> dict[Path, Source]:
-    """The converted files that were made from a source of a card, and the origin that their headers tell."""
+@_explain_unreadable()
+def _look(card: Card) -> dict[Path, Card | None]:
+    """What lies in weights/ under a card's name, and the card in its header; None: it is damaged."""
+    found: dict[Path, Card | None] = {}
+    weights, name = home() / "weights", re.compile(re.escape(_converted_name(card, "#")).replace("\\#", "[0-9a-f]{16}"))
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for path in sorted(weights / each for each in os.listdir(weights) if name.fullmatch(each)):  # noqa: PTH208
+            try:
+                with open_file(path) as file:
+                    header = decode_header(path, read_header(file)[0])
+                whole = header.sha256 is None or not _has_block_of_zeros(path) or _has_digest(path, header.sha256)
+                found[path] = header.card if whole else None
+            except FileNotFoundError:  # a link to nothing, or removed meanwhile
+                continue
+            except PermissionError:
+                raise
+            except (OSError, ValueError):
+                found[path] = None
+    return found
+
+
+def _has_block_of_zeros(path: Path) -> bool:
+    count = path.stat().st_size // BLOCK
+    if not count:
+        return False
+    blocks = np.memmap(path, np.uint64, "r", shape=(count, BLOCK // 8))
+    return any(not blocks[i].any() for i in np.flatnonzero(blocks[:, 0] == 0))
+
+
+def _has_digest(path: Path, sha256: str) -> bool:
+    return checkpoint.digest_of(checkpoint.read(path, fitting=False)[1]) == sha256
+
+
+def _made_from(source: Source, card: Card, there: Mapping[Path, Card | None]) -> dict[Path, Source]:
+    """Of what lies in weights/, the files that were made from a source of a card, and the origin that they tell."""
     found = {}
-    for path in sorted((home() / "weights").glob(_converted_name(card, "[0-9a-f]" * 16))):
-        try:
-            # Names are durable before contents are: a power failure can leave a short file behind a good name, which
-            # read_header refuses, since it says how much should follow.
-            with path.open("rb") as file:
-                made_as = decode_header(path, read_header(file)[0]).card
-        except (FileNotFoundError, ValueError):
+    for path, made_as in there.items():
+        if made_as is None:
             continue
         origin = made_as.origin or Source(format="")
         same = (origin.url, origin.hub) == (source.url, source.hub)
@@ -180,6 +276,7 @@ def _made_from(source: Source, card: Card) -> dict[Path, Source]:
     return found
 
 
+@_explain_unreadable()
 def _first_available(card: Card, unfinished: Path) -> tuple[Source, Fetched]:
     """The first of a card's sources that can be had, as it is published, and its file."""
     if not card.sources:
@@ -201,7 +298,8 @@ def _first_available(card: Card, unfinished: Path) -> tuple[Source, Fetched]:
         if reasons:
             log.warning("%s is read from %s: %s", card.full_name, _spell(source), "; ".join(reasons))
         return source, fetched
-    bring = f"download {_web_address(sources[0])} elsewhere and put it at {_path_to_bring(sources[0], card.full_name)}"
+    place = printable(str(_path_to_bring(sources[0], card.full_name)))
+    bring = f"download {_web_address(sources[0])} elsewhere and put it at {place}"
     if is_offline():
         raise DownloadError(f"{card.full_name} is not in the cache, and HF_HUB_OFFLINE is set: {bring}")
     if len(reasons) == 1:
@@ -211,7 +309,7 @@ def _first_available(card: Card, unfinished: Path) -> tuple[Source, Fetched]:
 
 def _check_unchanged(card: Card, published: Source, fetched: Fetched) -> None:
     """Where no hash is published, the first one met counts."""
-    before = {} if published.sha256 or published.md5 else _made_from(published, card)
+    before = {} if published.sha256 or published.md5 else _made_from(published, card, _look(card))
     if not before or _converted_name(card, str(fetched.source.sha256)[:16]) in [path.name for path in before]:
         return
     if fetched.ours:
@@ -219,7 +317,7 @@ def _check_unchanged(card: Card, published: Source, fetched: Fetched) -> None:
     path, origin = next(iter(before.items()))
     raise CheckpointError(
         f"{_spell(published)} has changed: its sha256 was {origin.sha256} when it was first used here, and is "
-        f"{fetched.source.sha256}; to accept that, delete {path}"
+        f"{fetched.source.sha256}; to accept that, delete {printable(str(path))}"
     )
 
 
@@ -289,22 +387,19 @@ def _locked(name: str) -> Iterator[Path]:
     """Hold the lock of one name, and with it a directory for unfinished files."""
     unfinished = home() / "unfinished" / _file_name(name)
     path = home() / "locks" / f"{_file_name(name)}.lock"
-    with explain_disk_errors(home()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=2)
-        except Timeout:
-            log.warning("waiting for another process, which is fetching %s (it holds %s)", name, path)
-            lock.acquire()
-    try:
+    with ExitStack() as stack:
         with explain_disk_errors(home()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_unless_file(path)
+            stack.enter_context(hold_lock(path, f"fetching {name}"))
+            if not unfinished.is_dir():
+                remove(unfinished)
             unfinished.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-    finally:
-        if not any(is_resumable(note) for note in unfinished.glob("*.json")):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        lock.release()
+        try:
+            yield unfinished
+        finally:
+            if not any(is_resumable(note) for note in unfinished.glob("*.json")):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # Fetching.
@@ -329,7 +424,7 @@ def _fetch(source: Source, folder: str, unfinished: Path) -> Fetched:
     if wrong := "is a web page, not weights" if is_web_page(path) else _wrong_hash(source, found):
         if ours:
             path.unlink()
-        raise CheckpointError(f"{path}, from {_spell(source)}, {wrong}")
+        raise CheckpointError(f"{printable(str(path))}, from {_spell(source)}, {wrong}")
     return Fetched(path, found, ours)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,17 @@ from tqdm import tqdm
 
 from tomevit.cards import Header, decode_header, encode_header, first_line
 from tomevit.config import Card, Config
-from tomevit.errors import CheckpointError
+from tomevit.errors import CheckpointError, NotRegularFileError
 from tomevit.headers import read_header
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
+from tomevit.opening import open_file
 from tomevit.output import new_file
-from tomevit.weights.reading import read_tensors
+from tomevit.weights.reading import explain_lack_of_memory, read_tensors
 from tomevit.weights.rules import without_wrappers
 
 #: Of tensors of which each process has a part.
 SPREAD = {"DTensor", "ShardedTensor"}
+MOST_LINES = 200  # of tensors that do not fit: a small file can have thousands
 #: safetensors' names
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -208,12 +210,32 @@ def read(
     Raises:
         FileNotFoundError, CheckpointError: as `load`.
     """
+    with open_own_file(path) as file:
+        return read_open(file, fitting=fitting, mapped=mapped)
+
+
+def open_own_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file that may be one of ours, open for reading.
+
+    Raises:
+        FileNotFoundError: there is none, or a directory.
+        CheckpointError: it is a pipe, a device or a socket.
+    """
     path = os.fspath(path)
-    if not Path(path).is_file():
-        directory = f": {path} is a directory" if Path(path).is_dir() else ""
-        raise FileNotFoundError(f"there is no file {path}{directory}")
     try:
-        with Path(path).open("rb") as file:
+        return open_file(path)
+    except NotRegularFileError as error:
+        raise CheckpointError(f"{path} is not a regular file") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        directory = f": {path} is a directory" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"there is no file {path}{directory}") from error
+
+
+def read_open(file: BinaryIO, *, fitting: bool = True, mapped: bool = False) -> tuple[Header, dict[str, Tensor]]:
+    """As `read`, of a file that is open and at its beginning."""
+    path, before = file.name, os.fstat(file.fileno())
+    try:
+        with explain_lack_of_memory(path):
             metadata, stored = read_header(file)
             header = decode_header(path, metadata)
             tensors = read_tensors(file, stored, mapped=mapped)
@@ -226,6 +248,8 @@ def read(
         ) from error
     if others := sorted({str(tensor.dtype) for tensor in tensors.values()} - set(map(str, DTYPES))):
         raise CheckpointError(f"{path} is damaged: weights are floating point, and it holds {', '.join(others)}")
+    if (after := os.fstat(file.fileno())).st_size != before.st_size or after.st_mtime_ns != before.st_mtime_ns:
+        raise CheckpointError(f"{path} was changed while it was read")
     if fitting:
         check_structure(header.card.config, tensors, path)
     return header, tensors
@@ -264,7 +288,8 @@ def check_structure(config: Config, tensors: Mapping[str, Tensor], path: str | o
         names = [name] if in_block == name else [f"blocks.{i}.{in_block}" for i in range(config.depth)]
         wanted |= dict.fromkeys(names, shape)
     if wrong := _find_misfits(wanted, tensors):
-        lines = [f"  {name}: model {ours or '—'}, file {theirs or '—'}" for name, ours, theirs in wrong]
+        lines = [f"  {name}: model {ours or '—'}, file {theirs or '—'}" for name, ours, theirs in wrong[:MOST_LINES]]
+        lines += [f"  and {len(wrong) - MOST_LINES} more"] * (len(wrong) > MOST_LINES)
         raise CheckpointError(f"{path} does not fit the model:\n" + "\n".join(lines))
 
 

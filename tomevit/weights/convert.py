@@ -24,6 +24,7 @@ from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, rules, sources
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
+from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
     Found,
@@ -131,7 +132,7 @@ def convert(
         path = Path(out or f"{card.full_name}.safetensors")
         if out is None and path.exists():
             raise ValueError(f"{path} exists already: name the file to write")
-        checkpoint.write(check_output(path, inputs=located.files), card, tensors, dtype=dtype)
+        checkpoint.write(check_output(path, inputs=located.paths), card, tensors, dtype=dtype)
     return replace(report, changes=changes, out=str(path))
 
 
@@ -306,7 +307,7 @@ def _read_cached(card: Card, *, variant: str = "", model: str | Card | None = No
         checkpoint.write(draft, weights.card, weights.tensors)
 
     path = cache.cached(card, write, variant=variant)
-    return read_own_file(path, model, mapped=path.is_relative_to(cache.home()))
+    return read_own_file(path, model, mapped=cache.holds(path))
 
 
 def inspect(source: str | os.PathLike[str]) -> Contents:
@@ -318,7 +319,7 @@ def inspect(source: str | os.PathLike[str]) -> Contents:
     with _pointing_to_convert(), sources.locate(source) as located:
         card, tensors, report = read_weights(located)
         dtypes = Counter(dtype_name(tensor.dtype) for tensor in tensors.values())
-        size = sum(file.stat().st_size for file in located.files)
+        size = sum(path.stat().st_size for path in located.paths)
     return Contents(located.path, card, None, size, report.recognised, dict(dtypes), dict(report.left_out))
 
 
@@ -336,12 +337,14 @@ def read_weights(
 
     Args, Raises: as `open_weights` and `convert`.
     """
-    with sources.name_errors_after(located):
+    with sources.name_errors_after(located), explain_lack_of_memory(located.name):
         if is_ours(located.path):
             _check_not_told(f"{located.path} is a file of tomevit's own: it", format, key, prefix)
             return read_own_file(located.path, model)
         told = format or located.origin.format or None
-        found = files.open_checkpoint(located.path, key=key, holds_model=partial(holds_model, told=told))
+        found = files.open_checkpoint(
+            located.files or located.path, key=key, holds_model=partial(holds_model, told=told)
+        )
         known = _card_of_model(model) or located.card
         place = find_model(list(found.tensors), found.key, told_format=told, told_prefix=prefix, model=known)
         form = place.form

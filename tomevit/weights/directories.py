@@ -25,6 +25,7 @@ INNER = re.compile(
     r"|snapshots|[0-9a-f]{40}"  # of the hub's cache
 )
 MOST_LEVELS = 3  # lightning_logs/version_0/checkpoints
+MOST_DIRECTORIES = 1000  # to look into: links can make endless ones of three
 
 
 def find_checkpoint(directory: Path) -> Path:
@@ -38,7 +39,7 @@ def find_checkpoint(directory: Path) -> Path:
         CheckpointError: there are several, of which one must be named; or what there is tomevit does not read: the
             message says what it is, and what makes a file of it.
     """
-    found = _find(directory, MOST_LEVELS)
+    found = _find(directory, MOST_LEVELS, [])
     if len(found) == 1:
         return found[0]
     if found:
@@ -57,7 +58,10 @@ def find_checkpoint(directory: Path) -> Path:
     )
 
 
-def _find(directory: Path, levels: int) -> list[Path]:
+def _find(directory: Path, levels: int, seen: list[Path]) -> list[Path]:
+    seen.append(directory)
+    if len(seen) > MOST_DIRECTORIES:
+        raise CheckpointError(f"{seen[0]} holds more than {MOST_DIRECTORIES} directories of a run: name the checkpoint")
     names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("._"))  # those are of macOS
     adapter = any(re.fullmatch(r"adapter_config\.json|adapter_model\..*", name) for name in names)
     found = [] if adapter else _files_of_the_hub(names) or _files_with_weights(directory, names)
@@ -67,7 +71,7 @@ def _find(directory: Path, levels: int) -> list[Path]:
     named = [name for name in names if name.lower().endswith(NAMED) or re.fullmatch(r"checkpoint_\d+", name)]
     return (
         [directory / name for name in found]
-        or _find_in_run(directory, names, levels)
+        or _find_in_run(directory, names, levels, seen)
         or [directory / name for name in named if (directory / name).is_file()][:1]
     )
 
@@ -95,14 +99,16 @@ def _files_with_weights(directory: Path, names: list[str]) -> list[str]:
     ]
 
 
-def _find_in_run(directory: Path, names: list[str], levels: int) -> list[Path]:
+def _find_in_run(directory: Path, names: list[str], levels: int, seen: list[Path]) -> list[Path]:
     found: list[Path] = []
     unread: CheckpointError | None = None
     for name in names:
         if levels and INNER.fullmatch(name) and (directory / name).is_dir():
             try:
-                found += _find(directory / name, levels - 1)
+                found += _find(directory / name, levels - 1, seen)
             except CheckpointError as error:
+                if len(seen) > MOST_DIRECTORIES:
+                    raise
                 unread = unread or error
     if unread is not None and not found:
         raise unread

@@ -14,13 +14,13 @@ import math
 import os
 import re
 import shutil
-import stat
 import struct
 import sys
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, UnreadableError
-from tomevit.headers import read_header
+from tomevit.headers import MOST_CHARACTERS, MOST_TENSORS, Stored, check_names, read_header
+from tomevit.opening import open_file
 from tomevit.weights.other_files import (
     DISTRIBUTED,
     ZERO,
@@ -40,8 +41,8 @@ from tomevit.weights.other_files import (
     shorten,
 )
 from tomevit.weights.pickles import MAX_DIMS, UNUSUAL, Storage, StoredArray, StoredTensor, Unknown, Walk, refused
-from tomevit.weights.reading import read_tensors, read_values
-from tomevit.weights.shards import files_of, is_index, read_index
+from tomevit.weights.reading import check_room, explain_lack_of_memory, read_tensors, read_values
+from tomevit.weights.shards import OpenFiles, open_files
 
 #: Under these names a state dict lies in a torch checkpoint, also one in another.
 STATE_DICTS = (
@@ -64,7 +65,12 @@ NPY_HEADER = re.compile(
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before zip archives (torch 1.6)
 MAX_ENTRIES = 2**14  # of a zip archive
+MAX_DIRECTORY = 2**22  # bytes of a zip archive's list of entries
 ZIP_HEADER = 30  # bytes in front of a zip entry, at least
+LEAST_SHARE = 4  # of a training run's file, at least one in so many bytes is of the model, and has to fit into memory
+#: Names of tensors among which a model is looked for, of all state dicts together; each dict counts for so many more.
+MAX_LOOKED_AT, LOOK = 2**18, 64
+MAX_MODELS = 64  # state dicts to choose from
 CHUNK = 2**20
 
 
@@ -82,7 +88,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | OpenFiles,
     *,
     key: str | None = None,
     holds_model: Callable[[Collection[str]], bool] = lambda _: False,
@@ -90,8 +96,8 @@ def open_checkpoint(
     """Read the state dict of a checkpoint file, without running anything in it.
 
     Args:
-        path: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
-            index of several such files, which lie beside it.
+        source: safetensors, npz, or what torch.save wrote, as a zip archive or (before torch 1.6) as a pickle; or the
+            index of several such files, which lie beside it. A path, or what is open already.
         key: which state dict, as a dotted path ("model_ema"), where a file has several; for npz files with slashes
             ("params/txt"). "" is the top level. None: the only one there is.
         holds_model: whether tensors of these names are what is looked for. State dicts that are come before all others,
@@ -102,73 +108,116 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file.
-        CheckpointError: the file is damaged, hostile, or no checkpoint; it asks for more memory than its size warrants;
-            it holds no weights at `key`. The message says which.
+        CheckpointError: the file is damaged, hostile, or no checkpoint; it asks for more memory or work than its size
+            warrants; it holds no weights at `key`; it was changed meanwhile. The message says which.
+        MemoryError: there is no room for it.
         MissingOptionError, AmbiguousCheckpointError: it has none that is recognised, or several, and `key` is None.
     """
-    path = os.fspath(path)
-    with _open_regular_file(path) as file:
-        try:
-            return _check_tensors(_read_container(path, file, key, holds_model))
-        except CheckpointError as error:
-            error.args = (f"{path} {_printable_line(error)}",)
-            if key is None and not isinstance(error, MissingOptionError):
-                raise UnreadableError(*error.args) from error.__cause__
-            raise
-        except MemoryError:  # what the file asks for is warranted, but not to be had
-            raise
-        # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
-        except Exception as error:
-            raise UnreadableError(f"{path} is damaged: {_printable_line(error)}") from error
+    if not isinstance(source, OpenFiles):
+        with open_files(Path(source)) as files:
+            return open_checkpoint(files, key=key, holds_model=holds_model)
+    with _telling_of(source.path, key):
+        checkpoint = _read_files(source, key, holds_model)
+        _check_tensors(checkpoint, source.size)
+    source.check_unchanged()
+    return checkpoint
+
+
+def check_is_checkpoint(files: OpenFiles) -> None:
+    """Look at the head of a file, and at what says where its values lie, whatever its size: before all of it is read.
+
+    Raises:
+        CheckpointError, MemoryError: as `open_checkpoint`, as far as that can be seen there.
+    """
+    with _telling_of(files.path, None):
+        if not files.listed:
+            _check_container(files.path, files.file)
+        for path, file in files.parts.items():
+            with _telling_of_part(path):
+                _check_container(path, file)
+
+
+def _check_container(path: Path, file: BinaryIO) -> None:
+    match _find_container(path, file):
+        case "zip":
+            with _open_zip(file):
+                check_room(path, file.seek(0, os.SEEK_END) // LEAST_SHARE)
+        case "safetensors":
+            _read_safetensors_header(file)
+        case _:
+            _walk_torch_legacy(file)
+            check_room(path, file.seek(0, os.SEEK_END) // LEAST_SHARE)
+
+
+@contextlib.contextmanager
+def _telling_of(path: Path, key: str | None) -> Iterator[None]:
+    """What is wrong in a file is told in one line, after its name."""
+    try:
+        with explain_lack_of_memory(path):
+            yield
+    except CheckpointError as error:
+        error.args = (f"{path} {_printable_line(error)}",)
+        if key is None and not isinstance(error, MissingOptionError):
+            raise UnreadableError(*error.args) from error.__cause__
+        raise
+    except MemoryError:  # what the file asks for is warranted, but not to be had
+        raise
+    # The parsers of zip, of torch and of safetensors raise whatever a hostile file makes them raise.
+    except Exception as error:
+        raise UnreadableError(f"{path} is damaged: {_printable_line(error)}") from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file, as 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def md5(path: str | os.PathLike[str]) -> str:
     """The MD5 of a file, as 32 hexadecimal digits: to compare with published ones, not for security."""
-    with Path(path).open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _open_regular_file(path: str) -> BinaryIO:
-    try:
-        mode = Path(path).stat().st_mode
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"there is no file {path}") from error
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} is a directory, not a checkpoint file")
-    if not stat.S_ISREG(mode):  # a pipe would wait for ever
-        raise CheckpointError(f"{path} is not a regular file")
-    return Path(path).open("rb")
+def _read_files(files: OpenFiles, key: str | None, holds_model: Callable[[Collection[str]], bool]) -> Checkpoint:
+    if files.listed:
+        return _read_listed(files, key or "")
+    return _read_container(files.path, files.file, key, holds_model)
 
 
 def _read_container(
-    path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
+    path: Path, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
 ) -> Checkpoint:
-    if is_index(Path(path)):
-        return _read_listed(path, key or "")
+    match _find_container(path, file):
+        case "zip":
+            with _open_zip(file) as archive:
+                names = archive.namelist()
+                if all(name.endswith(".npy") for name in names):
+                    return _read_npz(str(path), archive, key)
+                return _read_torch_zip(str(path), file, archive, key, holds_model)
+        case "safetensors":
+            return _read_safetensors(str(path), file, key)
+        case _:
+            return _read_torch_legacy(str(path), file, key, holds_model)
+
+
+def _find_container(path: Path, file: BinaryIO) -> str:
+    """Which container a file is, by its first bytes: "zip", "safetensors" or "legacy"; the file is then at its start.
+
+    Raises:
+        CheckpointError: it is no checkpoint; the message says what it is.
+    """
+    file.seek(0)
     head = file.read(2**16)
-    if is_part_of_distributed(path, head):
+    if is_part_of_distributed(str(path), head):
         raise CheckpointError(f"is {DISTRIBUTED}")
-    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        with _open_zip(file) as archive:
-            names = archive.namelist()
-            if names and all(name.endswith(".npy") for name in names):
-                return _read_npz(path, archive, key)
-            if (known := describe_archive(names)) is not None:
-                raise CheckpointError(f"is {known}")
-            if any(name.endswith("/data.pkl") for name in names):
-                return _read_torch_zip(path, file, archive, key, holds_model)
-            raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
-    if head.startswith(LEGACY):
-        return _read_torch_legacy(path, file, key, holds_model)
-    if head[7:9] == b"\0{":  # behind the header's length, 8 bytes
-        return _read_safetensors(path, file, key)
-    raise CheckpointError(_describe_other_file(path, file, head))
+    found = "zip" if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) else None
+    found = "legacy" if head.startswith(LEGACY) else found
+    found = "safetensors" if head[7:9] == b"\0{" else found  # behind the header's length, 8 bytes
+    if found is None:
+        raise CheckpointError(_describe_other_file(str(path), file, head))
+    file.seek(0)
+    return found
 
 
 def _describe_other_file(path: str, file: BinaryIO, head: bytes) -> str:
@@ -189,22 +238,27 @@ def _describe_other_file(path: str, file: BinaryIO, head: bytes) -> str:
 # several files
 
 
-def _read_listed(index: str, key: str) -> Checkpoint:
+def _read_listed(files: OpenFiles, key: str) -> Checkpoint:
     """What the files hold together that an index lists: each the tensors that the index says, and no others."""
     tensors: dict[str, Tensor] = {}
     beside: list[str] = []
-    for path, names in zip(files_of(Path(index))[1:], read_index(Path(index)).values(), strict=True):
-        try:
-            with _open_regular_file(str(path)) as file:
-                part = _read_container(str(path), file, key, lambda _: False)
-        except CheckpointError as error:
-            raise CheckpointError(f"lists {path.name}, which {error}") from error.__cause__
+    for (path, file), names in zip(files.parts.items(), files.listed.values(), strict=True):
+        with _telling_of_part(path):
+            part = _read_container(path, file, key, lambda _: False)
         if wrong := sorted(names ^ part.tensors.keys()):
             told = "is not in it, as the index says" if wrong[0] in names else "is in it, and the index does not say so"
             raise CheckpointError(f"lists {path.name}, and does not fit it: {wrong[0]!r} {told}")
         tensors |= part.tensors
         beside += part.beside
-    return replace(part, path=index, tensors=tensors, beside=tuple(beside))
+    return replace(part, path=str(files.path), tensors=tensors, beside=tuple(beside))
+
+
+@contextlib.contextmanager
+def _telling_of_part(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"lists {path.name}, which {error}") from error.__cause__
 
 
 # safetensors
@@ -213,13 +267,24 @@ def _read_listed(index: str, key: str) -> Checkpoint:
 def _read_safetensors(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
     if key:
         raise CheckpointError(f"has no state dict at {key!r}: safetensors files are flat")
-    file.seek(0)
+    metadata, stored = _read_safetensors_header(file)
     try:
-        metadata, stored = read_header(file)
         tensors = read_tensors(file, stored)
     except ValueError as error:
         raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
     return Checkpoint(path, "safetensors", "", "", tensors, metadata=metadata)
+
+
+def _read_safetensors_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Stored]]:
+    file.seek(0)
+    try:
+        metadata, stored = read_header(file)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"is a damaged or truncated safetensors file: {error}") from error
+    check_room(file.name, sum(each.end - each.start for each in stored.values()))
+    return metadata, stored
 
 
 # zip archives
@@ -227,9 +292,15 @@ def _read_safetensors(path: str, file: BinaryIO, key: str | None) -> Checkpoint:
 
 @contextlib.contextmanager
 def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
-    """An archive whose entries lie side by side in the file and unpack to no more than its size warrants."""
+    """An archive whose entries lie side by side in the file and unpack to no more than its size warrants.
+
+    Raises:
+        CheckpointError: it is none, or neither torch's nor numpy's.
+    """
     try:
-        archive = zipfile.ZipFile(file)
+        directory = _ListedAtOnce(file)
+        archive = zipfile.ZipFile(directory)
+        directory.most = sys.maxsize
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"is a damaged or truncated zip archive: {error}") from error
     with archive:
@@ -256,12 +327,41 @@ def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
             # torch.serialization.set_crc32_options(False) writes 0 for every entry: there is nothing to compare with.
             for entry in entries:
                 entry.CRC = None  # type: ignore[assignment]
+        names = archive.namelist()
+        if (length := max(map(len, names), default=0)) > MOST_CHARACTERS:
+            raise CheckpointError(f"is a zip archive that has an entry whose name has {length:,} characters")
+        if not (names and all(name.endswith(".npy") for name in names)):
+            if (known := describe_archive(names)) is not None:
+                raise CheckpointError(f"is {known}")
+            if not any(name.endswith("/data.pkl") for name in names):
+                raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
         yield archive
+
+
+class _ListedAtOnce:
+    """A file for zipfile, which reads the list of an archive's entries at once, whatever length it says."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.most = file, MAX_DIRECTORY
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.most:
+            raise zipfile.BadZipFile(f"its list of entries has {size:,} bytes")
+        return self.file.read(size)
 
 
 def _memory_limit(size: int) -> int:
     """Bytes of memory that a file of this size may ask for."""
-    return 8 * size + 64 * 2**20
+    return 4 * size + 64 * 2**20
+
+
+def _most_values(size: int) -> int:
+    """Floating values that a file of this size may hold: in two bytes each, and some repeated or well compressed.
+
+    In a mixture of dtypes each can take eight bytes later.
+    """
+    return size // 2 + 2**23
 
 
 # npz
@@ -347,13 +447,22 @@ def _read_torch_zip(
 def _read_torch_legacy(
     path: str, file: BinaryIO, key: str | None, holds_model: Callable[[Collection[str]], bool]
 ) -> Checkpoint:
+    tree, walk, starts = _walk_torch_legacy(file)
+
+    def values(storage: Storage) -> Tensor:
+        return read_values(file, starts[storage.key], storage.numel, storage.dtype)
+
+    return _select_state_dict(path, tree, walk.module, key, holds_model, cache(values))
+
+
+def _walk_torch_legacy(file: BinaryIO) -> tuple[Any, Walk, dict[str, int]]:
+    """What an old file holds, and where the values of each storage begin."""
     size = os.fstat(file.fileno()).st_size
     walk = Walk(_memory_limit(size))
-    file.seek(0)
     for _ in range(4):  # magic number, protocol version, system, object
         tree = walk.load(file)
     keys = walk.load(file)
-    if type(keys) is not list or sorted(map(str, keys)) != sorted(walk.storages):
+    if type(keys) is not list or {str, *map(type, keys)} != {str} or sorted(keys) != sorted(walk.storages):
         raise CheckpointError("is damaged: its list of storages does not fit its tensors")
     starts = {}
     for name in keys:
@@ -365,11 +474,9 @@ def _read_torch_legacy(
         if not count or end > size:
             raise CheckpointError(f"is truncated: it has {size:,} bytes, and storage {name!r} ends at {end:,}")
         file.seek(end)
-
-    def values(storage: Storage) -> Tensor:
-        return read_values(file, starts[storage.key], storage.numel, storage.dtype)
-
-    return _select_state_dict(path, tree, walk.module, key, holds_model, cache(values))
+    if (left := size - file.tell()) > file.tell():
+        raise CheckpointError(f"is damaged: {left:,} bytes follow the {file.tell():,} that are of it")
+    return tree, walk, starts
 
 
 def _select_state_dict(
@@ -381,7 +488,7 @@ def _select_state_dict(
     values: Callable[[Storage], Tensor],
 ) -> Checkpoint:
     """The state dict at a key, or the only one, out of everything that a torch checkpoint holds."""
-    found = list(_find_models(tree, holds_model)) or list(_find_state_dicts(tree))
+    found = list(islice(_find_models(tree, holds_model), MAX_MODELS)) or _find_state_dicts(tree)
     if not found and module is not None:
         raise refused(module)
     if not found and (not isinstance(tree, Mapping) or (isinstance(tree, Unknown) and not tree)):
@@ -400,42 +507,54 @@ def _select_state_dict(
     names = _names_of_tensors(state)
     if not names:
         raise CheckpointError(f"has no state dict at {key!r}; it has {_list_names(found or tree)}")
+    check_names(names)
     tensors = {name: _as_tensor(state[name], values) for name in names}
     if not any(tensor.numel() for tensor in tensors.values()):
         _check_for_zero(tree)
     beside += [_join_key(key, name) for name in state if name not in tensors]
-    return Checkpoint(path, "torch", key, "", tensors, tuple(beside))
+    if len(beside) > MOST_TENSORS:
+        raise CheckpointError(f"has {len(beside):,} names beside its tensors, which no checkpoint has")
+    return Checkpoint(path, "torch", key, "", tensors, tuple(shorten(name, MOST_CHARACTERS) for name in beside))
 
 
 def _find_models(tree: Any, holds_model: Callable[[Collection[str]], bool]) -> Iterator[str]:
     """The dotted paths of the state dicts that hold a model, whatever they are called."""
     nodes: list[tuple[tuple[str, ...], Any]] = [((), tree)]
     holding: dict[int, bool] = {}
+    looked_at = 0
     for path, node in nodes:  # which grows; but each is looked into once: a pickle's dict can contain itself
-        known = id(node) in holding
-        children = _children(node)
-        if not known:
+        if id(node) not in holding:
+            children = _children(node)
             names = _names_of_tensors(children)
-            holding[id(node)] = bool(names) and holds_model(names)
+            looked_at += len(names) + LOOK if names else 0
+            holding[id(node)] = 0 < len(names) <= MOST_TENSORS and looked_at <= MAX_LOOKED_AT and holds_model(names)
+            nodes += [
+                ((*path, name), child)
+                for name, child in children.items()
+                if len(path) < 8 and type(name) is str and len(name) <= MOST_CHARACTERS
+                if isinstance(child, (list, tuple, Mapping)) and child
+            ]
         if holding[id(node)]:
             yield ".".join(path)
-        if not known and len(path) < 8:
-            nodes += [
-                ((*path, name), child) for name, child in children.items() if type(name) is str and _children(child)
-            ]
 
 
-def _find_state_dicts(tree: Any, key: str = "", depth: int = 4) -> Iterator[str]:
+def _find_state_dicts(tree: Any) -> list[str]:
     """The dotted paths of the state dicts under their usual names; a dict that has some inside is none itself."""
-    if not isinstance(tree, Mapping):
-        return
-    inside = [
-        path
-        for name in STATE_DICTS
-        if depth  # no deeper: a pickle's dict can contain itself
-        for path in _find_state_dicts(tree.get(name), _join_key(key, name), depth - 1)
-    ]
-    yield from inside or ([key] if _names_of_tensors(tree) else [])
+
+    @cache
+    def has_tensors(node: int) -> bool:
+        return bool(_names_of_tensors(nodes[node]))
+
+    def find(node: Any, key: str, depth: int) -> list[str]:
+        if not isinstance(node, Mapping):
+            return []
+        nodes[id(node)] = node
+        within = [(name, node[name]) for name in STATE_DICTS if name in node] if depth else []
+        inside = [path for name, child in within for path in find(child, _join_key(key, name), depth - 1)]
+        return inside or ([key] if has_tensors(id(node)) else [])
+
+    nodes: dict[int, Mapping[Any, Any]] = {}
+    return find(tree, "", 4)  # no deeper: a pickle's dict can contain itself
 
 
 def _children(node: Any) -> Mapping[Any, Any]:
@@ -496,14 +615,16 @@ def _check_for_zero(tree: Any) -> None:
 # all containers
 
 
-def _check_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    """Raises CheckpointError if there are none, or some that tomevit cannot use."""
+def _check_tensors(checkpoint: Checkpoint, size: int) -> None:
+    """Raises CheckpointError if there are none, or more than a file of this size has, or some tomevit cannot use."""
     if not checkpoint.tensors:
         raise CheckpointError("has no tensors")
     for name, tensor in checkpoint.tensors.items():
         if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise CheckpointError(f"has {name!r} as {tensor.dtype}, {tensor.layout}; tomevit reads dense real tensors")
-    return checkpoint
+    values = sum(tensor.numel() for tensor in checkpoint.tensors.values() if tensor.is_floating_point())
+    if values > _most_values(size):
+        raise CheckpointError(f"asks for more memory than its size warrants: {values:,} values from {size:,} bytes")
 
 
 def _join_key(key: str, name: Any) -> str:
@@ -511,9 +632,10 @@ def _join_key(key: str, name: Any) -> str:
 
 
 def _list_names(names: Iterable[Any]) -> str:
-    texts = [shorten(repr(name), 80) for name in names]
-    more = f" and {len(texts) - 8} more" if len(texts) > 8 else ""
-    return (", ".join(texts[:8]) or "nothing") + more
+    names = list(names)
+    texts = [shorten(repr(name[:80] if isinstance(name, str) else name), 80) for name in names[:8]]
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(texts) or "nothing") + more
 
 
 def _printable_line(error: Exception) -> str:

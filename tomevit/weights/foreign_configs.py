@@ -9,7 +9,6 @@ Each library has tables of `Row`, read in both directions. What no row can say i
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,9 +21,10 @@ from types import GenericAlias
 from typing import Any, NamedTuple, get_args, get_origin
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, CHOICES, LEAST, Card, Config, Preprocess
+from tomevit.config import ARCHITECTURE, CHOICES, LEAST, MOST, MOST_PIXELS, Card, Config, Preprocess
 from tomevit.errors import CheckpointError, printable
-from tomevit.typed import conform
+from tomevit.opening import open_file
+from tomevit.typed import conform, parse_json
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -33,9 +33,8 @@ CONFIG_FILES = (CONFIG, PREPROCESSOR, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
-#: No file says more than this of a model that anyone could run; of what is not named here, 65536.
-MOST = {"patch_size": 2**12, "in_chans": 2**12, "embed_dim": 2**16, "depth": 2**10, "num_heads": 2**12}
-MOST |= {"num_classes": 2**24, "reg_tokens": 2**12, "img_size": 2**14, "mlp_hidden": 2**20}
+#: By our fields, what files may say; of what is not named here, 65536.
+_MOST: Mapping[str, int] = MOST | {"img_size": MOST_PIXELS, "mlp_hidden": 2**20}
 _LEAST: Mapping[str, float] = LEAST | {"img_size": 1, "mlp_hidden": 1, "mean": -(2**16), "std": 1e-6}
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -165,11 +164,14 @@ class _Object(dict[str, Any]):
 
     @classmethod
     def of(cls, path: Path) -> _Object:
-        if (size := path.stat().st_size) > MOST_BYTES:
+        with open_file(path) as file:
+            content = file.read(MOST_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+        if len(content) > MOST_BYTES:
             raise ValueError(f"it has {size} bytes, and is no description of a model")
         try:
-            values = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            values = parse_json(content)
+        except ValueError as error:
             raise ValueError(f"it is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"it holds {reprlib.repr(values)}, and should hold an object")
@@ -227,7 +229,7 @@ class _Object(dict[str, Any]):
 
 def _beyond(value: Any, ours: str) -> str:
     """The limits of a field of ours, if a value, or one of several, is beyond them."""
-    least, most = _LEAST.get(ours, 0), MOST.get(ours, 2**16)
+    least, most = _LEAST.get(ours, 0), _MOST.get(ours, 2**16)
     within = all(least <= x <= most for x in (value if isinstance(value, tuple) else (value,)))
     return "" if within else f"from {least} to {most}"
 
@@ -312,7 +314,7 @@ _TEXT = re.compile(rf"""(?:"([^"\\]*)"|'([^']*)'|(?!(?i:{_NO_TEXT}))([^\W_](?:[^
 
 def _read_licence(readme: Path) -> str | None:
     """The licence in a model card's metadata, where it is stated plainly: people write it, and it may be anything."""
-    with readme.open("rb") as file:
+    with open_file(readme) as file:
         front = _FRONT_MATTER.match(file.read(MOST_BYTES).decode("utf-8-sig", "replace"))
     stated: dict[str, str] = dict(_LICENCE.findall(front[1])) if front else {}
     match = _TEXT.fullmatch(stated.get("license_name", stated.get("license", "")).strip())
@@ -353,7 +355,8 @@ def _read_timm(config: _Object) -> Card:
     base = _timm_base(config.take("architecture", str), cfg.take("tag", str, ""))
     kinds = {row.theirs: row.kind for row in _TIMM}
     for name, value in args.items():
-        if name not in kinds and not _TIMM_IDLE.fullmatch(name) and (name, value) not in _TIMM_ONLY.items():
+        idle = len(name) <= MOST_CHARACTERS and _TIMM_IDLE.fullmatch(name)
+        if name not in kinds and not idle and (name, value) not in _TIMM_ONLY.items():
             raise args.refuse(name, "left out: tomevit has nothing like it")
 
     fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
@@ -393,7 +396,8 @@ def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ..
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         return ()  # timm's also may be a table with gaps
     described = config.part("label_descriptions")
-    found = tuple(str(described.get(label, label)) for label in labels)
+    texts = {label: text for label, text in described.items() if isinstance(text, str)}
+    found = tuple(str(texts.get(label, label)) for label in labels)
     return found if len(found) == classes else ()
 
 
@@ -419,6 +423,8 @@ def _read_labels(config: _Object) -> tuple[str, ...]:
     if "id2label" not in config:
         return tuple(f"LABEL_{i}" for i in range(config.take("num_labels", int, 2, "num_classes")))
     labels = config.part("id2label")
+    if not all(isinstance(label, str | int | float) for label in labels.values()):
+        raise config.refuse("id2label", "an object of texts")
     try:
         return tuple(str(labels[str(i)]) for i in range(len(labels)))
     except KeyError as error:

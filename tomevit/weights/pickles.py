@@ -31,6 +31,7 @@ EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETI
 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
 """
 
+MAX_ARGUMENTS = 8  # of a call: a tensor's are 7
 #: What one step of a pickle may cost in memory, at most: an empty set is 216 bytes.
 STEP = 256
 #: A tensor's own size, without its data.
@@ -127,9 +128,22 @@ class _Dtype:
         return int(self.code[2])
 
 
+class _Key:
+    """Stands in for a key that is no text: its own hash could be chosen so that all are alike, which takes hours."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:  # never of what can hold itself, or the same a million times
+        kind = type(self.value)
+        return repr(self.value) if kind in (int, float, bool, type(None)) else f"a {kind.__name__}"
+
+
 class _Dict(dict[Any, Any]):
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(_check_key(key), value)
+        super().__setitem__(key if type(key) is str else _Key(key), value)
 
 
 class Unknown(_Dict):
@@ -140,6 +154,9 @@ class Unknown(_Dict):
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
 
     def extend(self, items: list[Any]) -> None:
         """Where it is a list, what it holds is not kept."""
@@ -234,7 +251,7 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         return _Name(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage | _Name:
-        tag, kind, key, *rest = _expect(pid, tuple)
+        tag, kind, key, *rest = _expect_few(pid)
         if tag == "module":  # how torch.save wrote the class of a module before zip archives
             return _Name(_expect(kind, _Name).full)
         location, numel, *view = rest
@@ -250,7 +267,7 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         if name not in ALLOWED:
             self.append(_unknown(name))
             return
-        make, *kinds = ALLOWED[name] or (None,)
+        args, (make, *kinds) = _expect_few(args), ALLOWED[name] or (None,)
         if make is None or not all(map(_fits, args, kinds)):
             given = ", ".join(type(arg).__name__ for arg in args)
             raise CheckpointError(f"holds a {name} of ({given}), which tomevit does not read")
@@ -291,9 +308,9 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         return StoredTensor(storage, offset, size, stride)
 
     def _attribute(self, owner: _Name, name: str) -> _Name:
-        full = f"{owner.full}.{name}"
-        self.charge(len(full))
-        return _Name(full)
+        if len(owner.full) + len(name) > 2 * MAX_NAME:
+            raise ValueError("a name without an end")
+        return _Name(f"{owner.full}.{name}")
 
     def _dict(self, pairs: Iterable[Any] = ()) -> _Dict:
         made = _Dict()
@@ -301,10 +318,6 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
             self.charge(STEP)
             made[key] = value
         return made
-
-    def _set(self, items: list[Any]) -> set[Any]:
-        self.charge(STEP * len(items))
-        return {_check_key(item) for item in items}
 
     def _bytes(self, text: str, _encoding: str) -> bytes:
         self.charge(len(text))
@@ -348,18 +361,17 @@ def _expect(value: Any, kind: type[Any]) -> Any:
     return value
 
 
+def _expect_few(values: Any) -> tuple[Any, ...]:
+    if len(_expect(values, tuple)) > MAX_ARGUMENTS:  # each call would go through all of them
+        raise ValueError(f"a call with {len(values):,} arguments")
+    return tuple(values)
+
+
 def _check_size(value: Any) -> int:
     if type(value) is not int or value < 0:
         # Never the values: of nested lists, a few bytes in a pickle, repr can make terabytes.
         raise ValueError("a size that is no count")
     return value
-
-
-def _check_key(key: Any) -> Any:
-    # Nothing nested: hashing a tuple a million deep would overflow the interpreter's stack.
-    if type(key) in KEYS or (type(key) is tuple and all(type(part) in KEYS for part in key)):
-        return key
-    raise TypeError(f"a {type(key).__name__} as a key")
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -371,7 +383,6 @@ _METHODS: dict[bytes, Callable[[Walk], None]] = {
     for code in (getattr(pickle, name) for name in INSTRUCTIONS.split())
     if hasattr(_PythonUnpickler, "dispatch")
 }
-KEYS = (str, int, float, bool, bytes, complex, type(None), _Name, Unknown)
 _NUMPY_SCALAR = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 _NUMPY_ARRAY = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 #: What a pickle calls to make plain data: what makes the same, or a stand-in, and the types or values of the first
@@ -383,7 +394,7 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "_codecs.encode": (Walk._bytes, str, "latin1"),  # how protocol 2 writes bytes
     "builtins.complex": (lambda _, real, imaginary: complex(real, imaginary), float, float),
     "builtins.getattr": (Walk._attribute, _Name, str),  # of a class: how some enums are written, and time zones
-    "builtins.set": (Walk._set, list),
+    "builtins.set": (lambda _, _items: Unknown("builtins.set"), list),
     "collections.Counter": (lambda walk, counts: walk._dict(counts.items()), dict),
     "collections.OrderedDict": (Walk._dict, list),  # empty, or as Python 2 wrote it
     "numpy.dtype": (Walk._numpy_dtype, str),

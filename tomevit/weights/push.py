@@ -18,16 +18,19 @@ from torch import nn
 from tomevit import zoo
 from tomevit.cards import is_ours
 from tomevit.config import RUNTIME, Card, Figure, Source
-from tomevit.errors import CheckpointError, UploadError
+from tomevit.errors import CheckpointError, UploadError, printable
 from tomevit.flops import flops
 from tomevit.schedule import token_counts
 from tomevit.weights import checkpoint
 from tomevit.weights.adapt import ADAPTABLE
 from tomevit.weights.convert import is_finite, weights_of
+from tomevit.weights.download import bounded_answers, words
 from tomevit.weights.rules import enumerate_names
 
 #: Where the model card's template lies, and the licences that the hub has names for.
 _ASSETS = resources.files("tomevit") / "assets"
+
+MOST_ANSWERED = 2**24  # bytes, of the hub to one request
 
 
 class Base(NamedTuple):
@@ -106,13 +109,18 @@ def find_base(card: Card, repo: str = "") -> Base | None:
     """What a model's weights began as, other than an earlier state of the same repository; None: as noise."""
     for source in card.sources:
         if source.format == "tomevit" and source.hub and source.hub != repo:
-            return Base(source.hub, source.hub)
+            return Base(source.hub, _repository(source))
     if (origin := card.origin) is None:
         return None
     for known, source in zoo.published_sources():
         if (origin.hub and origin.hub == source.hub) or (origin.url and origin.url == source.url):
             return Base(known.full_name, origin.hub or next((other.hub for other in known.sources if other.hub), None))
-    return Base(origin.hub or origin.url or origin.file or "a file", origin.hub)
+    return Base(origin.hub or origin.url or origin.file or "a file", _repository(origin))
+
+
+def _repository(source: Source) -> str | None:
+    """Where a source is on the hub, which a file may say of itself in any words."""
+    return source.hub if source.hub and re.fullmatch(r"[\w.-]+/[\w.-]+", source.hub, re.ASCII) else None
 
 
 def _check_name(repo: str) -> None:
@@ -179,7 +187,7 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
         "address": origin.url or origin.hub or origin.file,
         "repo": repo,
         "title": repo.partition("/")[2],
-        "base": base and (f"[{base.name}](https://huggingface.co/{base.hub})" if base.hub else base.name),
+        "base": base and _link(base),
         "buildable": _is_buildable(card),
         "mode": {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.in_chans, ""),
         "classes": (len(card.class_names) <= 20 and card.class_names) or config.num_classes or "none: features",
@@ -187,8 +195,8 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
         "tokens": (tokens[0], tokens[-1]),
         "merges": tokens[-1] < tokens[0],
         "gflops": [flops(config) / 1e9, flops(config, card.r) / 1e9],
-        "figures": [f"| {figure.r} | {figure.top1:.2f} | {_flatten(figure.source)} |" for figure in card.figures],
-        "papers": [f"- {_link_arxiv(_flatten(paper))}" for paper in card.papers],
+        "figures": [f"| {figure.r} | {figure.top1:.2f} | {_plain(figure.source)} |" for figure in card.figures],
+        "papers": [f"- {_link_arxiv(_plain(paper))}" for paper in card.papers],
     }
     lines, formatter = [], _CardFormatter()
     for line in (_ASSETS / "model_card.md").read_text(encoding="utf-8").splitlines():
@@ -199,18 +207,29 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
 
 
 class _CardFormatter(Formatter):
-    """Text of a card stays on its line and in its cell, but for `{field:as_it_is}` and the lines of `{field:list}`."""
+    """Text of a card is text, on its line and in its cell, also between backticks, as `{field:code}`.
+
+    `{field:as_it_is}` and the lines of `{field:list}` are Markdown.
+    """
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if format_spec == "as_it_is":
             return str(value)
         if format_spec == "list":
             return "\n".join(value)
-        return _flatten(", ".join(map(str, value)) if isinstance(value, tuple) else format(value, format_spec))
+        if format_spec == "code":
+            return printable(str(value)).replace("`", "'")
+        return _plain(", ".join(map(str, value)) if isinstance(value, tuple) else format(value, format_spec))
 
 
-def _flatten(text: str) -> str:
-    return " ".join(text.replace("|", r"\|").split())
+def _plain(text: str) -> str:
+    """Text in Markdown, in which nothing is a heading, a link, HTML or a cell; an underscore within a word is none."""
+    return re.sub(r"^#|[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(" ".join(text.split())))
+
+
+def _link(base: Base) -> str:
+    name = _plain(base.name)
+    return f"[{name}](https://huggingface.co/{base.hub})" if base.hub else name
 
 
 def _link_arxiv(paper: str) -> str:
@@ -257,9 +276,10 @@ def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
         raise UploadError(f"{repo} cannot be uploaded while HF_HUB_OFFLINE is set")
     api = HfApi()
     try:
-        api.create_repo(repo, private=private or None, exist_ok=True)
-        if not private or api.repo_info(repo).private:
-            return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
+        with bounded_answers(MOST_ANSWERED):
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            if not private or api.repo_info(repo).private:
+                return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
     except Exception as error:  # of httpx, httpx2 or hf_xet, which have no base class in common
         raise UploadError(f"{repo} could not be uploaded to {constants.ENDPOINT}: {_explain(error)}") from error
     raise UploadError(
@@ -274,11 +294,11 @@ def _explain(error: BaseException) -> str:
 
     while not isinstance(error, HfHubHTTPError | json.JSONDecodeError):
         if (cause := error.__cause__ or error.__context__) is None:
-            return " ".join(str(error).split()) or type(error).__name__
+            return words(error) or type(error).__name__
         error = cause
     if isinstance(error, json.JSONDecodeError):
         return "its answer is not JSON: try again later"
-    status, said = error.response.status_code, " ".join((error.server_message or "").split())
+    status, said = error.response.status_code, words(error.server_message or "")
     hints = {401: "log in with `hf auth login`, or set HF_TOKEN"}
     hints |= dict.fromkeys((403, 404), "the token needs the right to write there, and the owner room for it")
     hint = hints.get(status, "try again later" if status == 429 or status >= 500 else "")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from tomevit.headers import Stored
+from tomevit.private import lacks_memory
 
 #: By safetensors' names.
 DTYPES = {
@@ -33,6 +36,33 @@ DTYPES = {
 }
 
 
+def check_room(path: str | os.PathLike[str], size: int) -> None:
+    """Raises MemoryError if this process cannot have so many bytes more; none of them is used."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:  # of torch's allocator
+        raise MemoryError(
+            f"{os.fspath(path)} does not fit into memory, of which there are no {size:,} bytes left"
+        ) from error
+
+
+@contextmanager
+def explain_lack_of_memory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Where memory or address space ends, say so, of which file, and how much was needed as far as it is known.
+
+    Raises:
+        MemoryError: for that of Python, the RuntimeError of torch, and the OSError of the system.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not lacks_memory(error) or " does not fit into memory" in str(error):
+            raise
+        size = re.search(r"allocate (\d+) bytes", str(error))
+        left = f", of which there are no {int(size[1]):,} bytes left" if size else ""
+        raise MemoryError(f"{os.fspath(path)} does not fit into memory{left}") from error
+
+
 def read_values(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """So many elements that lie in a file from a byte on, in one dimension.
 
@@ -40,11 +70,8 @@ def read_values(file: BinaryIO, start: int, count: int, dtype: torch.dtype) -> T
         ValueError: the file ends before.
         MemoryError: there is no room for them.
     """
-    try:
+    with explain_lack_of_memory(file.name):
         values = torch.empty(count, dtype=dtype, device="cpu")
-    except RuntimeError as error:  # of torch's allocator
-        size = count * dtype.itemsize
-        raise MemoryError(f"{file.name} does not fit into memory, of which there are no {size:,} bytes left") from error
     file.seek(start)
     if count and file.readinto(values.view(torch.uint8).numpy().data) != values.nbytes:  # type: ignore[attr-defined]
         raise ValueError("it was cut short while it was read")
@@ -68,8 +95,12 @@ def read_tensors(file: BinaryIO, stored: Mapping[str, Stored], *, mapped: bool =
         raise ValueError(f"it holds tensors of type {unknown[0][:20]!r}, which tomevit does not know")
     whole: Any = None
     if mapped:
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, UnicodeEncodeError):  # torch takes no names but in UTF-8
             whole = torch.UntypedStorage.from_file(file.name, shared=False, nbytes=os.fstat(file.fileno()).st_size)
+        if not os.path.samestat(os.fstat(file.fileno()), Path(file.name).stat()):
+            whole = None  # another lies there by now
+    if whole is None:
+        check_room(file.name, sum(each.end - each.start for each in stored.values()))
     tensors = {}
     for name, (kind, shape, start, end) in stored.items():
         dtype = DTYPES[kind]

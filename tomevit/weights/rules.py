@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +29,8 @@ from tomevit.errors import CheckpointError
 WRAPPERS = frozenset(
     ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module")
 )
+
+MOST_MODELS = 16  # in one state dict
 
 
 def without_wrappers(name: str) -> str:
@@ -125,9 +128,16 @@ class Signature:
         return (self.keys is None or key in self.keys) and key not in self.not_keys and not self.misses(names)
 
     def prefixes(self, names: Collection[str]) -> set[str]:
-        """What the names of a whole model begin with, beside which there may be others; "" for plain ones."""
-        anchor = re.compile(rf"(.*[./]|){_regex(self.has[0]).pattern}")
-        starts = {match[1] for match in map(anchor.fullmatch, names) if match}
+        """What the names of a whole model begin with, beside which there may be others; "" for plain ones.
+
+        Raises:
+            CheckpointError: there are more models than anyone keeps in one state dict.
+        """
+        anchor = self.has[0]  # a name, and no pattern: of hostile names a pattern could match thousands
+        starts = {name.removesuffix(anchor) for name in names if name.endswith(anchor)}
+        starts = {prefix for prefix in starts if not prefix or prefix.endswith((".", "/"))}
+        if len(starts) > MOST_MODELS:
+            raise CheckpointError(f"it holds {len(starts):,} tensors whose names end in {anchor!r}: too many models")
         return {prefix for prefix in starts if not self.misses(names_under(names, prefix))}
 
 
@@ -335,16 +345,18 @@ def names_under(names: Iterable[str], prefix: str) -> list[str]:
 
 def enumerate_names(names: Iterable[str], most: int = 6) -> str:
     """The first few of many names, block 2 before block 10."""
-    names = sorted(
+    names = list(names)
+    first = nsmallest(
+        most,
         names,
-        key=lambda name: [(int(part or 0), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)],
+        key=lambda name: [(int(part or 0), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)],
     )
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(first) + more
 
 
 def _has(names: Iterable[str], pattern: str) -> bool:
-    return any(_regex(pattern).fullmatch(name) for name in names)
+    return any(map(_regex(pattern).fullmatch, names))
 
 
 @cache

@@ -15,7 +15,10 @@ from tomevit.cards import is_ours
 from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError
 from tomevit.weights import cache, directories, shards
+from tomevit.weights.files import check_is_checkpoint
 from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
+from tomevit.weights.reading import explain_lack_of_memory
+from tomevit.weights.shards import OpenFiles
 
 
 class Located(NamedTuple):
@@ -25,6 +28,7 @@ class Located(NamedTuple):
     origin: Source  # with the whole sha256, unless the file is ours; its format is empty unless it is published
     card: Card | None = None  # as published, or as the files beside it describe it
     downloaded: bool = False
+    files: OpenFiles | None = None  # open as long as the context; None of a file of ours, and of a download
 
     @property
     def name(self) -> str:
@@ -33,9 +37,9 @@ class Located(NamedTuple):
         return (self.downloaded and (self.origin.url or repo)) or str(self.path)
 
     @property
-    def files(self) -> tuple[Path, ...]:
+    def paths(self) -> tuple[Path, ...]:
         """All that it is read from: the file alone, or the index and the files that it lists."""
-        return shards.files_of(self.path)
+        return shards.files_of(self.path) if self.files is None else (self.path, *self.files.parts)
 
 
 @contextmanager
@@ -55,16 +59,14 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         with cache.fetch(card) as fetched:
             yield locate_fetched(fetched, card)
     elif path.is_dir():
-        found = directories.find_checkpoint(path)
-        yield _identify(found, _local_source(found), _files_beside(found.parent))
+        with _open_local(directories.find_checkpoint(path), beside=True) as located:
+            yield located
     elif is_ours(path):
         yield Located(path, Source(format="tomevit", file=path.name))
-    elif path.is_file():
-        shards.check_whole(path)
-        beside = _files_beside(path.parent) if path.name in zoo.HUB_FILES else {}
-        yield _identify(path, _local_source(path), beside)
     else:
-        raise CheckpointError(f"{name} is not a regular file")
+        shards.check_whole(path)
+        with _open_local(path, beside=path.name in zoo.HUB_FILES) as located:
+            yield located
 
 
 def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
@@ -116,8 +118,15 @@ def name_errors_after(located: Located) -> Iterator[None]:
         raise
 
 
-def _local_source(path: Path) -> Source:
-    return Source(format="", file=path.name, sha256=shards.sha256(path))
+@contextmanager
+def _open_local(path: Path, *, beside: bool) -> Iterator[Located]:
+    """A checkpoint that is no file of ours, with what the files beside it say if these are its own."""
+    with shards.open_files(path) as files:
+        check_is_checkpoint(files)
+        with explain_lack_of_memory(path):
+            origin = Source(format="", file=path.name, sha256=files.sha256())
+        located = _identify(path, origin, _files_beside(path.parent) if beside else {})
+        yield located._replace(files=files)
 
 
 def _files_beside(directory: Path) -> dict[str, Path]:

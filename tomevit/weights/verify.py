@@ -12,14 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tomevit.config import Card
+from tomevit.config import Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.flops import count_parameters, flops
 from tomevit.schedule import Schedule
-from tomevit.weights import checkpoint, convert, files, sources
+from tomevit.weights import checkpoint, convert, shards, sources
+from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.rules import enumerate_names
 
-#: Values of an image with which a forward pass is tried: a file of a few MB can describe a model for far larger ones.
-MOST_PIXELS = 2**27
+#: Values of an image, and of what is computed of it at once, with which a forward pass is tried: a file of a few MB can
+#: describe a model for images of any size.
+MOST_VALUES = 2**24
+#: Multiply-adds that are tried; and more for each parameter, which takes part once for each of a few hundred tokens.
+MOST_FLOPS, FLOPS_PER_PARAMETER = 2**36, 2000
 
 
 class Check(NamedTuple):
@@ -60,13 +65,13 @@ def _run_checks(
     path: Path, against: str | os.PathLike[str] | None, key: str | None, prefix: str | None
 ) -> Iterator[Check]:
     try:
-        (card, recorded), tensors = checkpoint.read(path, fitting=False)
+        with checkpoint.open_own_file(path) as file:
+            (card, recorded), tensors = checkpoint.read_open(file, fitting=False)
+            sha256, size = shards.OpenFiles(path, file).sha256(), file.tell()
     except CheckpointError as error:
         yield Check("file", False, str(error))
         return
-    yield Check(
-        "file", True, f"{card.full_name or 'unnamed'}, {path.stat().st_size} bytes, sha256 {files.sha256(path)}"
-    )
+    yield Check("file", True, f"{card.full_name or 'unnamed'}, {size} bytes, sha256 {sha256}")
 
     try:
         checkpoint.check_structure(card.config, tensors, path)
@@ -89,9 +94,8 @@ def _run_checks(
     if bad:
         return
 
-    pixels = math.prod(card.config.img_size) * card.config.in_chans
-    if pixels > MOST_PIXELS:
-        yield Check("forward", False, f"an image of its size has {pixels} values: too many to try")
+    if (why := _explain_cost(card.config)) is not None:
+        yield Check("forward", False, f"{why}: too many to try")
         return
     model = checkpoint.assemble(card, tensors, path).float()
     generator = torch.Generator().manual_seed(0)
@@ -104,8 +108,21 @@ def _run_checks(
         yield _compare_with_source(card, tensors, against, key, prefix)
 
 
+def _explain_cost(config: Config) -> str | None:
+    """What a forward pass has too much of to be tried; None: nothing."""
+    values = math.prod(config.img_size) * config.in_chans
+    if values > MOST_VALUES:
+        return f"an image of its size has {values:,} values"
+    hidden = config.num_tokens * int(config.embed_dim * max(3, config.mlp_ratio))
+    if hidden > MOST_VALUES or config.num_tokens**2 > 4 * MOST_VALUES:
+        return f"an image of its size has {config.num_tokens:,} tokens"
+    if (cost := flops(config)) > MOST_FLOPS + FLOPS_PER_PARAMETER * count_parameters(config):
+        return f"an image of its size takes {cost:,} multiply-adds"
+    return None
+
+
 def _check_forward(model: torch.nn.Module, images: Tensor, r: Schedule) -> Check:
-    with torch.inference_mode():
+    with explain_lack_of_memory("what a forward pass takes"), torch.inference_mode():
         answer = model(images, r)
     found = f"{tuple(answer.shape)}, from {answer.min():.4g} to {answer.max():.4g}"
     return Check(f"forward at r = {r}", convert.is_finite(answer), found)

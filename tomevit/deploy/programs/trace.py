@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from tomevit.models import VisionTransformer
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+_ONE_AT_A_TIME = threading.RLock()
 
 MOST_IMAGES = 2**16  # at a time: torch 2.6 wants a number
 
@@ -76,8 +79,11 @@ def trace(model: nn.Module, images: Tensor, *, dynamic: bool) -> ExportedProgram
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings that torch gives itself: nothing that a user could act on."""
-    with warnings.catch_warnings():
+    """Without the warnings that torch gives itself: nothing that a user could act on.
+
+    One thread at a time: of two that change the filters of warnings, one would leave them changed.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
         # torch 2.13's exporter copies its own TreeSpec, whose copying goes by way of its own deprecated LeafSpec.
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         yield

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from tomevit.data.distributed import broadcast_from_rank0, processes, require_same
 from tomevit.models import VisionTransformer
+from tomevit.opening import open_file
 from tomevit.output import new_file
 from tomevit.schedule import Schedule, format_schedule
 from tomevit.transform import transform
@@ -58,8 +59,12 @@ def count_done(table: AnswerTable) -> int:
 
 def unreadable_images(table: AnswerTable) -> list[tuple[int, str]]:
     """The places of the images that could not be read, in order, each with the reason."""
-    places = (table.answers[:, 0] == UNREADABLE).nonzero().flatten().tolist()
-    return [(place, table.unreadable[place]) for place in places]
+    return [(place, table.unreadable[place]) for place in _unreadable_places(table)]
+
+
+def _unreadable_places(table: AnswerTable) -> list[int]:
+    places: list[int] = (table.answers[:, 0] == UNREADABLE).nonzero().flatten().tolist()
+    return places
 
 
 def _merge(tables: Iterable[AnswerTable]) -> AnswerTable:
@@ -142,21 +147,25 @@ def _read(path: Path, key: Mapping[str, str], blank: AnswerTable) -> AnswerTable
         ValueError: the file is damaged, or of another evaluation; the message says of which.
     """
     try:
-        with torch.device("cpu"), safe_open(path, framework="pt") as file:
+        with open_file(path), torch.device("cpu"), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("answers", "among5", "seconds")}
             metadata = file.metadata() or {}
-        was = json.loads(metadata["evaluation"])
-        unreadable = {int(i): reason for i, reason in json.loads(metadata["unreadable"]).items()}
-    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
+        was = dict(json.loads(metadata["evaluation"]))
+        unreadable = {int(i): str(reason) for i, reason in json.loads(metadata["unreadable"]).items()}
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no state of an evaluation, or damaged: remove it to begin anew") from error
     if other := [f"{name} {was.get(name)}, not {now}" for name, now in key.items() if was.get(name) != now]:
         raise ValueError(
             f"{path} is of an evaluation with {' and '.join(other)}; go on with the same, or remove it to begin anew"
         )
     table = AnswerTable(**tensors, unreadable=unreadable)
-    if [tensor.shape for tensor in table[:3]] != [tensor.shape for tensor in blank[:3]]:
+    if _forms(table) != _forms(blank) or any(place not in unreadable for place in _unreadable_places(table)):
         raise ValueError(f"{path} is damaged: remove it to begin anew")
     return table
+
+
+def _forms(table: AnswerTable) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in table[:3]]
 
 
 def gather(

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from tomevit.config import Config
+from tomevit.errors import printable
 from tomevit.flops import flops
 from tomevit.schedule import format_schedule
 from tomevit.tasks.visualize import Observation, Run
@@ -49,7 +50,7 @@ def html(observation: Observation, title: str) -> str:
     )
     filled = {
         "policy": policy,
-        "title": escaping.escape(title.encode("utf-8", "replace").decode()),  # a file's name may be no UTF-8
+        "title": escaping.escape(printable(title)),
         "style": parts["css"],
         "script": parts["js"],
         "data": data,
@@ -71,7 +72,7 @@ def _data(observation: Observation) -> dict[str, Any]:
         "" if config.class_token else "This model has no class token, whose attention could be shown.",
         f"Made with tomevit {__version__}.",
     ]
-    name = card.full_name or "a model without a name"
+    name = printable(card.full_name) or "a model without a name"
     return {
         "setting": f"{name}, {width} × {height} pixels, {columns} × {rows} patches",
         "notes": " ".join(filter(None, notes)),
@@ -98,7 +99,7 @@ def _run(run: Run) -> dict[str, Any]:
         "flops": run.flops,
         "groups": _words(run.groups),
         "attention": None,
-        "answers": [[answer.name, answer.probability] for answer in run.answers],
+        "answers": [[printable(answer.name), answer.probability] for answer in run.answers],
     }
     if run.attention is not None and run.prefix_attention is not None:
         most = run.attention.amax((1, 2))

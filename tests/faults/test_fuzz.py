@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.hostile import TENSORS, VALID, as_numpy, legacy, npz, saved, torch_zip, zip_of
+from tests.outcomes import survives
 from tomevit.errors import CheckpointError
 from tomevit.weights.files import open_checkpoint
 
@@ -114,6 +115,11 @@ def test_memory_limit_holds() -> None:
     bytearray(2 * MEMORY)
 
 
+@survives(
+    "checkpoints",
+    "up to four mutations of a sound file: bytes, numbers, ranges lost, doubled, moved, or from another container",
+    "opens, or ends in one printable sentence, in 300 MB",
+)
 @pytest.mark.parametrize("target", TARGETS)
 def test_damaged_files(target: str, tmp_path: Path) -> None:
     content, wrap = TARGETS[target]
