@@ -47,7 +47,7 @@ from tests.server import Fault, Server
 from tomevit.cards import Header, encode_header
 from tomevit.config import Card, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UnreadableError
-from tomevit.weights import cache, download
+from tomevit.weights import cache, servers
 from tomevit.weights.cache import Fetched, cached, fetch, home
 
 FULL = survives(
@@ -63,7 +63,7 @@ pytestmark = pytest.mark.usefixtures("set_environment", "naps")
 
 def http_library() -> Any:
     """httpx or httpx2, whichever huggingface_hub uses."""
-    return download._http_library()
+    return servers.http_library()
 
 
 # Plain URLs.

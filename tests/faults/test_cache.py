@@ -27,7 +27,7 @@ from tests.outcomes import survives
 from tests.server import Fault, Server
 from tomevit.config import Source
 from tomevit.errors import DownloadError
-from tomevit.weights import download
+from tomevit.weights import servers
 from tomevit.weights.cache import fetch, home
 
 pytestmark = [
@@ -249,7 +249,7 @@ def test_each_directory_may_be_a_link_to_another_disk(server: Server, tmp_path: 
 
 def as_nobody(source: Source) -> str:
     # What is imported later may not be theirs to read.
-    download._http_library()
+    servers.http_library()
     importlib.import_module("huggingface_hub.file_download")
     codecs.lookup("idna")
     if os.geteuid() == 0:

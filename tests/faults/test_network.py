@@ -18,7 +18,7 @@ from tests.fetching import CUT, DATA, OTHER, at, card, converted_from, kept, obt
 from tests.outcomes import survives
 from tests.server import Fault, RawServer, Server
 from tomevit.errors import DownloadError
-from tomevit.weights import download
+from tomevit.weights import hub
 from tomevit.weights.cache import home
 
 pytestmark = pytest.mark.usefixtures("set_environment", "naps")
@@ -381,7 +381,7 @@ def test_threads_leave_the_process_as_it_was(server: Server, monkeypatch: pytest
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", meet)
     found: list[list[Any]] = []
-    ask = lambda: found.append(list(download.files_on_hub(on_hub(), ["w.pth"])))  # noqa: E731
+    ask = lambda: found.append(list(hub.files_on_hub(on_hub(), ["w.pth"])))  # noqa: E731
     threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()

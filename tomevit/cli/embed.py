@@ -97,7 +97,7 @@ def embed(
         rank, _ = processes()
         subject, data = fail_together(load)
         if data.passed_over and rank == 0:
-            click.echo(f"tomevit: {data.passed_over}", err=True)
+            echo(f"tomevit: {data.passed_over}", err=True)
         with _progress(out, shown=rank == 0) as tell:
             report = run_embed(
                 subject,

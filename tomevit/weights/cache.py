@@ -47,20 +47,17 @@ from tomevit.locks import hold_lock
 from tomevit.opening import open_file
 from tomevit.output import new_file
 from tomevit.weights import checkpoint, files, shards
-from tomevit.weights.download import (
+from tomevit.weights.disk import (
     DiskError,
-    UnreachableError,
-    download,
     explain_disk_errors,
-    files_on_hub,
-    is_offline,
-    is_resumable,
-    is_web_page,
     no_home,
     remove,
     remove_unless_file,
     sync,
 )
+from tomevit.weights.download import download, is_resumable, is_web_page
+from tomevit.weights.hub import UnreachableError, files_on_hub
+from tomevit.weights.servers import is_offline
 from tomevit.zoo import HUB_FILES
 
 log = logging.getLogger("tomevit")

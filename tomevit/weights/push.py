@@ -24,8 +24,8 @@ from tomevit.schedule import token_counts
 from tomevit.weights import checkpoint
 from tomevit.weights.adapt import ADAPTABLE
 from tomevit.weights.convert import is_finite, weights_of
-from tomevit.weights.download import bounded_answers, words
 from tomevit.weights.rules import enumerate_names
+from tomevit.weights.servers import bounded_answers, words
 
 #: Where the model card's template lies, and the licences that the hub has names for.
 _ASSETS = resources.files("tomevit") / "assets"
