@@ -117,7 +117,10 @@ def test_each_pooling_is_what_its_name_says(kind: dict[str, Any], r: int) -> Non
     with torch.inference_mode():
         tokens = model.forward_features(images, r)
         patches = tomevit.unmerge(tokens)[:, prefix:]
-        cls, mean = model.fc_norm(tokens.x[:, 0]) if model.config.pool != "token_avg" else tokens.x[:, 0], patches.mean(1)
+        cls, mean = (
+            model.fc_norm(tokens.x[:, 0]) if model.config.pool != "token_avg" else tokens.x[:, 0],
+            patches.mean(1),
+        )
         mean = model.fc_norm(mean) if model.config.pool != "token_avg" else mean
         expected = {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean], 1)}
         if model.attn_pool is not None:

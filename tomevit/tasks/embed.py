@@ -120,7 +120,9 @@ def pooling(config: Config) -> str:
     """What a model answers without a head, as `extractor` names it; of a distilled model "cls+dist"."""
     if config.dist_token:
         return "cls+dist"
-    return "proj" if config.proj_dim else {"token": "cls", "avg": "mean", "token_avg": "cls+mean"}.get(config.pool, "map")
+    return (
+        "proj" if config.proj_dim else {"token": "cls", "avg": "mean", "token_avg": "cls+mean"}.get(config.pool, "map")
+    )
 
 
 def width(config: Config, pool: Pool | None = None) -> int:
