@@ -16,7 +16,7 @@ README = Path(__file__).parent.parent / "README.md"
 TABLES = {
     "first table": speed_table.first,
     "speed table": speed_table.section,
-    "weights table": weights_table.section,
+    "weights table": weights_table.summary,
 }
 
 

@@ -7,17 +7,47 @@ from itertools import groupby
 import tomevit
 from tomevit.config import Card, Figure, Source
 
-LICENCES = {"apache-2.0": "Apache-2.0", "bsd-3-clause": "BSD-3-Clause", "cc-by-nc-4.0": "CC-BY-NC-4.0"}
+LICENCES = {
+    "apache-2.0": "Apache-2.0",
+    "apple-amlr": "Apple AMLR",
+    "apple-ascl": "Apple ASCL",
+    "bsd-3-clause": "BSD-3-Clause",
+    "cc-by-nc-4.0": "CC-BY-NC-4.0",
+    "dinov3-license": "DINOv3 License",
+    "mit": "MIT",
+}
+
+
+def summary() -> str:
+    """A row for each family, with a few words before it."""
+    lines = [
+        f"The zoo knows {len(_published())} public sets of weights. Each with its figure, licence and source: `tomevit",
+        "list --weights`, `tomevit info NAME`, or the page [Weights and licences](docs/weights.md) of the site.",
+        "",
+        "| family | sets | architectures | licence |",
+        "|---|---:|---|---|",
+    ]
+    for title, family in groupby(_published(), key=lambda card: card.title):
+        rows = list(family)
+        names = list(dict.fromkeys(card.name for card in rows))
+        shown = f"`{names[0]}`" + (f" … `{names[-1]}`" if len(names) > 1 else "")
+        lines.append(f"| {title} | {len(rows)} | {shown} | {', '.join(dict.fromkeys(map(_licence, rows)))} |")
+    return "\n".join(lines)
+
+
+def _published() -> list[Card]:
+    cards = [tomevit.card(name) for name in tomevit.list_models(weights=True)]
+    return [card for card in cards if any(source.url or source.hub for source in card.sources)]
 
 
 def section() -> str:
     """The table, with a few words before it."""
-    cards = [tomevit.card(name) for name in tomevit.list_models(weights=True)]
-    published = [card for card in cards if any(source.url or source.hub for source in card.sources)]
+    published = _published()
     lines = [
         f"The zoo knows {len(published)} public sets of weights. Accuracies are top-1 on ImageNet-1k in per cent, as",
-        "published (`tomevit info` says where); none are ours. Where a set has a figure with merging, the one without",
-        "is from the same table, if it has one. Sets trained with merging (`tome_r…`) come with their r.",
+        "published (`tomevit info` says where), by the weights' own head where nothing else is said; none are ours.",
+        "Where a set has a figure with merging, the one without is from the same table, if it has one. Sets trained",
+        "with merging (`tome_r…`) come with their r.",
     ]
     for title, family in groupby(published, key=lambda card: card.title):
         rows = list(family)
@@ -55,7 +85,8 @@ def plain_figure(card: Card) -> Figure | None:
 
 def _plain(card: Card) -> str:
     figure = plain_figure(card)
-    return f"{figure.top1:.2f}" if figure else ""
+    by = "" if figure is None or figure.by == "head" else f" ({figure.by})"
+    return f"{figure.top1:.2f}{by}" if figure else ""
 
 
 def _merged(card: Card) -> str:

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +87,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the folder for Parquet files; there must be none")
     parser.add_argument("--model", default="vit_b16", help="a name of the zoo, or a file that tomevit wrote")
     parser.add_argument("--merge", type=int, dest="r", help="r: tokens that merge in each block; default: the model's")
-    parser.add_argument("--pool", choices=["cls", "mean"], help="class token or mean patch; default: as the head reads")
+    parser.add_argument("--pool", choices=get_args(embed.Pool), help="as tomevit embed; default: the model's own")
     parser.add_argument("--batch", type=int, default=64, help="images per call")
     parser.add_argument("--models", type=int, default=1, help="processes with a model")
     parser.add_argument("--gpus", type=float, default=0, help="for each of them; 0: they run on CPUs")
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
             if reason is not None:
                 unreadable += 1
                 print(f"embed_ray: {key}: {reason}", file=sys.stderr)
-    print(f"{options.out}: {rows - unreadable:,} vectors of {model.config.embed_dim} numbers")
+    print(f"{options.out}: {rows - unreadable:,} vectors of {embed.width(model.config, options.pool)} numbers")
     return unreadable
 
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from PIL import Image
@@ -30,7 +30,7 @@ from tomevit.data.images import read
 from tomevit.tasks import embedding_files as embeddings
 from tomevit.tasks import plots
 from tomevit.tasks.demo import held_out
-from tomevit.tasks.embed import embed, locate
+from tomevit.tasks.embed import Pool, embed, locate
 
 COLOURS = {True: "#3a7d44", False: "#c8553d", None: "#c9ccd2"}  # the class of a neighbour: the same, another, unknown
 CROPS = 16  # of each photograph
@@ -175,7 +175,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="with fresh weights: see above")
     parser.add_argument("--img-size", type=int, help="pixels, instead of the model's own")
     parser.add_argument("--merge", type=int, nargs="+", default=[16], help="each r to compare with r = 0")
-    parser.add_argument("--pool", choices=["cls", "mean"], help="class token or mean patch; default: as the head reads")
+    parser.add_argument("--pool", choices=get_args(Pool), help="as tomevit embed; default: the model's own")
     parser.add_argument("--neighbours", type=int, default=10, help="of each image")
     parser.add_argument("--batch", type=int, default=32, help="images per call")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")

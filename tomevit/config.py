@@ -18,6 +18,13 @@ Pool = Literal["token", "avg", "token_avg", "map"]
 PoolNorm = Literal["before", "after", "none"]
 Init = Literal["vit", "deit", "mae", "swag"]
 
+#: What each pooling makes the vector of that the head reads.
+POOLED: dict[Pool, str] = {
+    "token": "class token",
+    "avg": "mean patch",
+    "token_avg": "class token beside the mean patch",
+    "map": "attention pooling of all tokens",
+}
 CHOICES = {
     "act": get_args(Act),
     "mlp": get_args(MlpKind),

@@ -20,6 +20,8 @@ FIELDS: list[dict[str, Any]] = [
     {"pool": "avg", "class_token": False},
     {"dist_token": True, "qk_norm": True, "layer_scale": 0.1},
     {"pool_norm": "after", "pre_norm": True, "reg_tokens": 2},
+    {"rope": "pe", "pool": "map", "pool_heads": 2, "proj_dim": 10},
+    {"rope": "eva", "mlp": "swiglu", "mlp_norm": True, "pool": "token_avg", "pos_embed_prefix": "class"},
 ]
 
 
@@ -70,8 +72,8 @@ def at(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def with_weights(model: nn.Module) -> list[str]:
-    """The layers that have weights of their own."""
-    return [name for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))]
+    """The layers that have weights of their own; a query or a token beside layers is no layer's."""
+    return [name for name, m in model.named_modules() if not any(m.children()) and any(True for _ in m.parameters())]
 
 
 def wrap(model: nn.Module, name: str) -> None:
@@ -127,7 +129,9 @@ def test_an_adapter_acts_and_learns(fields: dict[str, Any]) -> None:
     plain = tiny(4, depth=3, **fields)
     images = images_for(plain)
     linear = [name for name in with_weights(plain) if isinstance(plain.get_submodule(name), nn.Linear | nn.Conv2d)]
-    assert len(linear) == 1 + 4 * 3 + len(plain.head_names)
+    pooling = [name for name in linear if name.startswith(("attn_pool", "proj"))]
+    assert len(pooling) == (5 if plain.attn_pool else 0)
+    assert len(linear) == 1 + 4 * 3 + len(pooling) + len(plain.head_names)
     model, merged = copy.deepcopy(plain), copy.deepcopy(plain)
     adapters = {}
     for name in linear:
@@ -158,7 +162,8 @@ def test_every_layer_sees_its_hooks(fields: dict[str, Any]) -> None:
         seen.clear()
         with torch.no_grad():
             call(images)
-        expected = [name for name in with_weights(model) if call is model or not name.startswith(("head", "fc_norm"))]
+        behind = ("head", "fc_norm", "attn_pool", "proj")
+        expected = [name for name in with_weights(model) if call is model or not name.startswith(behind)]
         assert set(expected) <= set(seen)
         assert all(seen.count(name) == 1 for name in expected)
 

@@ -31,7 +31,7 @@ from tomevit.models import VisionTransformer, build
 from tomevit.tasks import embed as module
 from tomevit.tasks import embedding_files as embeddings
 from tomevit.tasks.demo import held_out
-from tomevit.tasks.embed import embed, extractor
+from tomevit.tasks.embed import embed, extractor, width
 from tomevit.tasks.embedding_files import read
 
 DIGITS = "digits_p1.tome_r16"
@@ -42,6 +42,11 @@ KINDS = [
     {"pool_norm": "after"},
     {"dist_token": True},
     {"reg_tokens": 3, "pool": "avg"},
+    {"pool": "token_avg", "reg_tokens": 2},
+    {"pool": "token_avg"},
+    {"pool": "map", "pool_heads": 2},
+    {"pool": "map", "proj_dim": 10},
+    {"proj_dim": 10, "pre_norm": True},
 ]
 
 
@@ -101,7 +106,7 @@ def test_by_default_features_are_what_the_head_reads(kind: dict[str, Any], r: in
         assert torch.equal(features, headless(images))
         if not kind.get("dist_token"):
             assert torch.equal(model.head(features), model(images))
-    assert features.shape == (3, model.config.embed_dim)
+    assert features.shape == (3, width(model.config)) == (3, model.config.num_features)
 
 
 @pytest.mark.parametrize("r", [0, 5])
@@ -112,8 +117,21 @@ def test_each_pooling_is_what_its_name_says(kind: dict[str, Any], r: int) -> Non
     with torch.inference_mode():
         tokens = model.forward_features(images, r)
         patches = tomevit.unmerge(tokens)[:, prefix:]
-        for pool, pooled in (("cls", tokens.x[:, 0]), ("mean", patches.mean(1))):
-            assert relative_error(extractor(model, pool)(images, r=r), model.fc_norm(pooled)) < 1e-5
+        cls, mean = (
+            model.fc_norm(tokens.x[:, 0]) if model.config.pool != "token_avg" else tokens.x[:, 0],
+            patches.mean(1),
+        )
+        mean = model.fc_norm(mean) if model.config.pool != "token_avg" else mean
+        expected = {"cls": cls, "mean": mean, "cls+mean": torch.cat([cls, mean], 1)}
+        if model.attn_pool is not None:
+            expected["map"] = model.attn_pool(tokens)
+        if model.config.proj_dim:
+            model.reset_classifier(0)
+            expected["proj"] = model(images, r)
+        for pool, wanted in expected.items():
+            found = extractor(model, pool)(images, r=r)
+            assert found.shape == (3, width(model.config, pool))
+            assert relative_error(found, wanted) < 1e-5
 
 
 def test_an_extractor_leaves_the_model_as_it_is_and_shares_its_weights() -> None:
@@ -129,10 +147,48 @@ def test_an_extractor_leaves_the_model_as_it_is_and_shares_its_weights() -> None
 
 
 def test_wrong_poolings_are_refused() -> None:
-    with pytest.raises(ValueError, match="pool is 'max', and must be cls or mean"):
+    with pytest.raises(ValueError, match=r"pool is 'max', and must be cls, mean, cls\+mean, map or proj"):
         extractor(tiny(), "max")
     with pytest.raises(ValueError, match="no class token: pool must be mean"):
         extractor(tiny(class_token=False, pool="avg"), "cls")
+    with pytest.raises(ValueError, match=r"no class token: pool must be mean or map"):
+        extractor(tiny(class_token=False, pool="map"), "cls+mean")
+    with pytest.raises(ValueError, match=r"no projection: pool must be cls, mean or cls\+mean"):
+        extractor(tiny(), "proj")
+    with pytest.raises(ValueError, match=r"no attention pooling: pool must be cls, mean, cls\+mean or proj"):
+        extractor(tiny(proj_dim=5), "map")
+    with pytest.raises(ValueError, match=r"norms its class token beside the mean patch: pool must be cls\+mean"):
+        extractor(tiny(pool="token_avg", pool_norm="after"), "mean")
+
+
+@pytest.mark.parametrize(
+    ("fields", "pool", "dim", "by_angle"),
+    [
+        ({"proj_dim": 10}, None, 10, True),  # CLIP
+        ({"proj_dim": 10}, "proj", 10, True),
+        ({"proj_dim": 10}, "cls", 24, False),
+        ({"pool": "map", "class_token": False}, None, 24, True),  # SigLIP
+        ({"pool": "map", "proj_dim": 6}, "map", 24, False),  # PE core, before the projection
+        ({"pool": "token_avg"}, None, 48, False),
+        ({}, None, 24, False),
+        ({}, "cls+mean", 48, False),
+        ({"proj_dim": 10, "num_classes": 7}, None, 10, False),  # with a head that was trained to classify
+    ],
+)
+def test_vectors_that_are_compared_by_angle_are_of_unit_length(
+    fields: dict[str, Any], pool: Any, dim: int, by_angle: bool, folder: Path, tmp_path: Path
+) -> None:
+    model = tiny_grey(**{"num_classes": 0} | fields)
+    found = {}
+    for normalize in (None, True, False):
+        out = tmp_path / f"{normalize}.safetensors"
+        assert embed(model, [folder / "01.png"], out, pool=pool, normalize=normalize).dim == dim
+        found[normalize] = read(out)
+    assert found[None].info["normalize"] is by_angle
+    assert found[None].info["pool"] == (pool or module.pooling(model.config))
+    assert torch.equal(found[None].vectors, found[by_angle].vectors)
+    assert found[True].vectors.norm().item() == pytest.approx(1)
+    assert found[False].vectors.norm().item() != pytest.approx(1)
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -660,6 +716,7 @@ def test_files_of_other_kinds_are_refused(model: VisionTransformer, folder: Path
         (["{folder}", "-o", "a.csv"], ".safetensors or .parquet"),
         (["{folder}", "-o", "/nowhere/a.parquet"], "/nowhere"),
         (["{folder}", "-o", "a.parquet", "--pool", "max"], "cls"),
+        (["{folder}", "-o", "a.parquet", "--pool", "proj"], "this model has no projection: pool must be cls, mean"),
         (["{folder}", "-o", "a.parquet", "--r", "-1"], "negative"),
         (["{folder}", "-o", "a.parquet", "--r", "[1,1,1,1,1,1,1,1,1]"], "the model has"),
         (["{folder}", "-o", "a.parquet", "--dtype", "int8"], "float16"),

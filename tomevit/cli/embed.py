@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import click
 from tqdm import tqdm
@@ -14,12 +14,12 @@ from tqdm import tqdm
 from tomevit.cli import options, running
 from tomevit.cli.console import echo
 from tomevit.cli.options import R
-from tomevit.cli.running import own_device, readers, trained
+from tomevit.cli.running import card_of_argument, own_device, readers, trained
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output
 from tomevit.schedule import Schedule
-from tomevit.tasks.embed import Data, Report, check_suffix, locate
+from tomevit.tasks.embed import Data, Pool, Report, check_pool, check_suffix, locate
 from tomevit.tasks.embed import embed as run_embed
 from tomevit.tasks.embedding_files import DTYPES
 
@@ -38,9 +38,15 @@ NAMED = 20  # files that could not be read; the metadata has more
 @options.model(default="vit_b16", show_default=True)
 @click.option("--r", "--merge", "r", type=R(), help="Tokens that merge in each block; default: the model's.")
 @click.option(
-    "--pool", type=click.Choice(["cls", "mean"]), help="Class token or mean patch; default: as the head reads."
+    "--pool",
+    type=click.Choice(get_args(Pool)),
+    help="Class token, mean patch, the one beside the other, attention pooling or projection; default: the model's.",
 )
-@click.option("--normalize", is_flag=True, help="Vectors of unit length.")
+@click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Vectors of unit length; default: of models whose vectors are compared by angle, as CLIP's.",
+)
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of what is stored."
 )
@@ -64,8 +70,8 @@ def embed(
     out: Path,
     model: str,
     r: Schedule | None,
-    pool: str | None,
-    normalize: bool,
+    pool: Pool | None,
+    normalize: bool | None,
     dtype: str,
     compute: str,
     img_size: tuple[int, int] | None,
@@ -91,6 +97,7 @@ def embed(
         check_suffix(out)
         place, data = own_device(device), locate(sources)
         check_output(out, inputs=chain(data.names, [model]), writable=True)
+        check_pool(pool, card_of_argument(model).config)
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
     with join_process_group():
@@ -103,7 +110,7 @@ def embed(
                 subject,
                 data,
                 out,
-                pool=pool,  # type: ignore[arg-type]  # click has checked it
+                pool=pool,
                 normalize=normalize,
                 dtype=DTYPES[dtype][0],
                 batch=batch,

@@ -26,6 +26,7 @@ from tomevit.measure.bench import subject
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, is_stream, new_file
 from tomevit.schedule import Schedule, check_schedule, distinct_schedules, format_schedule
+from tomevit.tasks.classify import check_head
 from tomevit.tasks.evaluate import (
     Evaluation,
     Expected,
@@ -283,6 +284,7 @@ def _prepare(request: _Request) -> _Task:
     place = own_device(request.device)
     model, img_size = request.model, request.img_size
     card = card_of_argument(model)
+    check_head(card)
     r_values = list(request.r_values) or distinct_schedules([0, card.r])
     for r in r_values:
         check_schedule(r, card.config.depth)

@@ -14,7 +14,7 @@ from tomevit.cards import Contents, is_ours, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
-from tomevit.config import Card, Config, Source
+from tomevit.config import POOLED, Card, Config, Figure, Source
 from tomevit.errors import printable
 from tomevit.flops import count_parameters, flops
 from tomevit.output import check_outputs, new_file
@@ -69,7 +69,13 @@ def _summary(card: Card) -> dict[str, Any]:
 
 
 def _top1(row: dict[str, Any]) -> str:
-    return f"{row['figures'][0]['top1']:.2f}" if row["figures"] else "—"
+    """Of the model's own head if there is such a figure; else the first, and how classes were told."""
+    figures = sorted(row["figures"], key=lambda figure: figure["by"] != "head")
+    return _accuracy(Figure(**figures[0])) if figures else "—"
+
+
+def _accuracy(figure: Figure) -> str:
+    return f"{figure.top1:.2f}" if figure.by == "head" else f"{figure.top1:.2f} ({figure.by})"
 
 
 @click.command(cls=Many)
@@ -175,11 +181,12 @@ def _architecture(name: str, card: Card, config: Config) -> Iterator[str]:
     for paper in card.papers:
         yield f"  {printable(paper)}"
     height, width = config.img_size
-    reads = "class token" if config.pool == "token" else "mean patch"
+    reads = POOLED[config.pool] + (f", projected to {config.proj_dim} channels" if config.proj_dim else "")
+    mlp = "gated MLP" if config.mlp == "swiglu" else "MLP"
     yield ""
     yield (
         f"architecture   {config.depth} blocks, width {config.embed_dim}, {config.num_heads} heads, "
-        f"MLP x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}"
+        f"{mlp} x{config.mlp_ratio:g}, patch {config.patch_size}, image {height}x{width}x{config.in_chans}"
     )
     yield f"tokens         {config.num_prefix} prefix + {config.num_patches} patches; the head reads the {reads}"
     yield f"parameters     {count_parameters(config) / 1e6:.2f} M, {config.num_classes} classes"
@@ -214,7 +221,8 @@ def _weights(weights: Sequence[Card]) -> Iterator[str]:
             f"trained at r = {format_schedule(other.r)}, {attention} attention"
         )
         for figure in other.figures:
-            yield f"      top-1 {figure.top1:.2f} % at r = {figure.r} ({figure.source})"
+            by = "" if figure.by == "head" else f" by {figure.by}"
+            yield f"      top-1 {figure.top1:.2f} %{by} at r = {figure.r} ({figure.source})"
         for source in other.sources:
             yield f"      {_place(source)} [{source.format}]"
         if other.notes:
@@ -239,7 +247,8 @@ def _file(contents: Contents) -> Iterator[str]:
     for source in card.sources:
         yield f"published      {printable(_place(source))} [{printable(source.format)}]"
     for figure in card.figures:
-        yield f"top-1          {figure.top1:.2f} % at r = {figure.r} ({printable(figure.source)})"
+        by = "" if figure.by == "head" else f" by {figure.by}"
+        yield f"top-1          {figure.top1:.2f} %{by} at r = {figure.r} ({printable(figure.source)})"
     if card.class_names:
         names = ", ".join(card.class_names[:10])
         more = f" and {len(card.class_names) - 10} more" if len(card.class_names) > 10 else ""

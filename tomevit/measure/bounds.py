@@ -80,11 +80,12 @@ class Limits:
 
     def rate(self, config: Config, tokens: int, dtype: torch.dtype) -> float:
         """Multiply-adds per second that the linear layers of a block reach alone, packed or not, for so many tokens."""
-        key = (config.embed_dim, config.mlp_ratio, tokens, dtype, torch.get_float32_matmul_precision())
+        key = (config.embed_dim, config.mlp_hidden, config.mlp, tokens, dtype, torch.get_float32_matmul_precision())
         if key not in self._rates:
-            dim, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+            dim, hidden = config.embed_dim, config.mlp_hidden
+            first = 2 * hidden if config.mlp == "swiglu" else hidden
             layers = []
-            for width, out in ((dim, 3 * dim), (dim, dim), (dim, hidden), (hidden, dim)):
+            for width, out in ((dim, 3 * dim), (dim, dim), (dim, first), (hidden, dim)):
                 layer = linear(width, out, bias=False, device=self.device, dtype=dtype).requires_grad_(False)
                 nn.init.normal_(layer.weight)
                 layers.append(layer)

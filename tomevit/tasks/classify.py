@@ -151,8 +151,7 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
     if find_spec("PIL") is None:
         raise ValueError("reading images needs Pillow: pip install pillow")
     config = card.config
-    if not config.num_classes:
-        raise ValueError(f"{card.full_name or 'the model'} has no head to classify with: {_with_head(card)}")
+    check_head(card)
     if config.in_chans not in (1, 3):
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
     r = check_schedule(card.r if r is None else r, config.depth)
@@ -162,6 +161,12 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
             f"r = {format_schedule(r)} merges nothing, and would be compared with itself: give an r such as {others}"
         )
     return r
+
+
+def check_head(card: Card) -> None:
+    """Raises ValueError, saying what to do, if a model has no head to classify with."""
+    if not card.config.num_classes:
+        raise ValueError(f"{card.full_name or 'the model'} has no head to classify with: {_with_head(card)}")
 
 
 class Tally:
@@ -238,7 +243,7 @@ def _with_head(card: Card) -> str:
     for other in others:
         if other.config.num_classes and other.sources:
             return f"take {other.full_name}, or another of tomevit list '{card.name}*' --weights"
-    return "give it one, with num_classes, and train it"
+    return "give it one, with num_classes, and train it; tomevit embed takes it as it is"
 
 
 class _Run(NamedTuple):

@@ -35,7 +35,7 @@ from tomevit.data import images, shards
 from tomevit.data.distributed import broadcast_from_rank0, fail_together, processes, require_same, wait_for_all
 from tomevit.data.images import Strings
 from tomevit.errors import join_with_or
-from tomevit.layers.pool import mean_patch
+from tomevit.layers.pool import mean_patch, token_beside_mean
 from tomevit.locks import hold_lock
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
@@ -47,7 +47,9 @@ from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
 from tomevit.transform import Transform, transform
 from tomevit.weights import checkpoint
 
-Pool = Literal["cls", "mean"]
+Pool = Literal["cls", "mean", "cls+mean", "map", "proj"]
+#: What a model without one of them lacks.
+LACKED = {"cls": "class token", "cls+mean": "class token", "map": "attention pooling", "proj": "projection"}
 
 #: A run over files has about so many parts; each is one batch at least, and so many images at most.
 PARTS, MOST = 1000, 8192
@@ -69,21 +71,20 @@ LISTED = 10_000
 def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..., Tensor]:
     """A function from images (B, C, H, W), and r if it is not to be the model's, to feature vectors (B, D).
 
-    They are what a head would read: pooled, behind the final norm, D = model.config.embed_dim. The function shares the
-    model's weights, and runs in evaluation mode.
+    They are what a head would read: pooled, behind the final norm; D is `width(model.config, pool)`. The function
+    shares the model's weights, and runs in evaluation mode.
 
     Args:
         model: any; it stays as it is.
         pool: "cls" for the class token, "mean" for the mean patch, in which a merged token counts as often as the
-            patches it stands for. None: what the model's head reads; of a distilled model the mean of its two tokens.
+            patches it stands for, "cls+mean" for the one beside the other, "map" for attention pooling, and "proj" for
+            what the projection makes of the pooled vector. None: what the model answers without a head; of a distilled
+            model the mean of its two tokens.
 
     Raises:
-        ValueError: there is no such pooling, or no class token.
+        ValueError: there is no such pooling, or not in this model.
     """
-    if pool not in (None, *get_args(Pool)):
-        raise ValueError(f"pool is {pool!r}, and must be {join_with_or(get_args(Pool))}")
-    if pool == "cls" and not model.config.class_token:
-        raise ValueError("this model has no class token: pool must be mean")
+    check_pool(pool, model.config)
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, weights).eval()
     twin.reset_classifier(0)
@@ -92,17 +93,51 @@ def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..
 
     def features(images: Tensor, r: Schedule | None = None) -> Tensor:
         tokens = twin.forward_features(images, r, trace=False)
-        pooled = tokens.x[:, 0] if pool == "cls" else mean_patch(tokens, twin.config.num_prefix)
-        return twin.fc_norm(pooled)
+        if pool == "map" and twin.attn_pool is not None:
+            return twin.fc_norm(twin.attn_pool(tokens))
+        if twin.config.pool == "token_avg" and pool == "cls+mean":
+            return twin.fc_norm(token_beside_mean(tokens, twin.config.num_prefix))
+        found = {"cls": tokens.x[:, 0], "mean": mean_patch(tokens, twin.config.num_prefix)}
+        return torch.cat([twin.fc_norm(found[name]) for name in found if name in str(pool).split("+")], -1)
 
     return features
 
 
+def check_pool(pool: Pool | None, config: Config) -> None:
+    """Raises ValueError unless there is such a pooling in models of this config."""
+    if pool not in (None, *get_args(Pool)):
+        raise ValueError(f"pool is {pool!r}, and must be {join_with_or(get_args(Pool))}")
+    if config.pool == "token_avg" and config.pool_norm == "after" and pool in ("cls", "mean"):
+        raise ValueError("this model norms its class token beside the mean patch: pool must be cls+mean")
+    there = {"cls": config.class_token, "mean": True, "cls+mean": config.class_token}
+    there |= {"map": config.pool == "map", "proj": config.proj_dim > 0}
+    if pool is not None and not there[pool]:
+        others = join_with_or([name for name in there if there[name]])
+        raise ValueError(f"this model has no {LACKED[pool]}: pool must be {others}")
+
+
 def pooling(config: Config) -> str:
-    """What a model's head reads, as `extractor` names it; of a distilled model "cls+dist"."""
+    """What a model answers without a head, as `extractor` names it; of a distilled model "cls+dist"."""
     if config.dist_token:
         return "cls+dist"
-    return "cls" if config.pool == "token" else "mean"
+    return (
+        "proj" if config.proj_dim else {"token": "cls", "avg": "mean", "token_avg": "cls+mean"}.get(config.pool, "map")
+    )
+
+
+def width(config: Config, pool: Pool | None = None) -> int:
+    """Numbers in a feature vector."""
+    name = pool or pooling(config)
+    return config.proj_dim if name == "proj" else config.embed_dim * (2 if name == "cls+mean" else 1)
+
+
+def is_compared_by_angle(config: Config, pool: Pool | None = None) -> bool:
+    """Whether vectors were trained to be compared by cosine, as those of towers that were trained beside texts are.
+
+    Those are what a model without a head answers, from a projection or attention pooling (CLIP, SigLIP, PE core).
+    """
+    name = pooling(config)
+    return not config.num_classes and name in ("proj", "map") and pool in (None, name)
 
 
 # ----------------------------------------------------------------------------------------------------------- the whole
@@ -124,7 +159,7 @@ def embed(
     *,
     r: Schedule | None = None,
     pool: Pool | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     dtype: torch.dtype = torch.float32,
     batch: int = 32,
     workers: int = 0,
@@ -147,7 +182,8 @@ def embed(
             OUT.parts until it is there.
         r: instead of the model's own.
         pool: as in `extractor`.
-        normalize: to unit length, so that a product of two vectors is the cosine of the angle between them.
+        normalize: to unit length, so that a product of two vectors is the cosine of the angle between them. None: if
+            the vectors were trained for that (`is_compared_by_angle`).
         dtype: of what is stored, float32 or float16.
         batch: images per call; but for rounding, no result depends on it.
         workers: processes that read images; 0: this one.
@@ -162,6 +198,7 @@ def embed(
         OSError: a file cannot be written.
     """
     device, out = model.device, Path(out)
+    normalize = is_compared_by_angle(model.config, pool) if normalize is None else normalize
     parts = out.with_name(f"{out.name}.parts")
 
     def check_all() -> tuple[Callable[..., Tensor], Data, bytes, dict[str, Any]]:
@@ -175,8 +212,9 @@ def embed(
 
     features, data, digests, settings = fail_together(check_all)
     require_same({**settings, "batch": batch})
-    width = model.config.embed_dim
-    vectors = partial(_vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width)
+    vectors = partial(
+        _vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width(model.config, pool)
+    )
     with ExitStack() as lock:
         size = broadcast_from_rank0(lambda: _begin(out, parts, settings, data, digests, batch, overwrite, lock))
         if size is None:
@@ -262,7 +300,7 @@ def run_settings(
     *,
     r: Schedule | None = None,
     pool: Pool | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     dtype: torch.dtype = torch.float32,
     upright: bool = False,
 ) -> dict[str, Any]:
@@ -283,9 +321,9 @@ def run_settings(
         "matching": matching if isinstance(matching, str) else f"{matching.__module__}.{matching.__qualname__}",
         "r": schedule_to_json(r),
         "pool": pool or pooling(model.config),
-        "normalize": normalize,
+        "normalize": is_compared_by_angle(model.config, pool) if normalize is None else normalize,
         "dtype": str(dtype).removeprefix("torch."),
-        "dim": model.config.embed_dim,
+        "dim": width(model.config, pool),
         "preprocess": asdict(model.card.preprocess),
         "upright": upright,
         "data": f"{len(data.names)} {'shards' if data.sharded else 'files'}, "

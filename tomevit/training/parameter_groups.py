@@ -16,8 +16,8 @@ def param_groups(
 
     As MAE and BEiT fine-tune (arXiv:2111.06377, table 9; arXiv:2106.08254; facebookresearch/mae, util/lr_decay.py):
     the learning rate falls by `layer_decay` from each layer to the one below it. The first is the patch embedding with
-    tokens and positions, then come the blocks, and the last are the final norm and the heads, or the decoder. Biases,
-    norms, LayerScale, tokens and positions do not decay.
+    tokens and positions, then come the blocks, and the last are the final norm, attention pooling, the projection and
+    the heads, or the decoder. Biases, norms, LayerScale, tokens and positions do not decay.
 
     Schedulers of torch's and timm's begin at each group's `lr`, which has its scale in it. A loop that sets all rates
     itself, as MAE's does, says `group["lr"] = lr * group["scale"]`.
@@ -66,7 +66,7 @@ def _layer(name: str, top: int) -> int:
     module, _, rest = name.removeprefix("encoder.").partition(".")
     if module == "blocks":
         return int(rest.partition(".")[0]) + 1
-    return top if module in ("norm", "fc_norm", "head", "head_dist", "decoder") else 0
+    return top if module in ("norm", "attn_pool", "fc_norm", "proj", "head", "head_dist", "decoder") else 0
 
 
 def _name(layer: int, top: int) -> str:

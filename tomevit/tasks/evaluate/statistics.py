@@ -91,8 +91,9 @@ class Verdict(NamedTuple):
 
 
 def published_accuracies(card: Card) -> list[Expected]:
-    """What a card has of its weights' accuracy."""
-    return [Expected(figure.r, figure.top1, figure.source) for figure in card.figures]
+    """What a card has of the accuracy of its own head, which may be a linear probe; not of k-NN, and not zero-shot."""
+    heads = ("head", "linear probe") if card.config.num_classes else ()
+    return [Expected(figure.r, figure.top1, figure.source) for figure in card.figures if figure.by in heads]
 
 
 def judge(rows: Iterable[Row], expected: Iterable[Expected]) -> list[Verdict]:

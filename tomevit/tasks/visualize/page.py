@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tomevit.config import Config
+from tomevit.config import POOLED, Config
 from tomevit.errors import printable
 from tomevit.flops import flops
 from tomevit.schedule import format_schedule
@@ -76,7 +76,7 @@ def _data(observation: Observation) -> dict[str, Any]:
     return {
         "setting": f"{name}, {width} × {height} pixels, {columns} × {rows} patches",
         "notes": " ".join(filter(None, notes)),
-        "reads": "" if config.pool == "token" else " The head reads the mean patch, not the class token.",
+        "reads": _reads(config),
         "size": [height, width],
         "grid": [rows, columns],
         "prefix": prefix,
@@ -84,6 +84,12 @@ def _data(observation: Observation) -> dict[str, Any]:
         "image": _image(observation.image),
         "runs": [_run(run) for run in observation.runs],
     }
+
+
+def _reads(config: Config) -> str:
+    """What the class token's attention does not show."""
+    aside = ", not the class token" if config.pool == "avg" else ""
+    return "" if config.pool == "token" else f" The head reads the {POOLED[config.pool]}{aside}."
 
 
 def _prefix(config: Config) -> list[str]:
