@@ -44,7 +44,7 @@ def families() -> dict[str, list[Card]]:
 
 def architectures(title: str) -> str:
     """Of a family: where it is defined, and a row for each architecture."""
-    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "parameters, M", "GFLOPs", "most r")
+    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "params, M", "GFLOPs", "most r")
     cards = families()[title]
     papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
     return f"{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}"
@@ -59,7 +59,7 @@ def _architecture(card: Card) -> Sequence[object]:
         config.num_tokens,
         f"{config.depth} × {config.embed_dim}".replace(" ", NO_BREAK),
         f"{sum(parameter.numel() for parameter in build_meta(config).parameters()) / 1e6:.2f}",
-        f"{tomevit.flops(config) / 1e9:.3g}",
+        f"{float(f'{tomevit.flops(config) / 1e9:.3g}'):g}",  # three digits, and no exponent
         default_r(card)[-1],
     )
 

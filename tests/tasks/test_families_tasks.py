@@ -143,7 +143,7 @@ def test_list_and_info_know_the_family(family: str, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["clip_tiny_xs16", "dinov2_s14_reg_518", "siglip_b16", "dinov3_s16plus", "pe_core_t16", "eva02_ti14"]
+    "name", ["clip_tiny_xs16", "dinov2_s14_518", "siglip_b16", "dinov3_s16plus", "pe_core_t16", "eva02_ti14"]
 )
 def test_timms_model_has_the_very_weights(name: str) -> None:
     card = tomevit.card(name)
