@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,15 +36,18 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], text: int = 
 # ---------------------------------------------------------------------------------------------------------------- zoo
 
 
-def architectures() -> str:
-    """A section for each family, with a row for each architecture."""
-    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "parameters, M", "GFLOPs", "most r")
-    sections = []
-    for title, family in groupby(map(zoo.architecture, tomevit.list_models()), key=lambda card: card.title):
-        cards = list(family)
-        papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
-        sections.append(f"## {title}\n{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}")
-    return "\n\n".join(sections)
+def families() -> dict[str, list[Card]]:
+    """The architectures of each family, by its title."""
+    cards = map(zoo.architecture, tomevit.list_models())
+    return {title: list(family) for title, family in groupby(cards, key=lambda card: card.title)}
+
+
+def architectures(title: str) -> str:
+    """Of a family: where it is defined, and a row for each architecture."""
+    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "params, M", "GFLOPs", "most r")
+    cards = families()[title]
+    papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
+    return f"{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}"
 
 
 def _architecture(card: Card) -> Sequence[object]:
@@ -55,7 +59,7 @@ def _architecture(card: Card) -> Sequence[object]:
         config.num_tokens,
         f"{config.depth} × {config.embed_dim}".replace(" ", NO_BREAK),
         f"{sum(parameter.numel() for parameter in build_meta(config).parameters()) / 1e6:.2f}",
-        f"{tomevit.flops(config) / 1e9:.3g}",
+        f"{float(f'{tomevit.flops(config) / 1e9:.3g}'):g}",  # three digits, and no exponent
         default_r(card)[-1],
     )
 
@@ -198,7 +202,7 @@ def _result(row: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "architectures": architectures,
+    **{f"architectures of {title}": partial(architectures, title) for title in families()},
     "published": published,
     "licences": licences,
     "commands": commands,

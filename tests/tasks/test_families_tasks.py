@@ -15,11 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
+from benchmarks.peers import timm  # noqa: F401 - which no torchvision keeps from being imported
 from tests.core.test_families import FAMILIES, each_family, images_for, model_of
 from tests.helpers import relative_error
 from tests.tasks.test_cli import run
 from tomevit.config import Figure
 from tomevit.layers import Merge
+from tomevit.measure.bench import timm_twin
 from tomevit.measure.bounds import Limits
 from tomevit.measure.defaults import default_r
 from tomevit.tasks.embed import extractor, pooling, width
@@ -138,6 +140,20 @@ def test_list_and_info_know_the_family(family: str, capsys: Any) -> None:
     status, out, _ = run(capsys, "info", name, "--r", "4")
     assert status == 0
     assert "tokens" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["clip_tiny_xs16", "dinov2_s14_518", "siglip_b16", "dinov3_s16plus", "pe_core_t16", "eva02_ti14"]
+)
+def test_timms_model_has_the_very_weights(name: str) -> None:
+    card = tomevit.card(name)
+    model = tomevit.create(name, img_size=2 * card.config.patch_size)
+    theirs, images = timm_twin(model), torch.randn(2, 3, *model.config.img_size)
+    with torch.inference_mode():
+        assert theirs.forward_features(images).shape == (2, model.config.num_tokens, model.config.embed_dim)
+    ours = {parameter.data_ptr() for parameter in model.parameters()}
+    shared = [parameter for parameter in theirs.parameters() if parameter.data_ptr() in ours]
+    assert len(shared) > 10 * model.config.depth
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

@@ -14,7 +14,7 @@ import copy
 import platform
 import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interva
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_to_json, token_counts
 from tomevit.version import __version__
+from tomevit.weights.formats import FORMATS
+from tomevit.weights.rules import from_native
 
 #: What can be asked for as a dtype: torch's, and the precision of float32 matrix products.
 PRECISIONS = {
@@ -134,7 +136,7 @@ def timm_twin(model: VisionTransformer) -> nn.Module:
         ValueError: timm is not installed, or does not have this model; the message says which.
     """
     card, config = model.card, model.config
-    if card.timm is None:
+    if not card.timm:
         raise ValueError(f"timm has no name for {card.name or 'this model'}")
     if find_spec("timm") is None:
         raise ValueError("timm is not installed: pip install timm")
@@ -142,17 +144,30 @@ def timm_twin(model: VisionTransformer) -> nn.Module:
         import timm
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
         raise ValueError(f"timm is installed and cannot be imported: {str(error).splitlines()[0]}") from error
-    with torch.device("meta"):
+    classes = config.num_classes or config.proj_dim  # a projection is a head there
+    # Its tables of rotations are no weights, and are made with the model.
+    with torch.device("meta" if config.rope is None else "cpu"):
         theirs: nn.Module = timm.create_model(
-            card.timm, img_size=config.img_size, num_classes=config.num_classes, in_chans=config.in_chans
+            card.timm, img_size=config.img_size, num_classes=classes, in_chans=config.in_chans
         )
     try:
-        theirs.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        theirs.load_state_dict(_named_for_timm(model, theirs.state_dict()), assign=True)
     except RuntimeError as error:
         raise ValueError(
             f"timm's {card.timm} has another architecture: {str(error).splitlines()[1].strip()}"
         ) from error
-    return theirs.eval()
+    return theirs.to(model.device).eval()
+
+
+def _named_for_timm(model: VisionTransformer, theirs: Collection[str]) -> dict[str, Tensor]:
+    """The weights under the names of timm's model: ours, or those of its other classes."""
+    tensors = model.state_dict(keep_vars=True)
+    for name in ("timm", "timm_clip", "timm_eva"):
+        with suppress(ValueError), torch.no_grad():  # the format has no place for some of them
+            renamed = from_native(FORMATS[name], tensors, model.config)
+            if renamed.keys() == set(theirs):
+                return renamed
+    return tensors
 
 
 # --------------------------------------------------------------------------------------------------------- comparison
