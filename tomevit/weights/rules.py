@@ -6,7 +6,8 @@ A checkpoint format is a table of rules. Each relates one native parameter to th
 
 `#` stands for a number and `*` for `weight` or `bias`, the same on both sides. Where the source keeps in several
 tensors what is one here, the rule names them in order. A layout says how values are arranged anew on the way in, and
-read backwards on the way out; nothing is ever computed, so a round trip is exact to the bit.
+read backwards on the way out; nothing is computed, so a round trip is exact to the bit. The one exception, a class
+token's position, is the format's word: see `Format.folds_class_position`.
 """
 
 from __future__ import annotations
@@ -167,8 +168,12 @@ class Format:
         resampling: the project's own way with positions.
         omissions: what is left out on the way in, and why.
         variant_of: the format that users name when they mean this one too.
-        fixed: fields of Config that models of this project always have: others cannot be written.
+        fixed: fields and properties of Config that models of this project always have: others cannot be written.
         beside_mean: whether a head may read the class token beside the mean patch.
+        folds_class_position: whether registers have no position there, nor then the class token, to which its own is
+            added when such a model is written.
+        layers: what the names of a block begin with where all blocks lie in one tensor, along its first dimension, and
+            where each has its own.
         num_heads: a tensor whose second dimension is the number of heads, where the format has one.
         container: what the project's own files are: "safetensors", "npz", "torch", or "torch:KEY" where the state dict
             lies under a key.
@@ -183,6 +188,8 @@ class Format:
     variant_of: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     beside_mean: bool = False
+    folds_class_position: bool = False
+    layers: tuple[str, str] | None = None
     num_heads: str | None = None
     container: str = "safetensors"
 
@@ -308,6 +315,8 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
                 f"{format.name} cannot hold this model: its {name} is {getattr(config, name)!r}, "
                 f"and models of that format have {value!r}"
             )
+    if format.folds_class_position and config.pos_embed_prefix == "class" and config.num_prefix > 1:
+        tensors = _fold_class_position(tensors)
     out, unknown = {}, []
     for native, tensor in tensors.items():
         for rule in format.rules:
@@ -327,6 +336,28 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
             if omission.like and (found := _regex(omission.like).fullmatch(native)):
                 out[_fill_in(omission.source, found.groups())] = tensor.new_zeros(len(tensor))
     return out
+
+
+def _fold_class_position(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The class token with its position, which the model adds before anything else: in float32 the same sum."""
+    cls, positions = tensors["cls_token"], tensors["pos_embed"]
+    return {**tensors, "cls_token": cls + positions[:, :1], "pos_embed": positions[:, 1:]}
+
+
+def unstack_layers(format: Format, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:  # noqa: A002
+    """Tensors that hold all blocks, taken apart: each block's, with the name of the tensor that it is a part of.
+
+    Args:
+        format: what the tensors are.
+        tensors: by the source's names.
+    """
+    whole, block = format.layers or ("", "")
+    return {
+        f"{block.replace('#', str(i))}{name.removeprefix(whole)}": (name, layer)
+        for name, tensor in tensors.items()
+        if whole and name.startswith(whole) and tensor.ndim
+        for i, layer in enumerate(tensor)
+    }
 
 
 def _match(rule: Rule, arranged: Mapping[str, Tensor]) -> bool:
