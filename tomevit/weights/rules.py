@@ -20,7 +20,7 @@ from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import EinopsError, rearrange
+from einops import EinopsError, rearrange, reduce
 from torch import Tensor
 
 from tomevit.config import Config
@@ -109,7 +109,8 @@ class Omission:
     source: str  # a pattern, in which a last `**` stands for anything
     reason: str
     zero: bool = False  # if all its values are 0: else the model computes with it, and is another than ours
-    like: str | None = None  # written as zeros, one for each row of this native parameter; None: not written
+    like: str | None = None  # written as zeros, for this native parameter, in the shape that the layout makes of it
+    layout: str = "o i -> o"
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,8 @@ class Format:
         omissions: what is left out on the way in, and why.
         variant_of: the format that users name when they mean this one too.
         fixed: fields and properties of Config that models of this project always have: others cannot be written.
+        always: native parameters that models of this project always have, by which it is told from others: models
+            without them cannot be written.
         beside_mean: whether a head may read the class token beside the mean patch.
         folds_class_position: whether registers have no position there, nor then the class token, to which its own is
             added when such a model is written.
@@ -187,6 +190,7 @@ class Format:
     omissions: tuple[Omission, ...] = ()
     variant_of: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
     beside_mean: bool = False
     folds_class_position: bool = False
     layers: tuple[str, str] | None = None
@@ -315,6 +319,8 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
                 f"{format.name} cannot hold this model: its {name} is {getattr(config, name)!r}, "
                 f"and models of that format have {value!r}"
             )
+    if missing := [name for name in format.always if not _has(tensors, name)]:
+        raise ValueError(f"{format.name} cannot hold this model: it has no {enumerate_names(missing)}")
     if format.folds_class_position and config.pos_embed_prefix == "class" and config.num_prefix > 1:
         tensors = _fold_class_position(tensors)
     out, unknown = {}, []
@@ -334,7 +340,8 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
     for omission in format.omissions:
         for native, tensor in tensors.items():
             if omission.like and (found := _regex(omission.like).fullmatch(native)):
-                out[_fill_in(omission.source, found.groups())] = tensor.new_zeros(len(tensor))
+                zeros = reduce(torch.zeros_like(tensor), omission.layout, "max")
+                out[_fill_in(omission.source, found.groups())] = zeros.contiguous()
     return out
 
 

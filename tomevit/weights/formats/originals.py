@@ -120,6 +120,7 @@ TORCHVISION_LINEAR = replace(
 
 # DINOv2 and DINOv3
 
+_DINOV2_HAS = (*VIT_HAS, "blocks.#.ls1.gamma", "mask_token", "pos_embed")
 DINOV2 = Format(
     name="dinov2",
     title="DINOv2 (facebookresearch/dinov2, dinov2/models/vision_transformer.py)",
@@ -132,10 +133,11 @@ DINOV2 = Format(
         Rule("blocks.#.mlp.fc1.*", "blocks.#.mlp.w12.*"),
         Rule("blocks.#.mlp.fc2.*", "blocks.#.mlp.w3.*"),
     ),
-    signatures=(Signature(has=(*VIT_HAS, "blocks.#.ls1.gamma", "mask_token"), lacks=("register_tokens",)),),
+    signatures=(Signature(has=_DINOV2_HAS, lacks=("register_tokens",)),),
     resampling=Resampling("bicubic", offset=0.1),  # interpolate_pos_encoding there
-    omissions=(Omission("mask_token", MASK_TOKEN),),
+    omissions=(Omission("mask_token", MASK_TOKEN, like="cls_token", layout="1 1 d -> 1 d"),),
     fixed={"norm_eps": 1e-6, "pool_norm": "before", "num_positions_prefix": 1},
+    always=("blocks.#.ls1.gamma",),
     beside_mean=True,
     container="torch",
 )
@@ -143,9 +145,10 @@ DINOV2_REG = replace(
     DINOV2,
     name="dinov2_reg",
     title="DINOv2 with registers, whose positions are resampled otherwise",
-    signatures=(Signature(has=(*VIT_HAS, "blocks.#.ls1.gamma", "mask_token", "register_tokens")),),
+    signatures=(Signature(has=(*_DINOV2_HAS, "register_tokens")),),
     resampling=Resampling("bicubic", antialias=True),
     variant_of="dinov2",
+    always=("reg_token", "blocks.#.ls1.gamma"),
 )
 
 DINOV3 = Format(
@@ -163,13 +166,14 @@ DINOV3 = Format(
     signatures=(Signature(has=("patch_embed.proj.weight", "storage_tokens", "blocks.#.attn.qkv.weight")),),
     resampling=BICUBIC,  # there is nothing to resample
     omissions=(
-        Omission("mask_token", MASK_TOKEN),
+        Omission("mask_token", MASK_TOKEN, like="cls_token", layout="1 1 d -> 1 d"),
         Omission("blocks.#.attn.qkv.bias", NO_BIAS, zero=True, like="blocks.#.attn.qkv.weight"),
         Omission("blocks.#.attn.qkv.bias_mask", NO_BIAS),
         Omission("rope_embed.periods", ROTATIONS),
         Omission("local_cls_norm.*", "it norms the class tokens of small crops in pre-training"),
     ),
-    fixed={"rope": "dinov3", "pos_embed": "none", "norm_eps": 1e-5, "pool_norm": "before"},
+    fixed={"rope": "dinov3", "pos_embed": "none", "norm_eps": 1e-5, "pool_norm": "before", "qkv_bias": False},
+    always=("reg_token", "blocks.#.ls1.gamma"),
     beside_mean=True,
     container="torch",
 )
@@ -205,7 +209,7 @@ EVA02 = Format(
         Omission("rope.freqs_**", ROTATIONS),
         Omission("blocks.#.attn.rope.freqs_**", ROTATIONS),
     ),
-    fixed={"rope": "eva", "norm_eps": 1e-6},
+    fixed={"rope": "eva", "norm_eps": 1e-6, "mlp": "swiglu", "mlp_norm": True, "qkv_bias": True},
     container="torch:module",
 )
 EVA02_SMALL = replace(
@@ -215,6 +219,7 @@ EVA02_SMALL = replace(
     rules=_eva(Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight"), "blocks.#.mlp.w12.*"),
     signatures=(Signature(has=(*VIT_HAS, "blocks.#.attn.q_bias", "blocks.#.mlp.w12.weight")),),
     variant_of="eva02",
+    fixed=EVA02.fixed | {"mlp_norm": False},
 )
 
 
@@ -246,6 +251,6 @@ OPEN_CLIP = Format(
     signatures=(Signature(has=("conv1.weight", "ln_pre.weight", "transformer.resblocks.#.attn.in_proj_weight")),),
     resampling=Resampling("bicubic", antialias=True),  # open_clip/model.py, resize_pos_embed
     omissions=(Omission("rope.freqs", ROTATIONS),),
-    fixed={"norm_eps": 1e-5, "pre_norm": True, "num_classes": 0},
+    fixed={"norm_eps": 1e-5, "pre_norm": True, "num_classes": 0, "qkv_bias": True},
     container="torch",
 )

@@ -45,9 +45,11 @@ TIMM_CLIP = replace(
     rules=(Rule("proj.weight", "head.weight"), *(rule for rule in TIMM.rules if rule.native != "head.*")),
     signatures=(Signature(has=(*VIT_HAS, "norm_pre.weight", "head.weight"), lacks=("blocks.#.gamma_1",)),),
     omissions=(Omission("head.bias", "a projection has none", zero=True, like="proj.weight"),),
+    always=("norm_pre.weight", "proj.weight"),
 )
 
-_SPLIT = {"mlp_norm": True}  # EVA-02 B and L
+_FUSED = {"rope": "eva", "mlp_norm": False}  # EVA-02 Ti and S
+_SPLIT = {"rope": "eva", "mlp_norm": True}  # EVA-02 B and L
 TIMM_EVA = Format(
     name="timm_eva",
     title="timm's Eva: EVA-02, DINOv3, Perception Encoder (huggingface/pytorch-image-models, timm/models/eva.py)",
@@ -58,12 +60,9 @@ TIMM_EVA = Format(
         *_ATTENTION_POOL,
         *same("blocks.#.mlp.fc2.* blocks.#.mlp.norm.*"),
         Rule("blocks.#.attn.qkv.*", "blocks.#.attn.qkv.*", when={"rope": "pe"}),
-        Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when={"mlp_norm": False}),
-        Rule(
-            "blocks.#.attn.qkv.bias",
-            ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"),
-            when={"rope": "eva", "mlp_norm": False},
-        ),
+        Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when={"rope": "dinov3"}),
+        Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when=_FUSED),
+        Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"), when=_FUSED),
         Rule("blocks.#.attn.qkv.weight", tuple(f"blocks.#.attn.{x}_proj.weight" for x in "qkv"), when=_SPLIT),
         Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_proj.bias", None, "blocks.#.attn.v_proj.bias"), when=_SPLIT),
         *(

@@ -97,53 +97,77 @@ def _transformers(
             )
 
 
-def _hf_towers() -> Iterator[Format]:
-    """The image towers of transformers' CLIP and SigLIP, with what stands beside them, and bare."""
+def _tower(start: str) -> tuple[Rule, ...]:
+    """What the image towers of CLIP and SigLIP share, but for the norm at the end."""
+    block = f"{start}encoder.layers.#"
+    return (
+        Rule("pos_embed", f"{start}embeddings.position_embedding.weight", "n d -> 1 n d"),
+        Rule("blocks.#.norm1.*", f"{block}.layer_norm1.*"),
+        Rule("blocks.#.attn.qkv.*", tuple(f"{block}.self_attn.{x}_proj.*" for x in "qkv")),
+        Rule("blocks.#.attn.proj.*", f"{block}.self_attn.out_proj.*"),
+        Rule("blocks.#.norm2.*", f"{block}.layer_norm2.*"),
+        Rule("blocks.#.mlp.fc1.*", f"{block}.mlp.fc1.*"),
+        Rule("blocks.#.mlp.fc2.*", f"{block}.mlp.fc2.*"),
+    )
+
+
+_BESIDE_TOWER = (
+    Omission("vision_model.embeddings.position_ids", "it counts from 0"),
+    Omission("embeddings.position_ids", "it counts from 0"),
+    *(Omission(name, TEXT) for name in ("text_model.**", "text_projection.weight", "logit_scale", "logit_bias")),
+)
+
+
+def _hf_clip() -> Iterator[Format]:
+    """The image tower of transformers' CLIP with what stands beside it, bare, and with a classifier."""
     for bare, start in (("", "vision_model."), ("_model", "")):
-        block = f"{start}encoder.layers.#"
-        layers = (
-            Rule("blocks.#.norm1.*", f"{block}.layer_norm1.*"),
-            Rule("blocks.#.attn.qkv.*", tuple(f"{block}.self_attn.{x}_proj.*" for x in "qkv")),
-            Rule("blocks.#.attn.proj.*", f"{block}.self_attn.out_proj.*"),
-            Rule("blocks.#.norm2.*", f"{block}.layer_norm2.*"),
-            Rule("blocks.#.mlp.fc1.*", f"{block}.mlp.fc1.*"),
-            Rule("blocks.#.mlp.fc2.*", f"{block}.mlp.fc2.*"),
-            Rule("norm.*", f"{start}post_layernorm.*"),
-            Rule("pos_embed", f"{start}embeddings.position_embedding.weight", "n d -> 1 n d"),
+        trunk = (
+            *_tower(start),
+            Rule("cls_token", f"{start}embeddings.class_embedding", "d -> 1 1 d"),
+            Rule("patch_embed.proj.weight", f"{start}embeddings.patch_embedding.weight"),
+            Rule("norm_pre.*", f"{start}pre_layrnorm.*"),
         )
-        omissions = (
-            Omission(f"{start}embeddings.position_ids", "it counts from 0"),
-            *(
-                Omission(name, TEXT)
-                for name in ("text_model.**", "text_projection.weight", "logit_scale", "logit_bias")
-            ),
-        )
+        norm = f"{start}post_layernorm.*"
+        has = (f"{start}embeddings.class_embedding", f"{start}encoder.layers.#.self_attn.q_proj.weight")
         clip = Format(
             name=f"hf_clip{bare}",
             title="transformers' CLIP (huggingface/transformers, models/clip/modeling_clip.py)",
-            rules=(
-                *layers,
-                Rule("cls_token", f"{start}embeddings.class_embedding", "d -> 1 1 d"),
-                Rule("patch_embed.proj.weight", f"{start}embeddings.patch_embedding.weight"),
-                Rule("norm_pre.*", f"{start}pre_layrnorm.*"),
-                *(() if bare else (Rule("proj.weight", "visual_projection.weight"), Rule("head.*", "classifier.*"))),
-            ),
-            signatures=(Signature(has=(f"{start}embeddings.class_embedding", f"{block}.self_attn.q_proj.weight")),),
-            resampling=BICUBIC,
-            omissions=omissions,
+            rules=(*trunk, Rule("norm.*", norm), *(() if bare else (Rule("proj.weight", "visual_projection.weight"),))),
+            signatures=(Signature(has=has, lacks=("classifier.weight",)),),
+            resampling=BICUBIC,  # interpolate_pos_encoding there
+            omissions=_BESIDE_TOWER,
             variant_of="hf_clip" if bare else None,
-            fixed={"pre_norm": True, "pool_norm": "before"},
+            fixed={"pre_norm": True, "pool": "token", "pool_norm": "before", "num_classes": 0, "qkv_bias": True},
         )
         yield clip
-        images = (*layers, Rule("patch_embed.proj.*", f"{start}embeddings.patch_embedding.*"))
-        has = (f"{start}embeddings.patch_embedding.bias", f"{block}.self_attn.q_proj.weight")
-        lacks = (f"{start}embeddings.class_embedding", "classifier.weight")
-        siglip = replace(
-            clip,
+        if not bare:
+            yield replace(
+                clip,
+                name="hf_clip_classifier",
+                title="transformers' CLIPForImageClassification, which reads the mean patch without a last norm",
+                rules=(*trunk, Rule("head.*", "classifier.*")),
+                signatures=(Signature(has=(*has, "classifier.weight")),),
+                omissions=(*_BESIDE_TOWER, Omission(norm, "the classifier reads tokens without it")),
+                variant_of="hf_clip",
+                fixed={"pre_norm": True, "pool": "avg", "pool_norm": "none"},
+            )
+
+
+def _hf_siglip() -> Iterator[Format]:
+    """The image tower of transformers' SigLIP with what stands beside it, bare, and with a classifier."""
+    for bare, start in (("", "vision_model."), ("_model", "")):
+        trunk = (
+            *_tower(start),
+            Rule("patch_embed.proj.*", f"{start}embeddings.patch_embedding.*"),
+            Rule("norm.*", f"{start}post_layernorm.*"),
+        )
+        has = (f"{start}embeddings.patch_embedding.bias", f"{start}encoder.layers.#.self_attn.q_proj.weight")
+        lacks = (f"{start}embeddings.class_embedding",)
+        siglip = Format(
             name=f"hf_siglip{bare}",
             title="transformers' SigLIP, of fixed size SigLIP 2 too (huggingface/transformers, models/siglip)",
             rules=(
-                *images,
+                *trunk,
                 Rule("attn_pool.latent", f"{start}head.probe"),
                 Rule("attn_pool.qkv.*", f"{start}head.attention.in_proj_*"),
                 Rule("attn_pool.proj.*", f"{start}head.attention.out_proj.*"),
@@ -151,9 +175,11 @@ def _hf_towers() -> Iterator[Format]:
                 Rule("attn_pool.mlp.fc1.*", f"{start}head.mlp.fc1.*"),
                 Rule("attn_pool.mlp.fc2.*", f"{start}head.mlp.fc2.*"),
             ),
-            signatures=(Signature(has=has, lacks=lacks),),
+            signatures=(Signature(has=has, lacks=(*lacks, "classifier.weight")),),
+            resampling=BICUBIC,  # interpolate_pos_encoding there
+            omissions=_BESIDE_TOWER,
             variant_of="hf_siglip" if bare else None,
-            fixed={"class_token": False, "pool_norm": "before", "num_classes": 0},
+            fixed={"class_token": False, "pool": "map", "pool_norm": "before", "num_classes": 0, "qkv_bias": True},
         )
         yield siglip
         if not bare:
@@ -161,9 +187,9 @@ def _hf_towers() -> Iterator[Format]:
                 siglip,
                 name="hf_siglip_classifier",
                 title="transformers' SiglipForImageClassification, which reads the mean patch",
-                rules=(*images, Rule("head.*", "classifier.*")),
-                signatures=(Signature(has=(*has, "classifier.weight"), lacks=lacks[:1]),),
-                omissions=(*omissions, Omission(f"{start}head.**", "the classifier reads the mean patch instead")),
+                rules=(*trunk, Rule("head.*", "classifier.*")),
+                signatures=(Signature(has=(*has, "classifier.weight"), lacks=lacks),),
+                omissions=(*_BESIDE_TOWER, Omission(f"{start}head.**", "the classifier reads the mean patch instead")),
                 variant_of="hf_siglip",
                 fixed={"class_token": False, "pool_norm": "before", "pool": "avg"},
             )
@@ -215,9 +241,12 @@ def _hf_dinov2() -> Iterator[Format]:
                     ),
                     signatures=(Signature((*has, register)) if registers else Signature(has, lacks=(register,)),),
                     resampling=Resampling("bicubic", antialias=registers),  # interpolate_pos_encoding there
-                    omissions=(Omission(f"{embeddings}.mask_token", MASK_TOKEN),),
+                    omissions=(
+                        Omission(f"{embeddings}.mask_token", MASK_TOKEN, like="cls_token", layout="1 1 d -> 1 d"),
+                    ),
                     variant_of="hf_dinov2" if bare or suffix or registers else None,
                     fixed={"pool_norm": "before", "norm_eps": 1e-6, "num_positions_prefix": 1},
+                    always=("blocks.#.ls1.gamma", *(("reg_token",) if registers else ())),
                     beside_mean=True,
                 )
 
@@ -248,14 +277,22 @@ def _hf_dinov3() -> Iterator[Format]:
             signatures=(Signature(has=("embeddings.register_tokens", f"{block}.attention.o_proj.weight")),),
             resampling=BICUBIC,  # there is nothing to resample
             omissions=(
-                Omission("embeddings.mask_token", MASK_TOKEN),
+                Omission("embeddings.mask_token", MASK_TOKEN, like="cls_token", layout="a b d -> a b d"),
                 *(
                     Omission(f"{block}.attention.{x}_proj.bias", NO_BIAS, zero=True, like="blocks.#.attn.proj.weight")
                     for x in "qv"
                 ),
             ),
             variant_of="hf_dinov3" if suffix else None,
-            fixed={"rope": "dinov3", "pos_embed": "none", "norm_eps": 1e-5, "pool_norm": "before", "num_classes": 0},
+            fixed={
+                "rope": "dinov3",
+                "pos_embed": "none",
+                "norm_eps": 1e-5,
+                "qkv_bias": False,
+                "pool_norm": "before",
+                "num_classes": 0,
+            },
+            always=("reg_token", "blocks.#.ls1.gamma"),
         )
 
 
@@ -288,7 +325,8 @@ FORMATS = (
         "vit.",
         decoder=True,
     ),
-    *_hf_towers(),
+    *_hf_clip(),
+    *_hf_siglip(),
     *_hf_dinov2(),
     *_hf_dinov3(),
 )
