@@ -18,6 +18,10 @@ from tomevit.config import Config
 Shape = tuple[int, ...]
 
 
+class Zeros(tuple[int, ...]):
+    """The shape of what is 0 in every file."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What shapes depend on."""
@@ -29,13 +33,19 @@ class Sizes:
     positions: int  # prefix included
     hidden: int
     classes: int
+    proj: int
 
 
 def sizes(config: Config) -> Sizes:
-    positions = config.num_tokens if config.pos_embed_prefix else config.num_patches
-    hidden = int(config.embed_dim * config.mlp_ratio)
     return Sizes(
-        config.embed_dim, config.depth, config.num_heads, config.patch_size, positions, hidden, config.num_classes
+        config.embed_dim,
+        config.depth,
+        config.num_heads,
+        config.patch_size,
+        config.num_positions,
+        config.mlp_hidden,
+        config.num_classes,
+        config.proj_dim,
     )
 
 
@@ -247,11 +257,322 @@ def bare_mae_v5(s: Sizes) -> dict[str, Shape]:
     return transformers(s, "", v5=True)
 
 
+# ----------------------------------------------------------------------------- DINOv2, DINOv3, CLIP, SigLIP, PE, EVA-02
+
+
+def without(shapes: dict[str, Shape], *parts: str) -> dict[str, Shape]:
+    """Those whose names have none of some parts."""
+    return {name: shape for name, shape in shapes.items() if not any(part in name for part in parts)}
+
+
+def under(prefix: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    return {f"{prefix}{name}": shape for name, shape in shapes.items()}
+
+
+def each_block(s: Sizes, name: str, shapes: dict[str, Shape]) -> dict[str, Shape]:
+    return {f"{name}.{i}.{part}": shape for i in range(s.depth) for part, shape in shapes.items()}
+
+
+def linear_head(s: Sizes, name: str = "head", inputs: int = 1) -> dict[str, Shape]:
+    return linear(name, s.classes, inputs * s.dim) if s.classes else {}
+
+
+def text_tower(start: str) -> dict[str, Shape]:
+    return under(start, norm("encoder.layers.0.layer_norm1", 16) | {"embeddings.token_embedding.weight": (50, 16)})
+
+
+def dinov2(s: Sizes) -> dict[str, Shape]:
+    start: dict[str, Shape] = {"mask_token": (1, s.dim)}
+    scales: dict[str, Shape] = {"ls1.gamma": (s.dim,), "ls2.gamma": (s.dim,)}
+    return start | encoder(s) | norm("norm", s.dim) | each_block(s, "blocks", scales) | linear_head(s, inputs=2)
+
+
+def gated(s: Sizes, fc1: tuple[str, ...], fc2: str) -> dict[str, Shape]:
+    layers: dict[str, Shape] = {}
+    for name in fc1:
+        layers |= linear(f"mlp.{name}", 2 * s.hidden // len(fc1), s.dim)
+    return each_block(s, "blocks", layers | linear(f"mlp.{fc2}", s.dim, s.hidden))
+
+
+def dinov2_giant(s: Sizes) -> dict[str, Shape]:
+    return without(dinov2(s), ".mlp.") | gated(s, ("w12",), "w3")
+
+
+def dinov2_reg(s: Sizes) -> dict[str, Shape]:
+    return dinov2(s) | {"register_tokens": (1, 4, s.dim)}
+
+
+def timm_dinov2_reg(s: Sizes) -> dict[str, Shape]:
+    return without(dinov2(s), "mask_token") | {"reg_token": (1, 4, s.dim)}
+
+
+def timm_dinov2_giant(s: Sizes) -> dict[str, Shape]:
+    return without(dinov2(s), "mask_token", ".mlp.") | gated(s, ("fc1",), "fc2")
+
+
+def dinov3(s: Sizes) -> dict[str, Shape]:
+    bias: dict[str, Shape] = {"attn.qkv.bias": Zeros((3 * s.dim,)), "attn.qkv.bias_mask": (3 * s.dim,)}
+    start: dict[str, Shape] = {"storage_tokens": (1, 4, s.dim), "rope_embed.periods": (s.dim // s.heads // 4,)}
+    shapes = without(dinov2(s), "pos_embed", "qkv.bias") | each_block(s, "blocks", bias)
+    return start | shapes | norm("local_cls_norm", s.dim)
+
+
+def dinov3_gated(s: Sizes) -> dict[str, Shape]:
+    return without(dinov3(s), ".mlp.") | gated(s, ("w1", "w2"), "w3")
+
+
+def timm_gammas(s: Sizes) -> dict[str, Shape]:
+    return each_block(s, "blocks", {"gamma_1": (s.dim,), "gamma_2": (s.dim,)})
+
+
+def timm_dinov3(s: Sizes) -> dict[str, Shape]:
+    start: dict[str, Shape] = {"reg_token": (1, 4, s.dim)}
+    return start | without(encoder(s), "pos_embed", "qkv.bias") | norm("norm", s.dim) | timm_gammas(s) | linear_head(s)
+
+
+def timm_dinov3_gated(s: Sizes) -> dict[str, Shape]:
+    return without(timm_dinov3(s), ".mlp.") | gated(s, ("fc1_g", "fc1_x"), "fc2")
+
+
+def eva02_small(s: Sizes) -> dict[str, Shape]:
+    biases: dict[str, Shape] = {"attn.q_bias": (s.dim,), "attn.v_bias": (s.dim,)}
+    shapes = without(encoder(s), ".mlp.", "qkv.bias") | each_block(s, "blocks", biases) | gated(s, ("w12",), "w3")
+    return shapes | norm("fc_norm", s.dim) | linear_head(s) | {"rope.freqs_cos": (16, s.dim // s.heads)}
+
+
+def eva02(s: Sizes) -> dict[str, Shape]:
+    layers: dict[str, Shape] = {f"attn.{part}_proj.weight": (s.dim, s.dim) for part in "qkv"}
+    shapes = without(eva02_small(s), ".mlp.", "qkv.") | gated(s, ("w1", "w2"), "w3")
+    return shapes | each_block(s, "blocks", layers | norm("mlp.ffn_ln", s.hidden))
+
+
+def timm_eva02_small(s: Sizes) -> dict[str, Shape]:
+    return without(eva02_small(s), ".mlp.", "rope.") | gated(s, ("fc1",), "fc2")
+
+
+def timm_eva02(s: Sizes) -> dict[str, Shape]:
+    layers: dict[str, Shape] = {f"attn.{part}_proj.weight": (s.dim, s.dim) for part in "qkv"}
+    layers |= {"attn.q_proj.bias": (s.dim,), "attn.v_proj.bias": (s.dim,)}
+    shapes = without(eva02_small(s), ".mlp.", "rope.", "qkv.", "q_bias", "v_bias") | gated(s, ("fc1_g", "fc1_x"), "fc2")
+    return shapes | each_block(s, "blocks", layers | norm("mlp.norm", s.hidden))
+
+
+def timm_clip_finetuned(s: Sizes) -> dict[str, Shape]:
+    return without(encoder(s), "patch_embed.proj.bias") | norm("norm_pre", s.dim) | norm("norm", s.dim) | linear_head(s)
+
+
+def timm_clip(s: Sizes) -> dict[str, Shape]:
+    return timm_clip_finetuned(s) | {"head.weight": (s.proj, s.dim), "head.bias": Zeros((s.proj,))}
+
+
+def timm_attention_pool(s: Sizes) -> dict[str, Shape]:
+    out: dict[str, Shape] = {"latent": (1, 1, s.dim)} | linear("q", s.dim, s.dim) | linear("kv", 2 * s.dim, s.dim)
+    out |= linear("proj", s.dim, s.dim) | norm("norm", s.dim)
+    return under("attn_pool.", out | linear("mlp.fc1", s.hidden, s.dim) | linear("mlp.fc2", s.dim, s.hidden))
+
+
+def timm_siglip(s: Sizes) -> dict[str, Shape]:
+    return without(encoder(s), "cls_token") | norm("norm", s.dim) | timm_attention_pool(s)
+
+
+def timm_pe_core(s: Sizes) -> dict[str, Shape]:
+    return timm_clip(s) | timm_attention_pool(s)
+
+
+def timm_pe_lang(s: Sizes) -> dict[str, Shape]:
+    return without(encoder(s), "patch_embed.proj.bias") | norm("norm_pre", s.dim) | timm_gammas(s)
+
+
+def open_clip(s: Sizes) -> dict[str, Shape]:
+    out: dict[str, Shape] = {
+        "class_embedding": (s.dim,),
+        "positional_embedding": (s.positions, s.dim),
+        "conv1.weight": (s.dim, 3, s.patch, s.patch),
+        "proj": (s.dim, s.proj),
+    }
+    block: dict[str, Shape] = {"attn.in_proj_weight": (3 * s.dim, s.dim), "attn.in_proj_bias": (3 * s.dim,)}
+    block |= linear("attn.out_proj", s.dim, s.dim) | norm("ln_1", s.dim) | norm("ln_2", s.dim)
+    block |= linear("mlp.c_fc", s.hidden, s.dim) | linear("mlp.c_proj", s.dim, s.hidden)
+    return out | norm("ln_pre", s.dim) | norm("ln_post", s.dim) | each_block(s, "transformer.resblocks", block)
+
+
+def pe_core(s: Sizes) -> dict[str, Shape]:
+    pool: dict[str, Shape] = {"probe": (1, 1, s.dim)} | norm("layernorm", s.dim) | linear("attn.out_proj", s.dim, s.dim)
+    pool |= {"attn.in_proj_weight": (3 * s.dim, s.dim), "attn.in_proj_bias": (3 * s.dim,)}
+    pool |= linear("mlp.c_fc", s.hidden, s.dim) | linear("mlp.c_proj", s.dim, s.hidden)
+    return open_clip(s) | under("attn_pool.", pool)
+
+
+def pe_lang(s: Sizes) -> dict[str, Shape]:
+    scales: dict[str, Shape] = {"ls_1.gamma": (s.dim,), "ls_2.gamma": (s.dim,)}
+    return {
+        name: shape for name, shape in open_clip(s).items() if name != "proj" and "ln_post" not in name
+    } | each_block(s, "transformer.resblocks", scales)
+
+
+def hf_tower(s: Sizes, start: str) -> dict[str, Shape]:
+    layer = norm("layer_norm1", s.dim) | norm("layer_norm2", s.dim)
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        layer |= linear(f"self_attn.{part}", s.dim, s.dim)
+    layer |= linear("mlp.fc1", s.hidden, s.dim) | linear("mlp.fc2", s.dim, s.hidden)
+    out = each_block(s, "encoder.layers", layer) | norm("post_layernorm", s.dim)
+    return under(start, out | {"embeddings.position_embedding.weight": (s.positions, s.dim)})
+
+
+def hf_clip_model(s: Sizes, start: str = "") -> dict[str, Shape]:
+    out: dict[str, Shape] = {
+        "embeddings.class_embedding": (s.dim,),
+        "embeddings.patch_embedding.weight": (s.dim, 3, s.patch, s.patch),
+    }
+    return hf_tower(s, start) | under(start, out | norm("pre_layrnorm", s.dim))
+
+
+def hf_clip(s: Sizes) -> dict[str, Shape]:
+    beside: dict[str, Shape] = {"text_projection.weight": (s.proj, 16), "logit_scale": ()}
+    towers = hf_clip_model(s, "vision_model.") | text_tower("text_model.")
+    return towers | beside | {"visual_projection.weight": (s.proj, s.dim)}
+
+
+def hf_clip_classifier(s: Sizes) -> dict[str, Shape]:
+    return hf_clip_model(s, "vision_model.") | linear("classifier", s.classes, s.dim)
+
+
+def hf_siglip_model(s: Sizes, start: str = "") -> dict[str, Shape]:
+    pool: dict[str, Shape] = {
+        "probe": (1, 1, s.dim),
+        "attention.in_proj_weight": (3 * s.dim, s.dim),
+        "attention.in_proj_bias": (3 * s.dim,),
+    }
+    pool |= linear("attention.out_proj", s.dim, s.dim) | norm("layernorm", s.dim)
+    pool |= linear("mlp.fc1", s.hidden, s.dim) | linear("mlp.fc2", s.dim, s.hidden)
+    return hf_tower(s, start) | under(start, conv("embeddings.patch_embedding", s) | under("head.", pool))
+
+
+def hf_siglip(s: Sizes) -> dict[str, Shape]:
+    beside: dict[str, Shape] = {"logit_scale": (1,), "logit_bias": (1,)}
+    return hf_siglip_model(s, "vision_model.") | text_tower("text_model.") | beside
+
+
+def hf_siglip_classifier(s: Sizes) -> dict[str, Shape]:
+    return hf_siglip_model(s, "vision_model.") | linear("classifier", s.classes, s.dim)
+
+
+def hf_dinov2_any(s: Sizes, start: str, *, v5: bool, registers: bool) -> dict[str, Shape]:
+    embeddings: dict[str, Shape] = {
+        "cls_token": (1, 1, s.dim),
+        "mask_token": (1, s.dim),
+        "position_embeddings": (1, s.positions, s.dim),
+    }
+    embeddings |= {"register_tokens": (1, 4, s.dim)} if registers else {}
+    layer: dict[str, Shape] = {f"layer_scale{i}.lambda1": (s.dim,) for i in (1, 2)}
+    layer |= norm("norm1", s.dim) | norm("norm2", s.dim)
+    for short, long in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
+        layer |= linear(f"attention.{short}" if v5 else f"attention.attention.{long}", s.dim, s.dim)
+    layer |= linear("attention.o_proj" if v5 else "attention.output.dense", s.dim, s.dim)
+    layer |= linear("mlp.fc1", s.hidden, s.dim) | linear("mlp.fc2", s.dim, s.hidden)
+    out = under("embeddings.", embeddings | conv("patch_embeddings.projection", s))
+    out |= each_block(s, "encoder.layer", layer) | norm("layernorm", s.dim)
+    return under(start, out) | linear_head(s, "classifier", 2)
+
+
+def hf_dinov2(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "dinov2.", v5=False, registers=False)
+
+
+def hf_dinov2_v5(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "dinov2.", v5=True, registers=False)
+
+
+def hf_dinov2_model(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "", v5=False, registers=False)
+
+
+def hf_dinov2_model_v5(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "", v5=True, registers=False)
+
+
+def hf_dinov2_reg(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "dinov2_with_registers.", v5=False, registers=True)
+
+
+def hf_dinov2_reg_v5(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "dinov2_with_registers.", v5=True, registers=True)
+
+
+def hf_dinov2_reg_model(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "", v5=False, registers=True)
+
+
+def hf_dinov2_reg_model_v5(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov2_any(s, "", v5=True, registers=True)
+
+
+def hf_dinov2_giant(s: Sizes) -> dict[str, Shape]:
+    layer = linear("mlp.weights_in", 2 * s.hidden, s.dim) | linear("mlp.weights_out", s.dim, s.hidden)
+    return without(hf_dinov2_model(s), ".mlp.") | each_block(s, "encoder.layer", layer)
+
+
+def hf_dinov2_giant_v5(s: Sizes) -> dict[str, Shape]:
+    layer = linear("mlp.gate_proj", s.hidden, s.dim) | linear("mlp.up_proj", s.hidden, s.dim)
+    layer |= linear("mlp.down_proj", s.dim, s.hidden)
+    return without(hf_dinov2_model_v5(s), ".mlp.") | each_block(s, "encoder.layer", layer)
+
+
+def hf_dinov3(s: Sizes, block: str = "layer") -> dict[str, Shape]:
+    embeddings: dict[str, Shape] = {
+        "cls_token": (1, 1, s.dim),
+        "mask_token": (1, 1, s.dim),
+        "register_tokens": (1, 4, s.dim),
+    }
+    layer: dict[str, Shape] = {f"layer_scale{i}.lambda1": (s.dim,) for i in (1, 2)}
+    layer |= norm("norm1", s.dim) | norm("norm2", s.dim) | linear("attention.o_proj", s.dim, s.dim)
+    layer |= {f"attention.{part}_proj.weight": (s.dim, s.dim) for part in "qkv"}
+    layer |= {f"attention.{part}_proj.bias": Zeros((s.dim,)) for part in "qv"}
+    layer |= linear("mlp.up_proj", s.hidden, s.dim) | linear("mlp.down_proj", s.dim, s.hidden)
+    out = under("embeddings.", embeddings | conv("patch_embeddings", s))
+    return out | each_block(s, block, layer) | norm("norm", s.dim)
+
+
+def hf_dinov3_v5(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov3(s, "model.layer")
+
+
+def hf_dinov3_gated(s: Sizes) -> dict[str, Shape]:
+    return hf_dinov3(s) | each_block(s, "layer", linear("mlp.gate_proj", s.hidden, s.dim))
+
+
+def big_vision_siglip(s: Sizes) -> dict[str, Shape]:
+    per_head = (s.heads, s.dim // s.heads)
+    attention, mlp = "MultiHeadDotProductAttention_0", "MlpBlock_0"
+    pool: dict[str, Shape] = {"probe": (1, 1, s.dim), "LayerNorm_0/scale": (s.dim,), "LayerNorm_0/bias": (s.dim,)}
+    for part in ("query", "key", "value"):
+        pool |= {f"{attention}/{part}/kernel": (s.dim, *per_head), f"{attention}/{part}/bias": per_head}
+    pool |= {f"{attention}/out/kernel": (*per_head, s.dim), f"{attention}/out/bias": (s.dim,)}
+    pool |= {f"{mlp}/Dense_0/kernel": (s.dim, s.hidden), f"{mlp}/Dense_0/bias": (s.hidden,)}
+    pool |= {f"{mlp}/Dense_1/kernel": (s.hidden, s.dim), f"{mlp}/Dense_1/bias": (s.dim,)}
+    return {name: shape for name, shape in big_vision(s).items() if name != "cls"} | under("MAPHead_0/", pool)
+
+
 SMALL: dict[str, Any] = {"img_size": (32, 32), "patch_size": 8, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
 NO_HEAD = SMALL | {"num_classes": 0}
 POOLED = SMALL | {"pool": "avg", "pool_norm": "after"}
 DIST = SMALL | {"dist_token": True}
 SCALED = SMALL | {"layer_scale": 1e-6, "pos_embed_prefix": False}
+BESIDE_MEAN = SMALL | {"layer_scale": 1.0, "pool": "token_avg"}
+DINOV2 = NO_HEAD | {"layer_scale": 1.0}
+GIANT = DINOV2 | {"mlp": "swiglu"}
+REGISTERS = {"reg_tokens": 4, "pos_embed_prefix": "class"}
+DINOV3 = NO_HEAD | {"layer_scale": 1e-5, "reg_tokens": 4, "pos_embed": "none", "rope": "dinov3"}
+DINOV3 |= {"norm_eps": 1e-5, "qkv_bias": False}
+EVA02 = POOLED | {"rope": "eva", "mlp": "swiglu"}
+EVA02_LARGE = EVA02 | {"mlp_norm": True}
+CLIP = NO_HEAD | {"pre_norm": True, "norm_eps": 1e-5, "proj_dim": 10}
+CLIP_CLASSIFIER = SMALL | {"pre_norm": True, "norm_eps": 1e-5}
+SIGLIP = NO_HEAD | {"class_token": False, "pool": "map"}
+PE_CORE = CLIP | {"rope": "pe", "pool": "map", "pool_heads": 8}
+PE_LANG = CLIP | {"rope": "pe", "pool": "avg", "pool_norm": "none", "proj_dim": 0, "layer_scale": 0.1}
+TEXT = ("text_model.", "text_projection.", "logit_")
+DINOV3_BESIDE = ("mask_token", "rope_embed.", "local_cls_norm.", *(f"blocks.{i}.attn.qkv.bias_mask" for i in range(32)))
 
 #: Every format: the key list, the config (depth excepted), and what of the list our models have no place for.
 FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any], tuple[str, ...]]]] = {
@@ -262,6 +583,18 @@ FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any
         (mae_finetuned, POOLED, ()),
         (mae_encoder, NO_HEAD, ()),
         (timm_in21k, SMALL | {"num_classes": 0, "classes": 5}, ("pre_logits.", "head.")),
+        (timm_clip_finetuned, CLIP_CLASSIFIER, ()),
+        (timm_dinov2_reg, DINOV2 | {"reg_tokens": 4, "pos_embed_prefix": False}, ()),
+        (timm_dinov2_giant, GIANT, ()),
+        (timm_siglip, SIGLIP, ()),
+    ],
+    "timm_clip": [(timm_clip, CLIP, ()), (timm_pe_core, PE_CORE, ())],
+    "timm_eva": [
+        (timm_dinov3, DINOV3, ()),
+        (timm_dinov3_gated, DINOV3 | {"mlp": "swiglu"}, ()),
+        (timm_pe_lang, PE_LANG, ()),
+        (timm_eva02_small, EVA02, ()),
+        (timm_eva02, EVA02_LARGE, ()),
     ],
     "deit": [(deit, SMALL, ()), (deit_distilled, DIST, ())],
     "deit3": [(deit3, SCALED, ())],
@@ -273,7 +606,44 @@ FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any
         (vit_jax, SMALL, ()),
         (vit_jax_in21k, SMALL | {"num_classes": 0, "classes": 5}, ("pre_logits/", "head/")),
     ],
-    "big_vision": [(big_vision, SMALL, ())],
+    "big_vision": [(big_vision, SMALL, ()), (big_vision_siglip, SIGLIP, ())],
+    "dinov2": [(dinov2, DINOV2, ("mask_token",)), (dinov2_giant, GIANT, ("mask_token",))],
+    "dinov2_reg": [(dinov2_reg, DINOV2 | REGISTERS, ("mask_token",))],
+    "dinov3": [(dinov3, DINOV3, DINOV3_BESIDE), (dinov3_gated, DINOV3 | {"mlp": "swiglu"}, DINOV3_BESIDE)],
+    "eva02": [(eva02, EVA02_LARGE, ("rope.",))],
+    "eva02_small": [(eva02_small, EVA02, ("rope.",))],
+    "open_clip": [(open_clip, CLIP, ()), (pe_core, PE_CORE, ()), (pe_lang, PE_LANG, ())],
+    "hf_clip": [(hf_clip, CLIP, TEXT)],
+    "hf_clip_classifier": [
+        (hf_clip_classifier, CLIP_CLASSIFIER | {"pool": "avg", "pool_norm": "none"}, ("vision_model.post_layernorm.",))
+    ],
+    "hf_clip_model": [(hf_clip_model, CLIP | {"proj_dim": 0}, ())],
+    "hf_siglip": [(hf_siglip, SIGLIP, TEXT)],
+    "hf_siglip_model": [(hf_siglip_model, SIGLIP, ())],
+    "hf_siglip_classifier": [
+        (hf_siglip_classifier, SMALL | {"class_token": False, "pool": "avg"}, ("vision_model.head.",))
+    ],
+    "hf_dinov2": [(hf_dinov2, BESIDE_MEAN, ("dinov2.embeddings.mask",))],
+    "hf_dinov2_v5": [(hf_dinov2_v5, BESIDE_MEAN, ("dinov2.embeddings.mask",))],
+    "hf_dinov2_model": [
+        (hf_dinov2_model, DINOV2, ("embeddings.mask",)),
+        (hf_dinov2_giant, GIANT, ("embeddings.mask",)),
+    ],
+    "hf_dinov2_model_v5": [
+        (hf_dinov2_model_v5, DINOV2, ("embeddings.mask",)),
+        (hf_dinov2_giant_v5, GIANT, ("embeddings.mask",)),
+    ],
+    "hf_dinov2_with_registers": [(hf_dinov2_reg, BESIDE_MEAN | REGISTERS, ("dinov2_with_registers.embeddings.mask",))],
+    "hf_dinov2_with_registers_v5": [
+        (hf_dinov2_reg_v5, BESIDE_MEAN | REGISTERS, ("dinov2_with_registers.embeddings.mask",))
+    ],
+    "hf_dinov2_with_registers_model": [(hf_dinov2_reg_model, DINOV2 | REGISTERS, ("embeddings.mask",))],
+    "hf_dinov2_with_registers_model_v5": [(hf_dinov2_reg_model_v5, DINOV2 | REGISTERS, ("embeddings.mask",))],
+    "hf_dinov3": [
+        (hf_dinov3, DINOV3, ("embeddings.mask",)),
+        (hf_dinov3_gated, DINOV3 | {"mlp": "swiglu"}, ("embeddings.mask",)),
+    ],
+    "hf_dinov3_v5": [(hf_dinov3_v5, DINOV3, ("embeddings.mask",))],
     "hf_vit": [(hf_vit, SMALL, ())],
     "hf_vit_v5": [(hf_vit_v5, SMALL, ())],
     "hf_vit_model": [(hf_vit_model, NO_HEAD, ("pooler.",))],
@@ -311,6 +681,9 @@ def fill(shapes: dict[str, Shape], *, dtype: torch.dtype = torch.float32, seed: 
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for name, shape in shapes.items():
+        if isinstance(shape, Zeros) or not shape:
+            out[name] = torch.zeros(shape, dtype=dtype)
+            continue
         scale = (
             0.2
             if len(shape) == 1

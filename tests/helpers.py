@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tomevit.config import Config
-from tomevit.models import VisionTransformer, build
+from tomevit.config import Card, Config
+from tomevit.models import VisionTransformer, build, build_meta
 from tomevit.schedule import Schedule
+from tomevit.weights import rules
+from tomevit.weights.formats import FORMATS
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -50,3 +52,26 @@ def images_for(model: VisionTransformer, batch: int = 3, *, seed: int = 1, dtype
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, model.config.in_chans, *model.config.img_size, generator=generator)
     return images.to(dtype or model.dtype)
+
+
+def format_of_timms(card: Card) -> str:
+    """The format in which timm publishes a card's weights: how it names the parameters of that model."""
+    return next(source.format for source in card.sources if (source.hub or "").startswith("timm/"))
+
+
+def timms_shapes(config: Config, form: str) -> dict[str, torch.Size]:
+    """What a model's parameters are called in a format, with their shapes; without memory for the large ones."""
+    ours = build_meta(config).state_dict()
+    # What a format has no place for must be 0, which meta tensors cannot tell: all of that has one dimension.
+    ours = {name: x if x.ndim > 1 else torch.zeros(x.shape) for name, x in ours.items()}
+    return {name: x.shape for name, x in rules.from_native(FORMATS[form], ours, config).items()}
+
+
+def is_prepared_as_timm_does(card: Card) -> bool:
+    """Whether a card follows timm's cfg: towers that embed images are prepared as their own projects do it.
+
+    Of CLIP, SigLIP, DINOv3 and the Perception Encoder, timm's cfg has other interpolations and crops; their fine-tuned
+    classifiers are timm's work. DINOv2's at 224 pixels are timm's of 518, resampled.
+    """
+    own = card.title in ("CLIP", "SigLIP", "SigLIP 2", "DINOv3", "Perception Encoder") and not card.config.num_classes
+    return not own and not (card.title == "DINOv2" and card.config.img_size == (224, 224))

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from benchmarks.peers import timm
-from tests.helpers import images_for, randomise, relative_error, tiny
+from tests.helpers import (
+    format_of_timms,
+    images_for,
+    is_prepared_as_timm_does,
+    randomise,
+    relative_error,
+    timms_shapes,
+    tiny,
+)
 from tomevit import MaskedAutoencoder, VisionTransformer, card, create, list_models
 from tomevit.config import Config
 from tomevit.models import build_meta
@@ -32,27 +40,29 @@ def compare(theirs: torch.nn.Module, config: Config, batch: int = 1) -> None:
     assert relative_error(answer, expected) < 1e-5
 
 
+PLAIN_VITS = ("DeiT", "DeiT III", "Distilled DeiT", "Vision Transformer")
 FULL_WIDTH = sorted(alias for alias in _zoo().aliases if alias in KNOWN_TO_TIMM)
 
 
 @pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("name", FULL_WIDTH)
 def test_full_width(name: str) -> None:
-    """Names and shapes at full depth, and the answers of two blocks: the others are like them."""
+    """Names and shapes at full depth, and the answers of two blocks: the others are like them.
+
+    Answers of plain ViTs alone: those of the other families are compared in test_peers.py.
+    """
     # As many classes as in our weights: some of timm's defaults have no head.
-    config = card(name).config
+    found = card(name)
+    config, form = found.config, format_of_timms(found)
     with torch.device("meta"):
         deep, theirs = (
-            timm.create_model(name, pretrained=False, num_classes=config.num_classes, **depth)
+            timm.create_model(name, pretrained=False, num_classes=config.num_classes or config.proj_dim, **depth)
             for depth in ({}, {"depth": 2})
         )
     assert deep.patch_embed.img_size == config.img_size
-    assert shapes(deep) == shapes(build_meta(config))
-    compare(theirs.to_empty(device="cpu"), replace(config, depth=2))
-
-
-def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in deep.state_dict().items()} == timms_shapes(config, form)
+    if found.title in PLAIN_VITS:
+        compare(theirs.to_empty(device="cpu"), replace(config, depth=2))
 
 
 SIZES: dict[str, Any] = {
@@ -149,7 +159,12 @@ def test_its_layer_decay_of_a_masked_autoencoder() -> None:
 PUBLISHED = {f"{found.timm}.{found.weights}": found for found in map(card, list_models(weights=True))}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in PUBLISHED if timm.is_model_pretrained(name)))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name for name, found in PUBLISHED.items() if timm.is_model_pretrained(name) and is_prepared_as_timm_does(found)
+    ),
+)
 def test_it_prepares_images_as_it_does_for_its_own_weights(name: str) -> None:
     ours, cfg = build_meta(PUBLISHED[name].config), timm.models.get_pretrained_cfg(name)
     ours.card = PUBLISHED[name]

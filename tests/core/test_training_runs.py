@@ -112,10 +112,12 @@ def test_what_stands_beside_the_model_is_named(what: str, convert: Callable[...,
 
 
 def test_what_computes_with_the_model_is_never_left_out(convert: Callable[..., Converted]) -> None:
-    for name in ("attn_pool.latent", "rel_pos_bias.table", "rope.freqs", "pos_embed_win", "blocks.1.attn.bias"):
+    for name in ("attn_pool.probe", "rel_pos_bias.table", "rope.freqs", "pos_embed_win", "blocks.1.attn.bias"):
         for prefix in ("", "model."):
             with pytest.raises(CheckpointError, match=f"no place for {re.escape(name)}"):
                 convert({"state_dict": under(prefix, MODEL | {name: torch.ones(1)})})
+    with pytest.raises(CheckpointError, match=r"does not fit the model:\n  attn_pool\.latent"):
+        convert({"state_dict": MODEL | {"attn_pool.latent": torch.ones(1)}})
 
 
 def test_a_part_is_never_taken_for_the_whole(convert: Callable[..., Converted]) -> None:

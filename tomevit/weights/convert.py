@@ -354,9 +354,12 @@ def read_weights(
         found.tensors.clear()
         linear, other_heads = find_heads(form, theirs)
         theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
+        names = {ours: name for name, ours in linear.items()}
+        for name, (whole, layer) in rules.unstack_layers(form, theirs).items():
+            theirs[name], names[name] = layer, whole
+            theirs.pop(whole, None)
         heads = form.count_heads(theirs)
         tensors, made_of, omitted = rules.to_native(form, theirs)
-        names = {ours: name for name, ours in linear.items()}
         made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
         if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
             omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
@@ -497,7 +500,8 @@ def _find_heads_of_another_width(
 ) -> list[str]:
     """The source's names of heads that stand on more or less than the features that a head reads here."""
     heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
-    return [source for name in heads if tensors[name].shape[1] not in widths for source in sources[name]]
+    shapes = {(width,) for width in widths}
+    return [source for name in heads if tuple(tensors[name].shape[1:]) not in shapes for source in sources[name]]
 
 
 def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

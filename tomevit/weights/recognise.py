@@ -367,7 +367,11 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
         config = replace(config, pool_norm=observed["pool_norm"], pool="token" if token else "avg")
     if config.pos_embed == "none":
         return config if img_size is None else replace(config, img_size=img_size)
-    if config.pos_embed_prefix == "class" and config.reg_tokens and _is_grid(observed["positions"], config, img_size):
+    if (
+        config.pos_embed_prefix == "class"
+        and config.reg_tokens
+        and _are_of_patches(observed["positions"], config, img_size)
+    ):
         config = replace(config, pos_embed_prefix=False)  # as timm has it: the class token's is added to the token
     patches = observed["positions"] - config.num_positions_prefix
     if img_size is not None and (asked := replace(config, img_size=img_size)).num_patches == patches:
@@ -383,10 +387,11 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     return replace(config, img_size=(edge * config.patch_size, edge * config.patch_size))
 
 
-def _is_grid(positions: int, config: Config, img_size: tuple[int, int] | None) -> bool:
+def _are_of_patches(positions: int, config: Config, img_size: tuple[int, int] | None) -> bool:
     """Whether so many positions are those of patches alone, in a square or as the image size says."""
     sizes = [config, *([] if img_size is None else [replace(config, img_size=img_size)])]
-    return math.isqrt(positions) ** 2 == positions or positions in [size.num_patches for size in sizes]
+    patches = [size.num_patches for size in sizes]
+    return positions - 1 not in patches and (math.isqrt(positions) ** 2 == positions or positions in patches)
 
 
 def choose_card(

@@ -6,7 +6,8 @@ A checkpoint format is a table of rules. Each relates one native parameter to th
 
 `#` stands for a number and `*` for `weight` or `bias`, the same on both sides. Where the source keeps in several
 tensors what is one here, the rule names them in order. A layout says how values are arranged anew on the way in, and
-read backwards on the way out; nothing is ever computed, so a round trip is exact to the bit.
+read backwards on the way out; nothing is computed, so a round trip is exact to the bit. The one exception, a class
+token's position, is the format's word: see `Format.folds_class_position`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
 import torch
-from einops import EinopsError, rearrange
+from einops import EinopsError, rearrange, reduce
 from torch import Tensor
 
 from tomevit.config import Config
@@ -108,7 +109,8 @@ class Omission:
     source: str  # a pattern, in which a last `**` stands for anything
     reason: str
     zero: bool = False  # if all its values are 0: else the model computes with it, and is another than ours
-    like: str | None = None  # written as zeros, one for each row of this native parameter; None: not written
+    like: str | None = None  # written as zeros, for this native parameter, in the shape that the layout makes of it
+    layout: str = "o i -> o"
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,14 @@ class Format:
         resampling: the project's own way with positions.
         omissions: what is left out on the way in, and why.
         variant_of: the format that users name when they mean this one too.
-        fixed: fields of Config that models of this project always have: others cannot be written.
+        fixed: fields and properties of Config that models of this project always have: others cannot be written.
+        always: native parameters that models of this project always have, by which it is told from others: models
+            without them cannot be written.
         beside_mean: whether a head may read the class token beside the mean patch.
+        folds_class_position: whether registers have no position there, nor then the class token, to which its own is
+            added when such a model is written.
+        layers: what the names of a block begin with where all blocks lie in one tensor, along its first dimension, and
+            where each has its own.
         num_heads: a tensor whose second dimension is the number of heads, where the format has one.
         container: what the project's own files are: "safetensors", "npz", "torch", or "torch:KEY" where the state dict
             lies under a key.
@@ -182,7 +190,10 @@ class Format:
     omissions: tuple[Omission, ...] = ()
     variant_of: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    always: tuple[str, ...] = ()
     beside_mean: bool = False
+    folds_class_position: bool = False
+    layers: tuple[str, str] | None = None
     num_heads: str | None = None
     container: str = "safetensors"
 
@@ -308,6 +319,10 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
                 f"{format.name} cannot hold this model: its {name} is {getattr(config, name)!r}, "
                 f"and models of that format have {value!r}"
             )
+    if missing := [name for name in format.always if not _has(tensors, name)]:
+        raise ValueError(f"{format.name} cannot hold this model: it has no {enumerate_names(missing)}")
+    if format.folds_class_position and config.pos_embed_prefix == "class" and config.num_prefix > 1:
+        tensors = _fold_class_position(tensors)
     out, unknown = {}, []
     for native, tensor in tensors.items():
         for rule in format.rules:
@@ -325,8 +340,31 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
     for omission in format.omissions:
         for native, tensor in tensors.items():
             if omission.like and (found := _regex(omission.like).fullmatch(native)):
-                out[_fill_in(omission.source, found.groups())] = tensor.new_zeros(len(tensor))
+                zeros = reduce(torch.zeros_like(tensor), omission.layout, "max")
+                out[_fill_in(omission.source, found.groups())] = zeros.contiguous()
     return out
+
+
+def _fold_class_position(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The class token with its position, which the model adds before anything else: in float32 the same sum."""
+    cls, positions = tensors["cls_token"], tensors["pos_embed"]
+    return {**tensors, "cls_token": cls + positions[:, :1], "pos_embed": positions[:, 1:]}
+
+
+def unstack_layers(format: Format, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, Tensor]]:  # noqa: A002
+    """Tensors that hold all blocks, taken apart: each block's, with the name of the tensor that it is a part of.
+
+    Args:
+        format: what the tensors are.
+        tensors: by the source's names.
+    """
+    whole, block = format.layers or ("", "")
+    return {
+        f"{block.replace('#', str(i))}{name.removeprefix(whole)}": (name, layer)
+        for name, tensor in tensors.items()
+        if whole and name.startswith(whole) and tensor.ndim
+        for i, layer in enumerate(tensor)
+    }
 
 
 def _match(rule: Rule, arranged: Mapping[str, Tensor]) -> bool:
