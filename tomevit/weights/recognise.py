@@ -337,6 +337,8 @@ def differences(
     """
     ours = comparable_fields(config)
     averaged = averaged and not config.dist_token and config.init != "mae"
+    if ours["pos_embed_prefix"] == "class" and described.get("pos_embed_prefix") is False:
+        del ours["pos_embed_prefix"]  # as timm has it: the class token's is added to the token
     if (headless and described["pool_norm"] == "before") or (averaged and described["pool_norm"] == "after"):
         del ours["pool_norm"]
     return [
