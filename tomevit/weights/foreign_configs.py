@@ -148,6 +148,10 @@ _TRANSFORMERS_IMAGES = (
     Row("image_mean", "mean", PER_CHANNEL),
     Row("image_std", "std", PER_CHANNEL),
 )
+# The gate of a gated MLP is a SiLU here; DINOv2's is one there too, whatever its config says.
+_DINOV3_GATED = tuple(row._replace(kind={"silu": "gelu"}) if row.ours == "act" else row for row in _DINOV3)
+
+
 # What every model of transformers' fixes of ours, but where `_FAMILIES` and `_CLASSES` have it otherwise.
 _FIXED: dict[str, Any] = {
     "pool": "token",
@@ -612,7 +616,8 @@ def _read_transformers(config: _Object) -> Card:
             raise part.refuse(name, f"{value}: tomevit has nothing like it")
     fixed = {**family.fixed, **_CLASSES[classes[0]]}
     labels = () if "num_classes" in fixed else _read_labels(config)
-    fields = part.read(family.rows, {"num_classes": len(labels), **fixed})
+    rows = _DINOV3_GATED if family.rows is _DINOV3 and part.take("use_gated_mlp", bool, False) else family.rows
+    fields = part.read(rows, {"num_classes": len(labels), **fixed})
     if "pool" in _CLASSES[classes[0]]:
         fields["pool"] = fixed["pool"]
     if classes[0] in _PROJECTING:
@@ -879,7 +884,8 @@ def _write_transformers(card: Card, model_type: str, family: _Family) -> dict[st
         if (ratio := next(ratios, None)) is None:
             raise ValueError(f"transformers' {model_type} has no mlp_ratio for {hidden} channels within the MLP")
         values["mlp_ratio"] = ratio
-    written = _write(family.rows, values)
+    gated = family.rows is _DINOV3 and config.mlp == "swiglu"
+    written = _write(_DINOV3_GATED if gated else family.rows, values)
     said: dict[str, Any] = {"architectures": [name], "model_type": model_type}
     said |= {family.part: written | {"model_type": f"{model_type}_vision_model"}} if family.part else written
     if name in _PROJECTING:
