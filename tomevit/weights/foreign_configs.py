@@ -1,8 +1,9 @@
 """The small files that lie beside a checkpoint and describe it, as timm and transformers write and read them.
 
 timm (`timm/models/_hub.py`) has config.json: an architecture's name, arguments that differ, the images' preparation.
-transformers (`models/vit`, `models/deit`, `models/vit_mae`) has config.json for the architecture, in numbers, and
-preprocessor_config.json for the images. The licence is often in README.md alone, the model card.
+transformers (`models/vit`, `models/dinov2`, `models/clip` and so on) has config.json for the architecture, in numbers,
+and preprocessor_config.json for the images. open_clip (`open_clip/factory.py`) has open_clip_config.json for both. The
+licence is often in README.md alone, the model card.
 
 Each library has tables of `Row`, read in both directions. What no row can say is a function beside them.
 """
@@ -28,8 +29,9 @@ from tomevit.typed import conform, parse_json
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
+OPEN_CLIP = "open_clip_config.json"
 README = "README.md"
-CONFIG_FILES = (CONFIG, PREPROCESSOR, README)
+CONFIG_FILES = (CONFIG, PREPROCESSOR, OPEN_CLIP, README)
 
 MOST_BYTES = 2**24  # the largest config.json of google's repositories, with 21843 class names, has 1.1 MB
 MOST_CHARACTERS = 256  # of a name
@@ -85,35 +87,85 @@ _TIMM_IDLE = re.compile(
 )
 _TIMM_ONLY = {"pos_embed": "learn", "final_norm": True, "pool_include_prefix": False, "proj_bias": True}
 _TIMM_ONLY |= {"scale_attn_norm": False, "scale_mlp_norm": False, "norm_layer": "layernorm", "features_only": False}
+#: timm's SigLIP models that have the tanh form of GELU; all others have the exact one (vision_transformer.py).
+_TIMM_TANH = re.compile(
+    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_(gap_)?\d+|large_patch16_siglip_(gap_)?512)"
+)
 
 _ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _ACTS |= {"gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-_TRANSFORMERS = (
+_SIZES = (
     Row("hidden_size", "embed_dim", int, 768),
     Row("num_hidden_layers", "depth", int, 12),
     Row("num_attention_heads", "num_heads", int, 12),
+    Row("image_size", "img_size", PAIR, 224),
+    Row("num_channels", "in_chans", int, 3),
+)
+_TRANSFORMERS = (
+    *_SIZES,
     Row("intermediate_size", "mlp_hidden", int, 3072),
     Row("hidden_act", "act", _ACTS, "gelu"),
     Row("layer_norm_eps", "norm_eps", float, 1e-12),
-    Row("image_size", "img_size", PAIR, 224),
     Row("patch_size", "patch_size", PAIR, 16),
-    Row("num_channels", "in_chans", int, 3),
     Row("qkv_bias", "qkv_bias", bool, True),
+)
+_TOWER = (*_SIZES, Row("intermediate_size", "mlp_hidden", int, 3072))
+_CLIP = (
+    *_TOWER,
+    Row("hidden_act", "act", _ACTS, "quick_gelu"),
+    Row("layer_norm_eps", "norm_eps", float, 1e-5),
+    Row("patch_size", "patch_size", PAIR, 32),
+)
+_SIGLIP = (
+    *_TOWER,
+    Row("hidden_act", "act", _ACTS, "gelu_pytorch_tanh"),
+    Row("layer_norm_eps", "norm_eps", float, 1e-6),
+    Row("patch_size", "patch_size", PAIR, 16),
+    Row("vision_use_head", "pool", {True: "map", False: "avg"}, True),
+)
+_DINOV2 = (
+    *_SIZES,
+    Row("mlp_ratio", "mlp_ratio", float, 4),
+    Row("hidden_act", "act", _ACTS, "gelu"),
+    Row("layer_norm_eps", "norm_eps", float, 1e-6),
+    Row("patch_size", "patch_size", PAIR, 14),
+    Row("qkv_bias", "qkv_bias", bool, True),
+    Row("layerscale_value", "layer_scale", float, 1.0),
+    Row("use_swiglu_ffn", "mlp", {False: "mlp", True: "swiglu"}, False),
+)
+_DINOV3 = (
+    *_SIZES,
+    Row("intermediate_size", "mlp_hidden", int, 1536),
+    Row("hidden_act", "act", _ACTS, "gelu"),
+    Row("layer_norm_eps", "norm_eps", float, 1e-5),
+    Row("patch_size", "patch_size", PAIR, 16),
+    Row("layerscale_value", "layer_scale", float, 1.0),
+    Row("use_gated_mlp", "mlp", {False: "mlp", True: "swiglu"}, False),
+    Row("num_register_tokens", "reg_tokens", int, 0),
 )
 _TRANSFORMERS_IMAGES = (
     Row("resample", "interpolation", {2: "bilinear", 3: "bicubic"}),
     Row("image_mean", "mean", PER_CHANNEL),
     Row("image_std", "std", PER_CHANNEL),
 )
-# What every class of transformers' fixes of ours, but where `_CLASSES` has it otherwise.
+# The gate of a gated MLP is a SiLU here; DINOv2's is one there too, whatever its config says.
+_DINOV3_GATED = tuple(row._replace(kind={"silu": "gelu"}) if row.ours == "act" else row for row in _DINOV3)
+
+
+# What every model of transformers' fixes of ours, but where `_FAMILIES` and `_CLASSES` have it otherwise.
 _FIXED: dict[str, Any] = {
     "pool": "token",
     "pool_norm": "before",
     "class_token": True,
     "reg_tokens": 0,
+    "pos_embed": "learned",
     "pos_embed_prefix": True,
+    "rope": None,
+    "mlp": "mlp",
+    "mlp_norm": False,
+    "proj_dim": 0,
 }
-_FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False}
+_FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False, "qkv_bias": True}
 # transformers' classes, and what each fixes of ours.
 _CLASSES: dict[str, dict[str, Any]] = {
     "ViTForImageClassification": {},
@@ -126,24 +178,114 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "DeiTForMaskedImageModeling": {"dist_token": True, "num_classes": 0},
     "ViTMAEModel": {"num_classes": 0},
     "ViTMAEForPreTraining": {"num_classes": 0},
+    "Dinov2ForImageClassification": {"pool": "token_avg"},
+    "Dinov2Model": {"num_classes": 0},
+    "Dinov2WithRegistersForImageClassification": {"pool": "token_avg"},
+    "Dinov2WithRegistersModel": {"num_classes": 0},
+    "DINOv3ViTModel": {"num_classes": 0},
+    "CLIPModel": {"num_classes": 0},
+    "CLIPVisionModelWithProjection": {"num_classes": 0},
+    "CLIPVisionModel": {"num_classes": 0, "proj_dim": 0},
+    "SiglipModel": {"num_classes": 0},
+    "SiglipVisionModel": {"num_classes": 0},
+    "SiglipForImageClassification": {"pool": "avg"},
 }
-# By model_type: how the names of such models begin in the zoo, and the usual classes with and without a head.
+
+
+class _Family(NamedTuple):
+    """The models of one model_type.
+
+    Attributes:
+        kin: how the names of such models begin in the zoo.
+        headed, bare: the usual classes with a classifier and without.
+        rows: of its config.json.
+        fixed: what such models have otherwise than `_FIXED` says.
+        processor: its usual image processor.
+        part: the object in config.json that has the rows; "": the whole.
+        only: fields that have this value in every model that can be read.
+        any_size: whether models take images of another size than that of their positions.
+    """
+
+    kin: str
+    headed: str
+    bare: str
+    rows: tuple[Row, ...] = _TRANSFORMERS
+    fixed: Mapping[str, Any] = {}
+    processor: str = "ViT"
+    part: str = ""
+    only: Mapping[str, Any] = {}
+    any_size: bool = False
+
+
+_CLIP_FIXED = {"pre_norm": True}
+_SIGLIP_FIXED = {"class_token": False, "pool": "map"}
+_REGISTERS = Row("num_register_tokens", "reg_tokens", int, 4)
 _FAMILIES = {
-    "vit": ("vit_", "ViTForImageClassification", "ViTModel"),
-    "deit": ("deit_distilled_", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
-    "vit_mae": ("mae_cls_", "ViTMAEModel", "ViTMAEModel"),
+    "vit": _Family("vit_", "ViTForImageClassification", "ViTModel"),
+    "deit": _Family("deit_distilled_", "DeiTForImageClassificationWithTeacher", "DeiTModel", processor="DeiT"),
+    "vit_mae": _Family("mae_cls_", "ViTMAEModel", "ViTMAEModel"),
+    "dinov2": _Family(
+        "dinov2_",
+        "Dinov2ForImageClassification",
+        "Dinov2Model",
+        _DINOV2,
+        {"layer_scale": 1.0},
+        "Bit",
+        any_size=True,
+    ),
+    "dinov2_with_registers": _Family(
+        "dinov2_",
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersModel",
+        (*(row._replace(default=16) if row.theirs == "patch_size" else row for row in _DINOV2), _REGISTERS),
+        {"layer_scale": 1.0, "pos_embed_prefix": "class"},
+        "Bit",
+        any_size=True,
+    ),
+    "dinov3_vit": _Family(
+        "dinov3_",
+        "DINOv3ViTModel",
+        "DINOv3ViTModel",
+        _DINOV3,
+        {"layer_scale": 1.0, "pos_embed": "none", "rope": "dinov3", "qkv_bias": False},
+        "DINOv3ViT",
+        only={"rope_theta": 100.0, "proj_bias": True, "mlp_bias": True, "key_bias": False},
+        any_size=True,
+    ),
+    "clip": _Family("clip_", "CLIPModel", "CLIPModel", _CLIP, _CLIP_FIXED, "CLIP", "vision_config"),
+    "clip_vision_model": _Family(
+        "clip_", "CLIPVisionModelWithProjection", "CLIPVisionModel", _CLIP, _CLIP_FIXED, "CLIP"
+    ),
+    "siglip": _Family(
+        "siglip_",
+        "SiglipForImageClassification",
+        "SiglipModel",
+        _SIGLIP,
+        _SIGLIP_FIXED,
+        "Siglip",
+        "vision_config",
+    ),
+    "siglip_vision_model": _Family(
+        "siglip_", "SiglipVisionModel", "SiglipVisionModel", _SIGLIP, _SIGLIP_FIXED, "Siglip"
+    ),
 }
+_PROJECTION = Row("projection_dim", "proj_dim", int, 512)  # beside vision_config
+_PROJECTING = ("CLIPModel", "CLIPVisionModelWithProjection")
+_MANY_TEXTS = 2**17  # words that SigLIP 2 tells apart at least, and most of SigLIP do not: it has 256000
 # What transformers' image processors do where preprocessor_config.json is silent.
 _HALF: dict[str, Any] = {"image_mean": 0.5, "image_std": 0.5}
-_CLIP: dict[str, Any] = {
+_OPENAI: dict[str, Any] = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+_IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _PROCESSORS = {
     "ViT": _HALF | {"resample": 2, "do_center_crop": False},
     "DeiT": _HALF | {"resample": 3, "do_center_crop": True},
-    "Bit": _CLIP | {"resample": 3, "do_center_crop": True},
-    "CLIP": _CLIP | {"resample": 3, "do_center_crop": True},
+    "Bit": _OPENAI | {"resample": 3, "do_center_crop": True},
+    "CLIP": _OPENAI | {"resample": 3, "do_center_crop": True},
+    "Siglip": _HALF | {"resample": 3, "do_center_crop": False},
+    "DINOv3ViT": _IMAGENET | {"resample": 2, "do_center_crop": False},
 }
 _PROCESSOR_NAME = re.compile(rf"({'|'.join(_PROCESSORS)})(ImageProcessor(Fast|Pil)?|FeatureExtractor)")
 
@@ -248,7 +390,10 @@ def _write(rows: Iterable[Row], fields: Mapping[str, Any], known: Mapping[str, A
         if row.ours in known and known[row.ours] == value:
             continue
         if isinstance(row.kind, dict):
-            value = next(theirs for theirs, ours in row.kind.items() if ours == value)
+            theirs = next((theirs for theirs, ours in row.kind.items() if ours == value), None)
+            if theirs is None:
+                raise ValueError(f"{row.theirs} has no word for {row.ours}={value!r}")
+            value = theirs
         elif isinstance(value, tuple):
             value = value[0] if row.kind == PAIR and value[0] == value[1] else list(value)
         said[row.theirs] = value
@@ -269,13 +414,13 @@ def card_from_configs(files: Mapping[str, Path]) -> Card | None:
         files: paths by their names in the repository, of `CONFIG_FILES`.
 
     Returns:
-        None: there is no config.json, or it is neither timm's nor transformers'.
+        None: there is no open_clip_config.json, and no config.json, or it is neither timm's nor transformers'.
 
     Raises:
         CheckpointError: a file is malformed, or describes what tomevit cannot build; the message says where.
     """
     if CONFIG not in files:
-        return None
+        return _licensed(_card_of_open_clip(files[OPEN_CLIP]), files) if OPEN_CLIP in files else None
     with _naming(files[CONFIG]):
         config = _Object.of(files[CONFIG])
         for name in _OTHERWISE:
@@ -290,7 +435,13 @@ def card_from_configs(files: Mapping[str, Path]) -> Card | None:
     if "architecture" not in config:
         with _naming(files.get(PREPROCESSOR, PREPROCESSOR)):
             processor = _Object.of(files[PREPROCESSOR]) if PREPROCESSOR in files else _Object({})
-            card = replace(card, preprocess=_read_processor(processor, config["model_type"], card.config))
+            family = _FAMILIES[config["model_type"]]
+            card = replace(card, preprocess=_read_processor(processor, family, card.config))
+    return _licensed(card, files)
+
+
+def _licensed(card: Card, files: Mapping[str, Path]) -> Card:
+    """The card with the licence that the README states, if it has none yet."""
     if card.licence is None and README in files:
         return replace(card, licence=_read_licence(files[README]))
     return card
@@ -323,16 +474,27 @@ def _read_licence(readme: Path) -> str | None:
 
 
 # Architectures differ in no other field from models of one name: these have each user's own values.
-_OPEN = ("img_size", "in_chans", "num_classes", "norm_eps", "pool", "pool_norm")
+_OPEN = ("img_size", "in_chans", "num_classes", "norm_eps", "pool", "pool_norm", "proj_dim")
+
+
+def _is_of(card: Card, config: Config, kin: str) -> bool:
+    """Whether a card of the zoo is of a config's architecture."""
+
+    def told(config: Config) -> list[Any]:
+        fields = vars(config) | {"layer_scale": config.layer_scale is not None, "maps": config.pool == "map"}
+        if config.pos_embed_prefix == "class" and config.reg_tokens:
+            fields["pos_embed_prefix"] = False  # as timm has it: the class token's is added to the token
+        return [fields[name] for name in (*ARCHITECTURE, "maps") if name not in (*_OPEN, "act")]
+
+    acts = {found.config.act for found in zoo.cards(card.name)}
+    if kin.startswith("siglip"):
+        acts |= {"gelu", "gelu_tanh"}  # timm runs them with the one, all others with the other
+    return told(card.config) == told(config) and config.act in acts
 
 
 def _card(config: Config, kin: str, **rest: Any) -> Card:
     """A card with the zoo's name for the architecture; of several, one that begins as `kin` does, and pools as this."""
-    same = [
-        card
-        for card in map(zoo.card, zoo.list_models())
-        if all(getattr(card.config, f) == getattr(config, f) for f in ARCHITECTURE if f not in _OPEN)
-    ]
+    same = [card for card in zoo.architectures() if _is_of(card, config, kin)]
     if same:
 
         def distance(card: Card) -> tuple[bool, bool, bool]:
@@ -352,14 +514,22 @@ def _read_timm(config: _Object) -> Card:
     # Before timm 0.8 there was one level.
     cfg = config.part("pretrained_cfg") if "pretrained_cfg" in config else config
     args = config.part("model_args")
-    base = _timm_base(config.take("architecture", str), cfg.take("tag", str, ""))
+    architecture = config.take("architecture", str)
+    tag = cfg.take("tag", str, "")
+    base = _timm_base(architecture, tag)
+    built = _as_timm_builds(architecture, base)
     kinds = {row.theirs: row.kind for row in _TIMM}
+    if built.pool == "map":
+        kinds["global_pool"] = kinds["global_pool"] | {"map": "map"}
     for name, value in args.items():
         idle = len(name) <= MOST_CHARACTERS and _TIMM_IDLE.fullmatch(name)
         if name not in kinds and not idle and (name, value) not in _TIMM_ONLY.items():
             raise args.refuse(name, "left out: tomevit has nothing like it")
 
-    fields = {field: getattr(base.config, field) for field in ARCHITECTURE}
+    if built.mlp == "swiglu" and "mlp_ratio" in args:
+        raise args.refuse("mlp_ratio", "left out: which width it gives depends on the architecture's own rounding")
+
+    fields = {field: getattr(built, field) for field in ARCHITECTURE}
     size = cfg.get("input_size", [fields["in_chans"], *fields["img_size"]])
     if not isinstance(size, list) or len(size) != 3:
         raise cfg.refuse("input_size", "channels, height and width")
@@ -367,18 +537,26 @@ def _read_timm(config: _Object) -> Card:
     fields["in_chans"] = size.take("in_chans", int, fields["in_chans"], "in_chans")
     if cfg.take("fixed_input_size", bool, True):  # else the positions are the architecture's own
         fields["img_size"] = size.take("img_size", PAIR, None, "img_size")
-    for source in (cfg, config):
-        fields["num_classes"] = source.take("num_classes", int, fields["num_classes"], "num_classes")
+    outputs = built.num_classes or built.proj_dim
+    for source in (cfg, config, args):
+        outputs = source.take("num_classes", int, outputs, "num_classes")
+    # The projection is a head as well, with as many outputs as the texts' vectors have.
+    projects = outputs == zoo.architecture(base.name).config.proj_dim
+    fields |= {"num_classes": 0 if projects else outputs, "proj_dim": outputs if projects else 0}
     # The last says how the model was built, though timm itself builds by the others.
     pooled = next((source for source in (args, cfg) if "global_pool" in source), config)
     fields["pool"] = pooled.take("global_pool", kinds["global_pool"]) or fields["pool"]
-    fields["pool_norm"] = "after" if fields["pool"] == "avg" else "before"
-    fields = args.read(_TIMM, fields)
+    fields["pool_norm"] = _timm_pool_norm(built, fields["pool"])
+    pooled_fields = ("num_classes", "proj_dim", "pool")
+    fields = args.read([row for row in _TIMM if row.ours not in pooled_fields], fields)
 
     images = Preprocess().for_channels(fields["in_chans"])  # timm's defaults too
+    kin = f"{base.name.partition('_')[0]}_"
+    if "_siglip_" in architecture and tag:  # timm has one name for SigLIP and SigLIP 2, and says in the tag which it is
+        kin = "siglip2_" if tag.startswith("v2_") else "siglip_"
     return _card(
         Config(**fields),
-        f"{base.name.partition('_')[0]}_",
+        kin,
         preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), fields["in_chans"])),
         licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
@@ -386,9 +564,33 @@ def _read_timm(config: _Object) -> Card:
 
 
 def _timm_base(name: str, tag: str) -> Card:
-    with suppress(ValueError):
-        return zoo.card(f"{name}.{tag}")  # timm has one name for vit_b16 and mae_cls_b16
+    # timm has one name for vit_b16 and mae_cls_b16, and for SigLIP and SigLIP 2.
+    for weights in (f"{name}.{tag}", f"timm/{name}.{tag}"):
+        with suppress(ValueError):
+            return zoo.card(weights)
     return zoo.card(name)
+
+
+def _as_timm_builds(architecture: str, card: Card) -> Config:
+    """The card's config, as timm has it by that name and without arguments: it differs from training, and from ours."""
+    config = card.config
+    if "_siglip_" in architecture:
+        config = replace(config, act="gelu_tanh" if _TIMM_TANH.fullmatch(architecture) else "gelu")
+    elif "_clip_" in architecture:
+        config = replace(config, act="quick_gelu" if "_clip_quickgelu_" in architecture else "gelu")
+    if config.pos_embed_prefix == "class":
+        config = replace(config, pos_embed_prefix=False)  # the class token's is added to the token
+    if config.rope == "dinov3":
+        config = replace(config, pool="avg")
+    return config
+
+
+def _timm_pool_norm(built: Config, pool: str) -> str:
+    """Where timm's architectures have their last norm if they pool so."""
+    normed_first = built.rope == "dinov3" or (built.pool, built.pool_norm) == ("avg", "before")
+    if built.pool_norm == "none":
+        return "none"
+    return "after" if pool == "avg" and not normed_first else "before"
 
 
 def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ...]:
@@ -402,20 +604,45 @@ def _timm_labels(names: _Object, config: _Object, classes: int) -> tuple[str, ..
 
 
 def _read_transformers(config: _Object) -> Card:
-    kin, headed, bare = config.take("model_type", _FAMILIES)
-    classes = config.get("architectures") or [headed if "id2label" in config or "num_labels" in config else bare]
+    family = config.take("model_type", _FAMILIES)
+    labelled = "id2label" in config or "num_labels" in config
+    classes = config.get("architectures") or [family.headed if labelled else family.bare]
     # Not only the model_type's own: users' encoders of ViTMAE are called ViTModel too.
     if not isinstance(classes, list) or not isinstance(classes[0], str) or classes[0] not in _CLASSES:
         raise config.refuse("architectures", f"a list of one of {', '.join(_CLASSES)}")
-    fixed = _CLASSES[classes[0]]
+    part = config.part(family.part) if family.part else config
+    for name, value in family.only.items():
+        if part.get(name, value) != value:
+            raise part.refuse(name, f"{value}: tomevit has nothing like it")
+    fixed = {**family.fixed, **_CLASSES[classes[0]]}
     labels = () if "num_classes" in fixed else _read_labels(config)
-    fields = config.read(_TRANSFORMERS, {"num_classes": len(labels), **fixed})
+    rows = _DINOV3_GATED if family.rows is _DINOV3 and part.take("use_gated_mlp", bool, False) else family.rows
+    fields = part.read(rows, {"num_classes": len(labels), **fixed})
+    if "pool" in _CLASSES[classes[0]]:
+        fields["pool"] = fixed["pool"]
+    if classes[0] in _PROJECTING:
+        fields = config.read([_PROJECTION], fields)
     height, width = fields["patch_size"]
     if height != width:
-        raise config.refuse("patch_size", "the same along height and width")
-    fields |= {"patch_size": height, "mlp_ratio": _mlp_ratio(fields["embed_dim"], fields.pop("mlp_hidden"))}
+        raise part.refuse("patch_size", "the same along height and width")
+    fields["patch_size"] = height
+    if "mlp_hidden" not in fields:
+        fields["mlp_hidden"] = _dinov2_hidden(fields["embed_dim"], fields["mlp_ratio"], fields["mlp"])
+    fields["mlp_ratio"] = _mlp_ratio(fields["embed_dim"], fields.pop("mlp_hidden"))
+    kin = family.kin
+    if kin == "siglip_":
+        # The convolution leaves out what is over: of 384 pixels, 378.
+        fields["img_size"] = tuple(max(height, pixels // height * height) for pixels in fields["img_size"])
+        if config.part("text_config").take("vocab_size", int, 0, "num_classes") >= _MANY_TEXTS:
+            kin = "siglip2_"
     generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
     return _card(Config(**fields), kin, class_names=() if generic else labels)
+
+
+def _dinov2_hidden(dim: int, ratio: float, mlp: str) -> int:
+    """The width of DINOv2's MLP: the gated one has two thirds of it, in eights (`Dinov2SwiGLUFFN` there)."""
+    hidden = int(dim * ratio)
+    return hidden if mlp == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
 
 
 def _read_labels(config: _Object) -> tuple[str, ...]:
@@ -436,9 +663,78 @@ def _mlp_ratio(dim: int, hidden: int) -> float:
     return ratio if int(dim * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
-def _read_processor(fields: _Object, model_type: str, config: Config) -> Preprocess:
+_OPEN_CLIP_TOWER = (
+    Row("width", "embed_dim", int, 768),
+    Row("layers", "depth", int, 12),
+    Row("image_size", "img_size", PAIR, 224),
+    Row("patch_size", "patch_size", int, 16),
+    Row("mlp_ratio", "mlp_ratio", float, 4.0),
+    Row("ls_init_value", "layer_scale", float),
+)
+# How a tower trains, which tensors it hands out beside its vector, and how timm makes one: no weights depend on these.
+_OPEN_CLIP_IDLE = re.compile(
+    r"head_width|patch_dropout|output_tokens|timm_(drop|drop_path|model_name|model_pretrained|pool|proj|proj_bias)"
+)
+_OPEN_CLIP_ONLY = {"attentional_pool": False, "no_ln_pre": False, "pos_embed_type": "learnable", "pool_type": "tok"}
+_OPEN_CLIP_ONLY |= {"final_ln_after_pool": False, "input_patchnorm": False, "global_average_pool": False}
+_OPEN_CLIP_IMAGES = (
+    Row("interpolation", "interpolation", {"bicubic": "bicubic", "bilinear": "bilinear"}, "bicubic"),
+    Row("resize_mode", "resize", {"shortest": "shorter", "squash": "squash"}, "shortest"),
+    Row("mean", "mean", PER_CHANNEL, _OPENAI["image_mean"]),
+    Row("std", "std", PER_CHANNEL, _OPENAI["image_std"]),
+)
+
+
+def _card_of_open_clip(path: Path) -> Card:
+    """The card of the image tower that open_clip_config.json describes.
+
+    Raises:
+        CheckpointError: as `card_from_configs`.
+    """
+    with _naming(path):
+        config = _Object.of(path)
+        return _read_open_clip(config.part("model_cfg"), config.part("preprocess_cfg"))
+
+
+def _read_open_clip(model: _Object, images: _Object) -> Card:
+    tower = model.part("vision_cfg")
+    rows = {row.theirs for row in _OPEN_CLIP_TOWER}
+    for name, value in tower.items():
+        idle = len(name) <= MOST_CHARACTERS and _OPEN_CLIP_IDLE.fullmatch(name)
+        if name not in rows and not idle and (name, value) not in _OPEN_CLIP_ONLY.items():
+            raise tower.refuse(name, "left out: tomevit has nothing like it")
+    proj_dim = model.take("embed_dim", int, 0, "proj_dim")
+    if name := tower.take("timm_model_name", str):
+        built = _as_timm_builds(name, zoo.card(name))
+        pool = tower.take("timm_pool", {"": built.pool, "token": "token", "avg": "avg", "map": "map"}, "")
+        kind = tower.take("timm_proj", {"": False, "none": False, "linear": True}, "")
+        size = tower.take("image_size", PAIR, list(built.img_size), "img_size")
+        # Without a projection of open_clip's, timm's own head has as many outputs as the texts' vectors.
+        headed = kind or zoo.architecture(name).config.proj_dim == proj_dim
+        fields = vars(built) | {"img_size": size, "pool": pool, "pool_norm": _timm_pool_norm(built, pool)}
+        fields |= {"num_classes": 0, "proj_dim": proj_dim if headed else 0}
+        kin = f"{zoo.card(name).name.partition('_')[0]}_"
+    else:
+        act = model.take("quick_gelu", {False: "gelu", True: "quick_gelu"}, False)
+        fixed = {"norm_eps": 1e-5, "pre_norm": True, "num_classes": 0, "proj_dim": proj_dim, "act": act}
+        fields = tower.read(_OPEN_CLIP_TOWER, fixed)
+        width = tower.take("head_width", int, 64, "embed_dim")
+        if fields["embed_dim"] % width:
+            raise tower.refuse("head_width", f"a divisor of {fields['embed_dim']}")
+        fields["num_heads"] = fields["embed_dim"] // width
+        fields["mlp_ratio"] = _mlp_ratio(fields["embed_dim"], int(fields["embed_dim"] * fields["mlp_ratio"]))
+        kin = "clip_"
+    config = Config(**fields)
+    made = images.take("size", PAIR, list(config.img_size), "img_size")
+    if made != config.img_size:
+        raise images.refuse("size", f"{config.img_size[0]}x{config.img_size[1]}, as the model takes them")
+    found = images.read(_OPEN_CLIP_IMAGES, {"crop_pct": 1.0}, config.in_chans)
+    return _card(config, kin, preprocess=Preprocess(**found))
+
+
+def _read_processor(fields: _Object, family: _Family, config: Config) -> Preprocess:
     # do_resize and do_rescale say who does it, the caller or the processor, and not that nobody does.
-    image, unstated = config.img_size, "DeiTImageProcessor" if model_type == "deit" else "ViTImageProcessor"
+    image, unstated = config.img_size, f"{family.processor}ImageProcessor"
     key = "image_processor_type" if "image_processor_type" in fields else "feature_extractor_type"
     match = _PROCESSOR_NAME.fullmatch(fields.take(key, str, unstated))
     if match is None:
@@ -457,6 +753,10 @@ def _read_processor(fields: _Object, model_type: str, config: Config) -> Preproc
         edges = fields.take("size", PAIR, before, "img_size")
     crop = fields.take("do_center_crop", bool)
     made = fields.take("crop_size", PAIR, list(image), "img_size") if crop else edges
+    if family.any_size:  # it resamples its positions for the images that come
+        image = made
+    elif family.kin == "siglip_" and [pixels // config.patch_size * config.patch_size for pixels in made] == [*image]:
+        image = made  # the convolution leaves out what is over
     if made != image:
         raise ValueError(f"it makes images of {made[0]}x{made[1]}, and the model takes {image[0]}x{image[1]}")
     if shorter and image[0] != image[1]:
@@ -497,12 +797,21 @@ def configs_from_card(card: Card, format: str) -> dict[str, dict[str, Any]]:  # 
     Raises:
         ValueError: the library has no such model, or prepares images otherwise; the message says in what.
     """
-    if format == "timm":
+    if format in ("timm", "timm_clip", "timm_eva"):
         return {CONFIG: _write_timm(card)}
-    model_type = format.removeprefix("hf_")
-    if format.startswith("hf_") and model_type in _FAMILIES:
-        return {CONFIG: _write_transformers(card, model_type), PREPROCESSOR: _write_processor(card)}
+    if (model_type := _MODEL_TYPES.get(format)) is not None:
+        family = _FAMILIES[model_type]
+        return {CONFIG: _write_transformers(card, model_type, family), PREPROCESSOR: _write_processor(card)}
     return {}
+
+
+#: By the format: the model_type of what it writes.
+_MODEL_TYPES = {"hf_vit": "vit", "hf_deit": "deit", "hf_vit_mae": "vit_mae"}
+_MODEL_TYPES |= {"hf_dinov2": "dinov2", "hf_dinov2_with_registers": "dinov2_with_registers", "hf_dinov3": "dinov3_vit"}
+_MODEL_TYPES |= {f"hf_dinov2{kind}_model": f"dinov2{kind}" for kind in ("", "_with_registers")}
+_MODEL_TYPES |= {"hf_clip": "clip_vision_model", "hf_siglip": "siglip_vision_model"}
+_MODEL_TYPES |= {"hf_clip_model": "clip_vision_model", "hf_siglip_model": "siglip_vision_model"}
+_MODEL_TYPES |= {"hf_siglip_classifier": "siglip"}
 
 
 def _require(config: Config, library: str, fixed: Mapping[str, Any]) -> None:
@@ -511,39 +820,76 @@ def _require(config: Config, library: str, fixed: Mapping[str, Any]) -> None:
             raise ValueError(f"{library} cannot hold {name}={value!r}, only {name}={wanted!r}")
 
 
+#: What timm's architectures have as they are, and no argument that is read changes.
+_UNSAID_BY_TIMM = ("mlp", "mlp_norm", "pos_embed", "rope", "pool_heads", "pool_mlp_ratio")
+
+
+def _timm_architecture(card: Card) -> str:
+    """The name in timm of the card's architecture, at its size or at another."""
+    if card.timm and zoo.card(card.timm).config.dist_token == card.config.dist_token:
+        return card.timm
+    kin = f"{card.name.partition('_')[0]}_"
+    same = [found.timm for found in zoo.architectures() if found.timm and found.title == card.title]
+    fits = [name for name in same if _is_of(zoo.architecture(name), card.config, kin)]
+    plain = "deit_base_distilled_patch16_224" if card.config.dist_token else "vit_base_patch16_224"
+    return next(iter(fits), plain)
+
+
 def _write_timm(card: Card) -> dict[str, Any]:
     config = card.config
-    _require(config, "timm's config.json", {"norm_eps": 1e-6})
     if config.dist_token and (config.reg_tokens or not config.pos_embed_prefix):
         raise ValueError("timm's distilled models have no registers, and positions for both tokens")
-    architecture = card.timm or ""
-    if not architecture or zoo.card(architecture).config.dist_token != config.dist_token:
-        architecture = "deit_base_distilled_patch16_224" if config.dist_token else "vit_base_patch16_224"
-    known = vars(zoo.card(architecture).config) | {"pool_norm": "after" if config.pool == "avg" else "before"}
-    known |= {"in_chans": config.in_chans, "num_classes": config.num_classes}  # which are said beside the arguments
-    args = _write(_TIMM, vars(config), known)
-    said: dict[str, Any] = {"architecture": architecture, "num_classes": config.num_classes}
+    if config.pos_embed_prefix == "class" and config.reg_tokens:
+        raise ValueError("timm's models with registers have no position for the class token: pos_embed_prefix='class'")
+    architecture = _timm_architecture(card)
+    built = _as_timm_builds(architecture, zoo.architecture(architecture))
+    _require(config, "timm's config.json", {"norm_eps": built.norm_eps})
+    outputs = config.num_classes or config.proj_dim
+    known = vars(built) | {"pool_norm": _timm_pool_norm(built, config.pool)}
+    known |= {"in_chans": config.in_chans, "num_classes": outputs}  # which are said beside the arguments
+    _require(config, f"timm's {architecture}", {name: known[name] for name in _UNSAID_BY_TIMM})
+    args = _write(_TIMM, vars(config) | {"num_classes": outputs}, known)
+    if config.rope and (unsaid := args.keys() - {"img_size", "global_pool"}):
+        raise ValueError(f"timm's {architecture} has no arguments for {', '.join(sorted(unsaid))}")
+    said: dict[str, Any] = {"architecture": architecture, "num_classes": outputs}
     said |= {"num_features": config.embed_dim, "global_pool": config.pool}
     if card.class_names:
         said["label_names"] = list(card.class_names)
     if args:
         said["model_args"] = args
     cfg = {"custom_load": False, "input_size": [config.in_chans, *config.img_size], "fixed_input_size": True}
-    cfg |= _write(_TIMM_IMAGES, vars(card.preprocess)) | {"num_classes": config.num_classes}
+    cfg |= _write(_TIMM_IMAGES, vars(card.preprocess)) | {"num_classes": outputs}
     cfg |= {"first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if config.dist_token else "head"}
     if card.licence:
         cfg["license"] = card.licence
     if config.init == "mae":
         cfg["tag"] = "mae"  # timm has one name for MAE's and for ViT's, which attend to merged tokens otherwise
+    elif card.title in ("SigLIP", "SigLIP 2"):
+        cfg["tag"] = "webli" if card.title == "SigLIP" else "v2_webli"
     return said | {"pretrained_cfg": cfg}
 
 
-def _write_transformers(card: Card, model_type: str) -> dict[str, Any]:
-    config, (_, headed, bare) = card.config, _FAMILIES[model_type]
-    name = headed if config.num_classes else bare
-    _require(config, f"transformers' {model_type}", _FIXED | _CLASSES[name])
+def _write_transformers(card: Card, model_type: str, family: _Family) -> dict[str, Any]:
+    config = card.config
+    name = family.headed if config.num_classes or config.proj_dim else family.bare
+    said_by_rows = {row.ours for row in family.rows} | ({"proj_dim"} if name in _PROJECTING else set())
+    fixed = _FIXED | dict(family.fixed) | _CLASSES[name]
+    _require(config, f"transformers' {model_type}", {k: v for k, v in fixed.items() if k not in said_by_rows})
+    if "layer_scale" in said_by_rows and config.layer_scale is None:
+        raise ValueError(f"transformers' {model_type} cannot hold layer_scale=None")
+    hidden = config.mlp_hidden
+    values = vars(config) | {"mlp_hidden": hidden}
+    if family.rows is _DINOV2 or _REGISTERS in family.rows:
+        ratios = (ratio for ratio in range(1, 65) if _dinov2_hidden(config.embed_dim, ratio, config.mlp) == hidden)
+        if (ratio := next(ratios, None)) is None:
+            raise ValueError(f"transformers' {model_type} has no mlp_ratio for {hidden} channels within the MLP")
+        values["mlp_ratio"] = ratio
+    gated = family.rows is _DINOV3 and config.mlp == "swiglu"
+    written = _write(_DINOV3_GATED if gated else family.rows, values)
     said: dict[str, Any] = {"architectures": [name], "model_type": model_type}
-    said |= _write(_TRANSFORMERS, vars(config) | {"mlp_hidden": int(config.embed_dim * config.mlp_ratio)})
+    said |= {family.part: written | {"model_type": f"{model_type}_vision_model"}} if family.part else written
+    if name in _PROJECTING:
+        said |= _write([_PROJECTION], values)
     if model_type == "vit_mae":
         said["mask_ratio"] = 0.0  # else three patches in four are dropped
     if config.num_classes:

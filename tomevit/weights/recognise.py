@@ -67,13 +67,17 @@ def find_prefixes(names: Collection[str], told: str | None = None) -> list[str]:
     for form in forms:
         for prefix in {prefix for signature in form.signatures for prefix in signature.prefixes(names)}:
             found.setdefault(prefix, []).append(form)
+
+    def anchors(prefix: str) -> set[str]:
+        return {signature.has[0] for form in found[prefix] for signature in form.signatures}
+
     # The bare models of transformers are seen within the whole ones as well.
     within = {
         longer
         for longer in found
         for shorter, forms in found.items()
         if shorter != longer and longer.startswith(shorter)
-        if any(form.has_place_for(f"{longer.removeprefix(shorter)}embeddings.cls_token") for form in forms)
+        if any(form.has_place_for(longer.removeprefix(shorter) + name) for form in forms for name in anchors(longer))
     }
     return sorted(found.keys() - within)
 
@@ -337,6 +341,8 @@ def differences(
     """
     ours = comparable_fields(config)
     averaged = averaged and not config.dist_token and config.init != "mae"
+    if ours["pos_embed_prefix"] == "class" and described.get("pos_embed_prefix") is False:
+        del ours["pos_embed_prefix"]  # as timm has it: the class token's is added to the token
     if (headless and described["pool_norm"] == "before") or (averaged and described["pool_norm"] == "after"):
         del ours["pool_norm"]
     return [

@@ -16,7 +16,7 @@ from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError
 from tomevit.weights import cache, directories, shards
 from tomevit.weights.files import check_is_checkpoint
-from tomevit.weights.foreign_configs import CONFIG_FILES, card_from_configs
+from tomevit.weights.foreign_configs import CONFIG_FILES, OPEN_CLIP, README, card_from_configs
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.shards import OpenFiles
 
@@ -65,7 +65,7 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         yield Located(path, Source(format="tomevit", file=path.name))
     else:
         shards.check_whole(path)
-        with _open_local(path, beside=path.name in zoo.HUB_FILES) as located:
+        with _open_local(path, beside=path.name in zoo.HUB_FILES or path.name.startswith("open_clip_")) as located:
             yield located
 
 
@@ -73,7 +73,7 @@ def locate_fetched(fetched: cache.Fetched, card: Card) -> Located:
     """What was fetched for a card of `card_of_source`: as the zoo knows it if it is published, else by what it is."""
     if card.weights:
         return Located(fetched.path, fetched.source, zoo.card(card.full_name), downloaded=True)
-    beside = cache.beside(fetched.source, CONFIG_FILES) if fetched.source.hub else {}
+    beside = cache.beside(fetched.source, _names_beside(fetched.source.file)) if fetched.source.hub else {}
     return _identify(fetched.path, fetched.source, beside, downloaded=True)
 
 
@@ -125,12 +125,20 @@ def _open_local(path: Path, *, beside: bool) -> Iterator[Located]:
         check_is_checkpoint(files)
         with explain_lack_of_memory(path):
             origin = Source(format="", file=path.name, sha256=files.sha256())
-        located = _identify(path, origin, _files_beside(path.parent) if beside else {})
+        located = _identify(path, origin, _files_beside(path) if beside else {})
         yield located._replace(files=files)
 
 
-def _files_beside(directory: Path) -> dict[str, Path]:
-    return {name: directory / name for name in CONFIG_FILES if (directory / name).is_file()}
+def _files_beside(path: Path) -> dict[str, Path]:
+    return {name: path.parent / name for name in _names_beside(path.name) if (path.parent / name).is_file()}
+
+
+def _names_beside(file: str | None) -> tuple[str, ...]:
+    """The files that describe a checkpoint of that name, if they lie beside it.
+
+    The hub's repositories hold one model as transformers or timm has it and as open_clip has it, each described apart.
+    """
+    return (OPEN_CLIP, README) if (file or "").startswith("open_clip_") else CONFIG_FILES
 
 
 def _identify(path: Path, origin: Source, beside: Mapping[str, Path], *, downloaded: bool = False) -> Located:
