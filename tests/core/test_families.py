@@ -207,3 +207,18 @@ def test_what_no_model_can_be_is_refused(fields: dict[str, Any], message: str) -
 def test_a_masked_autoencoder_needs_positions_to_predict_from() -> None:
     with pytest.raises(ValueError, match="no learned positions"):
         tomevit.MaskedAutoencoder(model_of("dinov3").float())
+
+
+@each_family
+def test_a_replica_of_data_parallelism_answers_alike(family: str) -> None:
+    model = model_of(family)
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = child if child is None else replicas[child]
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            # As torch.nn.parallel.replicate does: no parameter is registered.
+            setattr(replica, name, None if tensor is None else tensor.detach().clone())
+    assert not list(replicas[model].parameters())
+    images = images_for(model)
+    assert torch.equal(replicas[model](images, r=2), model(images, r=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 import torch.fx
@@ -36,6 +37,7 @@ class VisionTransformer(TimmInterface):
         r: how many tokens merge in each block. Set it at any time, or pass it to a call.
         head_names: the attributes that are classifiers.
         optimizations: what `tomevit.optimize` did.
+        device, dtype: of the weights.
     """
 
     head_names: tuple[str, ...] = ("head",)
@@ -65,18 +67,15 @@ class VisionTransformer(TimmInterface):
         self.fc_norm = layer_norm(config.num_pooled, eps) if config.pool_norm == "after" else nn.Identity()
         self.proj = linear(config.num_pooled, config.proj_dim, bias=False) if config.proj_dim else nn.Identity()
         for name in self.head_names:
-            setattr(
-                self, name, linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
-            )
+            head = linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
+            setattr(self, name, head)
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
+    device = property(lambda self: self._any_weight().device)
+    dtype = property(lambda self: self._any_weight().dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.parameters()).dtype
+    def _any_weight(self) -> Tensor:
+        own = (x for x in (self.pos_embed, self.cls_token, self.reg_token) if x is not None)
+        return next(chain(own, self.parameters()))  # a replica in data parallelism has no parameters
 
     @property
     def r(self) -> Schedule:
@@ -169,12 +168,10 @@ class VisionTransformer(TimmInterface):
             raise ValueError(f"there are {self.config.depth} blocks, and {blocks} cannot be frozen")
         self.requires_grad_(True)
         if blocks:
-            embedding = (self.patch_embed, self.norm_pre, *self.blocks[:blocks])
-            for parameter in (
-                *self.parameters(recurse=False),
-                *(p for module in embedding for p in module.parameters()),
-            ):
+            for parameter in self.parameters(recurse=False):
                 parameter.requires_grad_(False)
+            for module in (self.patch_embed, self.norm_pre, *self.blocks[:blocks]):
+                module.requires_grad_(False)
 
     def _encode(
         self,
