@@ -44,23 +44,23 @@ class Peer:
     file: str = ""  # the format of the files that it writes, if that is another
 
 
-SIZES: dict[str, Any] = {"embed_dim": 48, "depth": 2, "num_heads": 3}
-PLAIN: dict[str, Any] = {"img_size": (32, 48), "patch_size": 16, "num_classes": 0} | SIZES
+SIZES: dict[str, Any] = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 4}
+PLAIN: dict[str, Any] = {"img_size": (16, 24), "num_classes": 0} | SIZES
 CLIP = PLAIN | {"pre_norm": True, "norm_eps": 1e-5}
-DINOV2 = PLAIN | {"patch_size": 14, "img_size": (42, 56), "layer_scale": 1.0}
+DINOV2 = PLAIN | {"layer_scale": 1.0}
 DINOV3 = PLAIN | {"layer_scale": 1e-5, "reg_tokens": 4, "pos_embed": "none", "rope": "dinov3", "norm_eps": 1e-5}
 DINOV3 |= {"qkv_bias": False}
 SIGLIP = PLAIN | {"class_token": False, "pool": "map"}
 PE = CLIP | {"rope": "pe"}
-EVA = PLAIN | {"patch_size": 14, "img_size": (42, 56), "num_classes": 7, "rope": "eva", "mlp": "swiglu", "pool": "avg"}
+EVA = PLAIN | {"num_classes": 7, "rope": "eva", "mlp": "swiglu", "pool": "avg"}
 EVA |= {"pool_norm": "after"}
 
 
 def timms(name: str, form: str, fields: dict[str, Any], **arguments: Any) -> Peer:
     """A model of timm's by its name, at toy size; `arguments` replace its own."""
     config = Config(**fields)
-    shape = {"img_size": config.img_size, "num_classes": config.num_classes or config.proj_dim} | SIZES
-    model = timm.create_model(name, pretrained=False, **shape | arguments)
+    shape = {"img_size": config.img_size, "num_classes": config.num_classes or config.proj_dim, "mlp_ratio": 2.0}
+    model = timm.create_model(name, pretrained=False, **SIZES | shape | arguments)
     config = replace(config, mlp_ratio=model.blocks[0].mlp.fc2.weight.shape[1] / config.embed_dim)
     if config.pool == "map":
         hidden = model.attn_pool.mlp.fc1.weight.shape[0]
@@ -74,18 +74,23 @@ def timms(name: str, form: str, fields: dict[str, Any], **arguments: Any) -> Pee
     return Peer(form, config, model, answer, model.forward_features)
 
 
-HF: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 48}
-HF_TOWER = HF | {"patch_size": 16, "intermediate_size": 96}
+HF: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 16,
+    "patch_size": 4,
+}
+HF_TOWER = HF | {"intermediate_size": 48}
 HF_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 HF_TEXT |= {"vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
-HF_DINOV2 = HF | {"patch_size": 14, "image_size": 56, "mlp_ratio": 2}
-SQUARE: dict[str, Any] = {"img_size": (48, 48), "mlp_ratio": 2.0}
-SQUARE_14 = SQUARE | {"img_size": (56, 56)}
+HF_DINOV2 = HF | {"mlp_ratio": 2}
+SQUARE: dict[str, Any] = {"img_size": (16, 16), "mlp_ratio": 2.0}
 
 
 def hf_clip(kind: str, **fields: Any) -> Peer:
     config = Config(**CLIP | SQUARE | {"act": "quick_gelu"} | fields)
-    vision, files = hf.CLIPVisionConfig(**HF_TOWER, projection_dim=10), ""
+    vision = hf.CLIPVisionConfig(**HF_TOWER, projection_dim=10)
     if kind == "CLIPVisionModelWithProjection":
         model, form = hf.CLIPVisionModelWithProjection(vision), "hf_clip"
         answer, tower = (lambda images: model(images).image_embeds), model.vision_model
@@ -105,7 +110,7 @@ def hf_clip(kind: str, **fields: Any) -> Peer:
         last = tower(images).last_hidden_state
         return tower.post_layernorm(last) if config.pool_norm == "before" else last
 
-    return Peer(form, config, model, answer, tokens, files)
+    return Peer(form, config, model, answer, tokens)
 
 
 def hf_siglip(kind: str, **fields: Any) -> Peer:
@@ -129,11 +134,13 @@ def hf_siglip(kind: str, **fields: Any) -> Peer:
 
 
 def hf_dinov2(kind: str, arguments: dict[str, Any], **fields: Any) -> Peer:
-    config = Config(**DINOV2 | SQUARE_14 | fields)
+    config = Config(**DINOV2 | SQUARE | fields)
     settings = getattr(hf, f"{kind.partition('Model')[0].partition('For')[0]}Config")
     model = getattr(hf, kind)(settings(**HF_DINOV2, num_labels=7, **arguments))
     if arguments:
-        config = replace(config, mlp_ratio=model.state_dict()["encoder.layer.0.mlp.down_proj.weight"].shape[1] / 48)
+        config = replace(
+            config, mlp_ratio=model.state_dict()["encoder.layer.0.mlp.down_proj.weight"].shape[1] / config.embed_dim
+        )
     name = "hf_dinov2_with_registers" if "Registers" in kind else "hf_dinov2"
     if kind.endswith("Model"):
         name = f"{name}_model"
@@ -163,7 +170,7 @@ def open_clips(act: str, layer_scale: float | None) -> Peer:
     config = Config(**CLIP | SQUARE | {"proj_dim": 10, "act": act, "layer_scale": layer_scale})
     layer = {"gelu": nn.GELU, "quick_gelu": open_clip.transformer.QuickGELU}[act]
     model = open_clip.transformer.VisionTransformer(
-        48, 16, 48, 2, 3, 2.0, ls_init_value=layer_scale, output_dim=10, act_layer=layer, output_tokens=True
+        16, 4, 24, 2, 3, 2.0, ls_init_value=layer_scale, output_dim=10, act_layer=layer, output_tokens=True
     )
 
     def tokens(images: Tensor) -> Tensor:
@@ -175,9 +182,8 @@ def open_clips(act: str, layer_scale: float | None) -> Peer:
 GAP = {"pool": "avg"}
 REGISTERS = {"reg_tokens": 4, "pos_embed_prefix": "class"}
 GATED = {"mlp": "swiglu"}
-NATIVE = {
-    "ref_feat_shape": (2, 3)
-}  # timm scales positions to a reference grid, of which the Perception Encoder has none
+# timm scales rotary positions to a reference grid, which the Perception Encoder has not: here it is the model's own.
+NATIVE = {"ref_feat_shape": (4, 6)}
 PEERS: dict[str, Callable[[], Peer]] = {
     "timm CLIP": partial(timms, "vit_base_patch16_clip_224", "timm_clip", CLIP | {"proj_dim": 10}),
     "timm CLIP, quick": partial(
@@ -202,21 +208,21 @@ PEERS: dict[str, Callable[[], Peer]] = {
         timms,
         "vit_pe_core_base_patch16_224",
         "timm_clip",
-        PE | {"num_heads": 3, "proj_dim": 10, "pool": "map"},
+        PE | {"proj_dim": 10, "pool": "map"},
         **NATIVE,
     ),
     "timm PE core, giant": partial(
         timms,
         "vit_pe_core_gigantic_patch14_448",
         "timm_clip",
-        PE | {"patch_size": 14, "img_size": (28, 42), "proj_dim": 10, "pool": "map", "class_token": False},
+        PE | {"proj_dim": 10, "pool": "map", "class_token": False},
         **NATIVE,
     ),
     "timm PE lang": partial(
         timms,
         "vit_pe_lang_large_patch14_448",
         "timm_eva",
-        PE | {"patch_size": 14, "img_size": (28, 42), "pool_norm": "none", "layer_scale": 0.1} | GAP,
+        PE | {"pool_norm": "none", "layer_scale": 0.1} | GAP,
         **NATIVE,
     ),
     "timm PE spatial": partial(
@@ -367,9 +373,8 @@ def test_positions_of_open_clip_are_resampled_as_it_does() -> None:
     peer = open_clips("gelu", None)
     found = positions(49)
     state = {"visual.positional_embedding": found[0].clone()}
-    peer.model.grid_size = (3, 3)
     open_clip.model.resize_pos_embed(state, type("CLIP", (), {"visual": peer.model}))
-    ours = resample_positions(found, (7, 7), (3, 3), 1, FORMATS["open_clip"].resampling)
+    ours = resample_positions(found, (7, 7), (4, 4), 1, FORMATS["open_clip"].resampling)
     torch.testing.assert_close(ours[0], state["visual.positional_embedding"], rtol=0, atol=1e-6)
 
 
