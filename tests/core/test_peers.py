@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from benchmarks.peers import timm
 from tests import reference
-from tests.helpers import images_for, randomise, relative_error
+from tests.helpers import format_of_timms, images_for, randomise, relative_error
+from tomevit import card
 from tomevit.config import Config
 from tomevit.models import VisionTransformer, build
 from tomevit.weights import rules
@@ -209,6 +210,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
         "vit_pe_core_base_patch16_224",
         "timm_clip",
         PE | {"proj_dim": 10, "pool": "map"},
+        attn_pool_mlp_ratio=1.0,
         **NATIVE,
     ),
     "timm PE core, giant": partial(
@@ -302,6 +304,35 @@ def test_answers_and_tokens_are_the_same(name: str, dtype: torch.dtype) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     assert relative_error(ours(images), peer.answer(images)) < tolerance
     assert relative_error(ours.forward_features(images).x, peer.tokens(images)) < tolerance
+
+
+SMALL = {  # of each family a small one, with what timm's default has otherwise
+    "vit_xsmall_patch16_clip_224": {},
+    "vit_small_patch14_dinov2": {"img_size": 224},
+    "vit_base_patch32_siglip_256": {},
+    "vit_small_patch16_dinov3": {"global_pool": "token"},
+    "vit_pe_core_tiny_patch16_384": {},
+    "eva02_tiny_patch14_336": {},
+}
+
+
+@pytest.mark.usefixtures("all_threads")
+@pytest.mark.parametrize("name", SMALL)
+@torch.inference_mode()
+def test_answers_are_the_same_at_full_size(name: str) -> None:
+    found = card(name)
+    classes = found.config.num_classes or found.config.proj_dim
+    theirs = timm.create_model(name, pretrained=False, num_classes=classes, **SMALL[name]).eval()
+    randomise(theirs)
+    if found.config.proj_dim:
+        theirs.head.bias.zero_()
+    config = replace(found.config, img_size=theirs.patch_embed.img_size)
+    ours = native(format_of_timms(found), theirs.state_dict(), config)
+    images = images_for(ours, 1)
+    assert relative_error(ours(images), theirs(images)) < 1e-5
+    merged = ours(images, r=8)
+    assert merged.isfinite().all()
+    assert relative_error(merged, ours(images)) > 1e-5
 
 
 @each_peer

@@ -219,7 +219,7 @@ EVA02_SMALL = replace(
     rules=_eva(Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight"), "blocks.#.mlp.w12.*"),
     signatures=(Signature(has=(*VIT_HAS, "blocks.#.attn.q_bias", "blocks.#.mlp.w12.weight")),),
     variant_of="eva02",
-    fixed=EVA02.fixed | {"mlp_norm": False},
+    fixed={**EVA02.fixed, "mlp_norm": False},
 )
 
 
