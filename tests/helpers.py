@@ -27,7 +27,7 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
     length = 2**17 + 1
     noise = torch.randn(length, generator=torch.Generator().manual_seed(seed)).repeat(2)
     for i, (name, parameter) in enumerate(module.named_parameters()):
-        if parameter.ndim == 1:
+        if parameter.ndim <= 1:
             centre, deviation = (0.0 if name.endswith("bias") else 1.0), 0.2
         elif name.endswith(("_token", "pos_embed", "pos_embedding")):
             centre, deviation = 0.0, 0.5

@@ -129,10 +129,10 @@ def _merge(tokens: list[Token], keys: list[Tensor], r: int, num_prefix: int) -> 
 
 
 def _mean_rotation(sources: tuple[int, ...], config: Config) -> Tensor:
-    return torch.stack([_rotation(source - config.num_prefix, config) for source in sources]).mean(0)
+    return torch.stack([rotation(source - config.num_prefix, config) for source in sources]).mean(0)
 
 
-def _rotation(patch: int, config: Config) -> Tensor:
+def rotation(patch: int, config: Config) -> Tensor:
     """The matrix that turns the channels of a head for a patch; a prefix token, of a number below 0, is not turned."""
     d, (height, width) = config.embed_dim // config.num_heads, config.grid
     matrix = torch.eye(d, dtype=torch.float64)

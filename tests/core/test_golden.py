@@ -26,6 +26,8 @@ from tomevit.layers import (
 )
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule
+from tomevit.weights import rules
+from tomevit.weights.formats import FORMATS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INDEX = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
@@ -112,6 +114,26 @@ def test_models(family: str, case: str, dtype: torch.dtype) -> None:
         assert isinstance(heads, DistilledLogits)
         close(heads.cls, data[f"{case}/train_cls"], 1e-8 if dtype == torch.float64 else 2e-5)
         close(heads.dist, data[f"{case}/train_dist"], 1e-8 if dtype == torch.float64 else 2e-5)
+
+
+TODAY = json.loads((GOLDEN / "families.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("family", TODAY)
+def test_families(family: str, dtype: torch.dtype) -> None:
+    data, told = stored(family), TODAY[family]
+    config = Config(**told["config"] | {"img_size": tuple(told["config"]["img_size"])})
+    model = build(config)
+    read = rules.to_native(FORMATS[told["format"]], weights(family))
+    model.load_state_dict(read.tensors)
+    model = model.to(dtype).eval()
+    images = data["input"].to(dtype)
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    for case, r in {"0": 0, "merged": told["r"]}.items():
+        close(model(images, r=r), data[f"{case}/answer"], tolerance)
+        close(model.forward_features(images, r=r).x, data[f"{case}/tokens"], tolerance)
+    assert torch.equal(model.forward_features(images, r=told["r"]).size[..., 0], data["merged/size"].float())
 
 
 def test_every_stored_case_is_tested() -> None:

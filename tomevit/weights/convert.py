@@ -355,8 +355,8 @@ def read_weights(
         linear, other_heads = find_heads(form, theirs)
         theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
         names = {ours: name for name, ours in linear.items()}
-        for name, (whole, layer) in rules.unstack_layers(form, theirs).items():
-            theirs[name], names[name] = layer, whole
+        for part, (whole, values) in rules.unstack_layers(form, theirs).items():
+            theirs[part], names[part] = values, whole
             theirs.pop(whole, None)
         heads = form.count_heads(theirs)
         tensors, made_of, omitted = rules.to_native(form, theirs)
