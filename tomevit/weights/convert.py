@@ -27,17 +27,19 @@ from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
+    OF_OPENAI,
     Found,
     adopt_inferred,
     check_format,
     choose_card,
-    comparable_fields,
     complete_told,
     differences,
     explain_recognition,
+    fields_of_named,
     find_head_beside,
     find_heads,
     find_model,
+    find_projection_beside,
     holds_model,
     infer_architecture,
     is_same_model,
@@ -346,7 +348,13 @@ def read_weights(
             located.files or located.path, key=key, holds_model=partial(holds_model, told=told)
         )
         known = _card_of_model(model) or located.card
-        place = find_model(list(found.tensors), found.key, told_format=told, told_prefix=prefix, model=known)
+        place = find_model(
+            list(found.tensors),
+            found.key,
+            told_format=told,
+            told_prefix=prefix,
+            model=_with_head_of(known, found.tensors),
+        )
         form = place.form
         _check_tensors_are_such(place, found)
         theirs = {name: found.tensors[place.names[name]] for name in place.names}
@@ -361,6 +369,9 @@ def read_weights(
         if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
             omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
+        if (projection := find_projection_beside(place.prefix, beside)) is not None:
+            tensors["proj.weight"], made_of["proj.weight"] = beside[projection], (projection,)
+            del place.left_out[projection]
         observed = infer_architecture(tensors)
         widths = {observed["proj_dim"] or observed["embed_dim"], *([2 * observed["embed_dim"]] * form.beside_mean)}
         other_heads += _find_heads_of_another_width(tensors, made_of, widths)
@@ -385,8 +396,15 @@ def read_weights(
             observed = infer_architecture(tensors)
         del beside
         changes += _complete_biases(tensors, made_of)
+        of_openai = place.left_out.keys() | set(found.beside) >= OF_OPENAI
         card = choose_card(
-            observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
+            observed,
+            form,
+            told=model,
+            known=located.card,
+            file=located.origin.file,
+            format_told=format is not None,
+            act="quick_gelu" if of_openai else None,
         )
         if card.weights and not card.config.num_classes and observed["num_classes"]:
             omitted |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
@@ -452,7 +470,7 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
     named, headless = _card_of_model(model), not card.config.num_classes
     same = named is not None and card.title == named.title
     if named is not None and (
-        wrong := differences(comparable_fields(card.config), named.config, headless=headless, averaged=same)
+        wrong := differences(fields_of_named(card.config, model), named.config, headless=headless, averaged=same)
     ):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
@@ -472,6 +490,16 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
 
 def _card_of_model(model: str | Card | None) -> Any:
     return zoo.card(model) if isinstance(model, str) else model
+
+
+def _with_head_of(known: Card | None, tensors: Mapping[str, Tensor]) -> Card | None:
+    """What is known of a tower that projects; with a classifier in place of the projection if the head is no such."""
+    if known is None or not known.config.proj_dim:
+        return known
+    outputs = {len(x) for name, x in tensors.items() if x.ndim == 2 and f".{name}".endswith(".head.weight")}
+    if not outputs or known.config.proj_dim in outputs:
+        return known
+    return replace(known, config=replace(known.config, proj_dim=0, num_classes=max(outputs)))
 
 
 def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:

@@ -537,6 +537,12 @@ def _read_timm(config: _Object) -> Card:
     fields["in_chans"] = size.take("in_chans", int, fields["in_chans"], "in_chans")
     if cfg.take("fixed_input_size", bool, True):  # else the positions are the architecture's own
         fields["img_size"] = size.take("img_size", PAIR, None, "img_size")
+    if built.rope == "pe" and fields["img_size"] != built.img_size:
+        (height, width), (named, _) = fields["img_size"], built.img_size
+        raise ValueError(
+            f"the model takes {height}x{width}: timm scales its rotations to those of {named}x{named}, and they are "
+            f"not scaled here"
+        )
     outputs = built.num_classes or built.proj_dim
     for source in (cfg, config, args):
         outputs = source.take("num_classes", int, outputs, "num_classes")
@@ -849,7 +855,8 @@ def _write_timm(card: Card) -> dict[str, Any]:
     known |= {"in_chans": config.in_chans, "num_classes": outputs}  # which are said beside the arguments
     _require(config, f"timm's {architecture}", {name: known[name] for name in _UNSAID_BY_TIMM})
     args = _write(_TIMM, vars(config) | {"num_classes": outputs}, known)
-    if config.rope and (unsaid := args.keys() - {"img_size", "global_pool"}):
+    said_by_eva = {"global_pool"} if config.rope == "pe" else {"img_size", "global_pool"}
+    if config.rope and (unsaid := args.keys() - said_by_eva):
         raise ValueError(f"timm's {architecture} has no arguments for {', '.join(sorted(unsaid))}")
     said: dict[str, Any] = {"architecture": architecture, "num_classes": outputs}
     said |= {"num_features": config.embed_dim, "global_pool": config.pool}
