@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import tomevit
 from benchmarks.peers import timm
 from tests.helpers import randomise, relative_error
+from tests.server import Server
 from tomevit import zoo
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.weights.convert import weights_of
@@ -356,3 +358,149 @@ def test_other_archives_of_torchscript_are_still_refused(tmp_path: Path) -> None
     torch.jit.script(nn.Sequential(nn.Linear(3, 3), nn.GELU())).save(str(path))
     with pytest.raises(CheckpointError, match=r"is a TorchScript archive: .* torch.save its state_dict\(\)"):
         tomevit.convert(path, tmp_path / "out.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------- open_clip
+
+VISION = {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 16}
+
+
+def lay_open_clip(directory: Path, tensors: dict[str, Tensor], model: dict[str, Any], images: dict[str, Any]) -> Path:
+    said = {"model_cfg": {"embed_dim": 7, "text_cfg": {}} | model, "preprocess_cfg": images}
+    (directory / "open_clip_config.json").write_text(json.dumps(said))
+    path = directory / "open_clip_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_open_clips_config_tells_what_no_tensor_does(quick: bool, clip: Multimodal, tmp_path: Path) -> None:
+    for block in clip.visual.transformer.resblocks:
+        block.mlp.gelu = Quick() if quick else nn.GELU()
+    tensors = {k: v for k, v in clip.state_dict().items() if k not in NUMBERS}
+    images = {"mean": [0.5, 0.4, 0.3], "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+    path = lay_open_clip(tmp_path, tensors, {"quick_gelu": quick, "vision_cfg": VISION}, images)
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')  # of transformers' file, which is not read here
+    noise = torch.randn(2, 3, 32, 32)
+    for source in (path, tmp_path):
+        ours, report = model_of(source, tmp_path)
+        (tmp_path / "ours.safetensors").unlink()
+        with torch.inference_mode():
+            assert relative_error(ours(noise, r=0), clip(noise)) < 1e-5
+        found = ours.card.preprocess
+        assert (found.mean, found.interpolation, found.resize) == ((0.5, 0.4, 0.3), "bilinear", "squash")
+        assert {"transformer.resblocks.0.ln_1.weight", "text_projection", "logit_scale"} <= report.left_out.keys()
+
+
+REFUSED_BY_OPEN_CLIP: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"vision_cfg": VISION | {"attentional_pool": True}}, {}, r"vision_cfg\.attentional_pool is True"),
+    ({"vision_cfg": VISION | {"layers": [3, 4, 6, 3]}}, {}, r"vision_cfg\.layers"),
+    ({"vision_cfg": VISION | {"head_width": 7}}, {}, r"vision_cfg\.head_width is 7"),
+    ({"vision_cfg": VISION}, {"resize_mode": "longest"}, "resize_mode is 'longest'"),
+    ({"vision_cfg": VISION}, {"size": 64}, "size is 64, and must be 32x32"),
+    ({"vision_cfg": {"timm_model_name": "resnet50"}}, {}, "resnet50"),
+    ({"vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "mlp"}}, {}, "timm_proj is 'mlp'"),
+    ({"vision_cfg": 3}, {}, "vision_cfg is 3"),
+]
+
+
+@pytest.mark.parametrize(("model", "images", "said"), REFUSED_BY_OPEN_CLIP)
+def test_what_open_clip_builds_and_we_do_not_is_named(
+    model: dict[str, Any], images: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = lay_open_clip(tmp_path, {"x": torch.ones(1)}, model, images)
+    with pytest.raises(CheckpointError, match=rf"open_clip_config\.json: .*{said}"):
+        tomevit.convert(path, tmp_path / "out.safetensors")
+
+
+def trunk(projection: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=12)
+    randomise(model)
+    tensors = {f"visual.trunk.{name}": tensor for name, tensor in model.state_dict().items()}
+    return model.eval(), tensors | projection | {"text.transformer.x": torch.ones(2), "logit_scale": torch.ones(())}
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_projection_behind_a_trunk_is_taken(told: bool, tmp_path: Path) -> None:
+    matrix = torch.randn(7, 192)
+    theirs, tensors = trunk({"visual.head.proj.weight": matrix})
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "linear", "image_size": 32}
+    path = lay_open_clip(tmp_path, tensors, {"vision_cfg": vision}, {})
+    if not told:
+        path = path.rename(tmp_path / "mine.safetensors")
+    tomevit.convert(path, tmp_path / "ours.safetensors", model=None if told else "vit_ti16")
+    ours = tomevit.load(tmp_path / "ours.safetensors")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert relative_error(ours(images, r=0), theirs(images) @ matrix.T) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "projection",
+    [
+        {"visual.head.proj.weight": torch.ones(7, 192), "visual.head.proj.bias": torch.ones(7)},
+        {"visual.head.mlp.fc1.weight": torch.ones(7, 192), "visual.head.mlp.fc2.weight": torch.ones(7, 7)},
+    ],
+)
+def test_another_projection_behind_a_trunk_is_never_dropped(projection: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(trunk(projection)[1], tmp_path / "mine.safetensors")
+    with pytest.raises(CheckpointError, match=r"its visual\.head\..* behind the trunk"):
+        tomevit.convert(tmp_path / "mine.safetensors", tmp_path / "out.safetensors", model="vit_ti16")
+
+
+# ---------------------------------------------------------------------------------------------------- the zoo's sources
+
+
+@pytest.fixture
+def toy_dinov2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dinov2_s14 and dinov2_s14_reg at toy size, without hashes."""
+    found = zoo._zoo()
+    toy = {"img_size": (28, 28), "embed_dim": 48, "depth": 2, "num_heads": 3}
+    names = ("dinov2_s14", "dinov2_s14_reg", "dinov3_s16")
+
+    def shrunk(card: tomevit.Card) -> tomevit.Card:
+        size = {"img_size": (32, 32)} if card.config.rope else {}
+        sources = tuple(replace(source, sha256=None, md5=None) for source in card.sources)
+        return replace(card, config=replace(card.config, **toy | size), sources=sources)
+
+    cards = found.cards | {name: tuple(map(shrunk, found.cards[name])) for name in names}
+    architectures = found.architectures | {name: shrunk(found.architectures[name]) for name in names}
+    monkeypatch.setattr(zoo, "_zoo", lambda: found._replace(cards=cards, architectures=architectures))
+
+
+@pytest.mark.usefixtures("toy_dinov2")
+@pytest.mark.parametrize("registers", [False, True])
+def test_positions_are_resampled_from_the_published_size_to_the_cards(
+    registers: bool, server: Server, set_environment: Callable[..., None], tmp_path: Path
+) -> None:
+    """Figures of DINOv2 are of 224 pixels, and its positions of 518: here of 28 and of 70."""
+    set_environment(TOMEVIT_MIRROR=server.url)
+    name = "dinov2_s14_reg" if registers else "dinov2_s14"
+    config = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 70, "patch_size": 14}
+    kind = hf.Dinov2WithRegistersModel if registers else hf.Dinov2Model
+    theirs = filled(kind(kind.config_class(**config)))
+    theirs.save_pretrained(tmp_path)
+    hub = next(source.hub for source in tomevit.card(name).sources if source.format.startswith("hf_"))
+    assert hub is not None
+    server.put_hub(hub, "model.safetensors", (tmp_path / "model.safetensors").read_bytes())
+    ours = tomevit.create(name, pretrained=True)
+    assert ours.config.img_size == (28, 28)
+    assert ours.card.weights == "lvd142m"
+    images = torch.randn(2, 3, 28, 28)
+    with torch.inference_mode():
+        # transformers resamples in each call.
+        assert relative_error(ours(images, r=0), theirs(images).pooler_output) < 1e-5
+    native = tomevit.create(name, pretrained=True, img_size=70)
+    with torch.inference_mode():
+        assert native(torch.randn(1, 3, 70, 70)).shape == (1, 48)
+
+
+@pytest.mark.usefixtures("toy_dinov2")
+def test_gated_weights_say_how_they_are_had(server: Server, set_environment: Callable[..., None]) -> None:
+    set_environment(TOMEVIT_MIRROR=server.url)
+    repo = "facebook/dinov3-vits16-pretrain-lvd1689m"
+    server.put_hub(repo, "model.safetensors", b"x", token="hf_secret", gated=True)
+    said = rf"{repo} on the hub is gated: accept its licence at {server.url}/{repo}, and log in with"
+    for source in (f"hf-hub:{repo}", True):  # the second has asked at all other places before
+        with pytest.raises(tomevit.DownloadError, match=said):
+            tomevit.create("dinov3_s16", pretrained=source)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Card, Config
+from tomevit.config import Act, Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names, without_wrappers
@@ -439,7 +439,7 @@ def choose_card(
     known: Card | None,
     file: str | None,
     format_told: bool = False,
-    act: str | None = None,
+    act: Act | None = None,
 ) -> Card:
     """The card of what was observed: the one that was told, the one that is known, or the only one that fits.
 
@@ -472,13 +472,13 @@ def choose_card(
     return card if settled else _choose_act(card, observed, act)
 
 
-def _choose_act(card: Card, observed: Mapping[str, Any], act: str | None) -> Card:
+def _choose_act(card: Card, observed: Mapping[str, Any], act: Act | None) -> Card:
     """The card with the activation that all weights of its architecture have: no tensor tells QuickGELU from GELU.
 
     Raises:
         AmbiguousCheckpointError: some have another than others.
     """
-    acts: dict[str, str] = {}
+    acts: dict[Act, str] = {}
     for name in dict.fromkeys([card.name, *(fit.name for fit in _find_fitting(observed) if fit.title == card.title)]):
         for published in zoo.cards(name):
             if published.weights and (published.config.num_classes > 0) == (observed["num_classes"] > 0):
