@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tomevit.errors import DownloadError as DownloadError
     from tomevit.errors import UploadError as UploadError
     from tomevit.factory import create as create
+    from tomevit.factory import from_module as from_module
     from tomevit.layers.merge import Merge as Merge
     from tomevit.layers.merge import Tokens as Tokens
     from tomevit.layers.merge import unmerge as unmerge
@@ -68,6 +69,7 @@ _MODULES = {
     "create": "factory",
     "export": "weights.export",
     "export_program": "deploy.programs",
+    "from_module": "factory",
     "list_models": "zoo",
     "list_recipes": "training.recipes",
     "load": "weights.checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,9 @@ from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
 from tomevit.weights import checkpoint
-from tomevit.weights.convert import adapt_weights, open_weights, published_weights
+from tomevit.weights.convert import Weights, adapt_weights, open_weights, published_weights
+
+log = logging.getLogger("tomevit")
 
 
 def create(
@@ -46,9 +49,9 @@ def create(
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
             converted on first use. Else a checkpoint of any known format: a file, a URL, hf-hub:owner/repo[@revision],
             or a name of the zoo with its weights' tag; or a model, in a wrapper of torch's or not, whose weights and
-            card are copied. It must have the name's architecture, and brings its own image size and class count. Of an
-            encoder without a head a model can be made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from
-            "mae_cls_b16.pretrain".
+            card are copied: one of tomevit's, or of another library's as `tomevit.from_module` takes it. It must have
+            the name's architecture, and brings its own image size and class count. Of an encoder without a head a model
+            can be made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
         format, key, prefix: of a checkpoint given as pretrained, where it does not say itself what `tomevit.convert`
             asks for by these names.
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones
@@ -98,10 +101,8 @@ def create(
         if isinstance(pretrained, nn.Module):
             copies = {parameter: tensor.to("cpu", copy=True) for parameter, tensor in weights.tensors.items()}
             weights = weights._replace(tensors=copies)
-        card, tensors, report = adapt_weights(weights, shape, chosen)
-        model = checkpoint.assemble(replace(card, config=_with(card.config, run)), tensors, report.source)
-        if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
-            model = model.float()
+        weights = adapt_weights(weights, shape, chosen)
+        model = _assemble(weights._replace(card=replace(weights.card, config=_with(weights.card.config, run))))
     else:
         raise ValueError(
             f"pretrained is {reprlib.repr(pretrained)}, and must be True, False, a file, a URL, hf-hub:owner/repo or a "
@@ -110,6 +111,47 @@ def create(
     if r is not None:
         model.r = r
     return model
+
+
+def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
+    """A model with token merging of another library's model that is in memory: one line to try merging in your own.
+
+    Taken are timm's VisionTransformer, its distilled one and Eva; of transformers ViT, DeiT, ViTMAE, DINOv2 (with
+    registers too), DINOv3, and the image towers of CLIP and SigLIP; torchvision's VisionTransformer; open_clip's models
+    with such a tower or one of timm's. With r = 0 it answers as the module does in evaluation mode: with logits, or
+    the vector of an image, before it is normalised. What was taken for what, and what was left out, goes to the logger
+    "tomevit" as INFO.
+
+    Args:
+        module: on any device, in a wrapper of torch's or not. A model of tomevit's is copied.
+        r: tokens to merge in each block, as in `tomevit.create`.
+
+    Returns:
+        A model in evaluation mode, on the CPU, in float32, whose weights are copies: training one does not change the
+        other. Its card has the images' preparation where the module says it, else the usual one of its library.
+
+    Raises:
+        CheckpointError: it computes what no model here does, or layers were replaced (adapters, quantised ones), which
+            are named.
+        ValueError: it is of no such library, or r does not fit.
+    """
+    weights = open_weights(module)
+    check_schedule(r, weights.card.config.depth)
+    copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.tensors.items()}
+    model = _assemble(weights._replace(tensors=copies))
+    model.r = r
+    report = weights.report
+    log.info("%s is %s (%s)", report.source, report.model, report.recognised)
+    for sentence in (*report.changes, *(f"left out: {name}, {reason}" for name, reason in report.left_out.items())):
+        log.info("%s: %s", report.source, sentence)
+    return model
+
+
+def _assemble(weights: Weights) -> VisionTransformer:
+    """A model in float32 over these very tensors."""
+    card, tensors, report = weights
+    model = checkpoint.assemble(card, tensors, report.source)
+    return model.float() if any(tensor.dtype != torch.float32 for tensor in tensors.values()) else model
 
 
 def _with(config: Config, fields: dict[str, Any]) -> Config:

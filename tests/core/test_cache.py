@@ -780,7 +780,7 @@ def test_what_the_hub_does_not_have_is_named(server: Server, set_environment: Ca
         on_hub(revision="v2"): "owner/repo on the hub has no revision v2",
         on_hub("owner/none"): "there is no owner/none on the hub, or it is private: .* HF_TOKEN",
         on_hub("owner/private"): "there is no owner/private on the hub, or it is private: .* HF_TOKEN",
-        on_hub("owner/gated"): f"owner/gated on the hub is gated: accept its conditions at {server.url}/owner/gated",
+        on_hub("owner/gated"): f"owner/gated on the hub is gated: accept its licence at {server.url}/owner/gated",
         on_hub("a/b/c"): "'a/b/c' is no name on the hub, which has the form owner/repo",
     }.items():
         with pytest.raises(DownloadError, match=message) as caught:

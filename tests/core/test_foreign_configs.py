@@ -330,7 +330,7 @@ def test_every_card_of_the_zoo_survives_timm(tmp_path: Path) -> None:
     for name in tomevit.list_models(weights=True):
         card = tomevit.card(name)
         if card.config.pool == "token_avg" or (card.config.pos_embed_prefix == "class" and card.config.reg_tokens):
-            with pytest.raises(ValueError, match="token_avg|pos_embed_prefix"):
+            with pytest.raises(ValueError, match=r"token_avg|pos_embed_prefix"):
                 configs_from_card(card, "timm")
             continue
         found = card_from_configs(put(tmp_path, configs_from_card(card, "timm")))

@@ -17,27 +17,29 @@ from torch import Tensor, nn
 
 from tomevit import zoo
 from tomevit.cards import Contents, is_ours
-from tomevit.config import Card, Config
+from tomevit.config import Card, Config, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, join_with_or
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
-from tomevit.weights import cache, checkpoint, files, rules, sources
+from tomevit.weights import cache, checkpoint, files, live, rules, sources
 from tomevit.weights.adapt import adapt
 from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
+    OF_OPENAI,
     Found,
     adopt_inferred,
     check_format,
     choose_card,
-    comparable_fields,
     complete_told,
     differences,
     explain_recognition,
+    fields_of_named,
     find_head_beside,
     find_heads,
     find_model,
+    find_projection_beside,
     holds_model,
     infer_architecture,
     is_same_model,
@@ -207,23 +209,26 @@ def open_weights(
     """The weights that a user means, under native names.
 
     Args:
-        source: a model, in a wrapper of torch's or not; a checkpoint of any known format: a file, a directory, a URL,
-            hf-hub:owner/repo[@revision]; or a name of the zoo, timm's among them. Published weights and what a URL
-            gives are converted into the cache; the card of published ones is the zoo's of today.
+        source: a model, in a wrapper of torch's or not, of tomevit's or one that `tomevit.from_module` takes; a
+            checkpoint of any known format: a file, a directory, a URL, hf-hub:owner/repo[@revision]; or a name of the
+            zoo, timm's among them. Published weights and what a URL gives are converted into the cache; the card of
+            published ones is the zoo's of today.
         model: what they must be; None: what they are.
         format, key, prefix: of a checkpoint, as `convert` takes them.
         img_size: helps only to read positions of a grid that is not square.
         fresh_head: whether the head will be replaced, and need not be one linear layer.
 
     Returns:
-        Tensors as they are, nothing resampled: a model's own; of a file copies, which no longer need it; those mapped
-        from a file in the cache, where tomevit alone writes.
+        Tensors as they are, nothing resampled: a model's own, copies of another library's; of a file copies, which no
+        longer need it; those mapped from a file in the cache, where tomevit alone writes.
 
     Raises:
         ValueError, CheckpointError, DownloadError, FileNotFoundError: as `convert`.
     """
     if isinstance(source, nn.Module):
         _check_not_told("the model", format, key, prefix)
+        if (described := live.describe(source)) is not None:
+            return _read_live(described, model, fresh_head=fresh_head)
         source = unwrap_transformer(source)
         tensors = {name: tensor.detach() for name, tensor in checkpoint.state_dict_of(source).items()}
         checkpoint.check_whole(tensors)
@@ -345,60 +350,133 @@ def read_weights(
         found = files.open_checkpoint(
             located.files or located.path, key=key, holds_model=partial(holds_model, told=told)
         )
-        known = _card_of_model(model) or located.card
-        place = find_model(list(found.tensors), found.key, told_format=told, told_prefix=prefix, model=known)
-        form = place.form
-        _check_tensors_are_such(place, found)
-        theirs = {name: found.tensors[place.names[name]] for name in place.names}
-        beside = {name: found.tensors[name] for name in place.left_out}
-        found.tensors.clear()
-        linear, other_heads = find_heads(form, theirs)
-        theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
-        names = {ours: name for name, ours in linear.items()}
-        for part, (whole, values) in rules.unstack_layers(form, theirs).items():
-            theirs[part], names[part] = values, whole
-            theirs.pop(whole, None)
-        heads = form.count_heads(theirs)
-        tensors, made_of, omitted = rules.to_native(form, theirs)
-        made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
-        if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
-            omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
-
-        observed = infer_architecture(tensors)
-        widths = {observed["proj_dim"] or observed["embed_dim"], *([2 * observed["embed_dim"]] * form.beside_mean)}
-        other_heads += _find_heads_of_another_width(tensors, made_of, widths)
-        if other_heads:
-            if not fresh_head and (known is None or known.config.num_classes):
-                raise MissingOptionError(
-                    f"its head, {enumerate_names(other_heads)}, is not one linear layer on the model's features: "
-                    f"num_classes= (--num-classes) puts a fresh one in its place, or none by 0",
-                    "num_classes",
-                )
-            reason = "not one linear layer on the model's features, as a head is here"
-            omitted |= dict.fromkeys(other_heads, reason) | _drop_heads(tensors, made_of, reason)
-            observed = infer_architecture(tensors)
-        changes: tuple[str, ...] = ()
-        headless = not (observed["num_classes"] or other_heads or observed["dist_token"])
-        if headless and (layer := find_head_beside(beside, observed["embed_dim"])):
-            parts = {f"head.{kind}": f"{layer}.{kind}" for kind in ("weight", "bias") if f"{layer}.{kind}" in beside}
-            for native, name in parts.items():
-                tensors[native], made_of[native] = beside[name], (name,)
-                del place.left_out[name]
-            changes = (f"the head is {layer}, which lies beside the model",)
-            observed = infer_architecture(tensors)
-        del beside
-        changes += _complete_biases(tensors, made_of)
-        card = choose_card(
-            observed, form, told=model, known=located.card, file=located.origin.file, format_told=format is not None
+        return _read_found(
+            found,
+            located,
+            model=model,
+            format=told,
+            format_told=format is not None,
+            prefix=prefix,
+            img_size=img_size,
+            fresh_head=fresh_head,
         )
-        if card.weights and not card.config.num_classes and observed["num_classes"]:
-            omitted |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
-            observed = infer_architecture(tensors)
-        if heads not in (None, card.config.num_heads):
-            raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
-        config = adopt_inferred(card.config, observed, img_size)
-        checkpoint.check_structure(config, tensors, "it")
-        changes += _check_values(tensors)
+
+
+def _read_live(described: live.Described, model: str | Card | None, *, fresh_head: bool) -> Weights:
+    """The weights of another library's model, as if they were read from a file, with what the model says of itself.
+
+    Raises:
+        CheckpointError: as `read_weights`.
+    """
+    found = files.Checkpoint(described.name, "memory", "", "", dict(described.tensors))
+    located = sources.Located(Path(described.name), Source(format=""))
+    with sources.name_errors_after(located):
+        weights = _read_found(
+            found,
+            located,
+            model=model,
+            format=described.format,
+            format_told=True,
+            fresh_head=fresh_head,
+            describe=described.card,
+        )
+    report = weights.report
+    return weights._replace(report=replace(report, changes=(*described.changes, *report.changes)))
+
+
+def _read_found(
+    found: files.Checkpoint,
+    located: sources.Located,
+    *,
+    model: str | Card | None,
+    format: str | None,  # noqa: A002
+    format_told: bool,
+    prefix: str | None = None,
+    img_size: tuple[int, int] | None = None,
+    fresh_head: bool = False,
+    describe: Callable[[Mapping[str, Any]], Card] | None = None,
+) -> Weights:
+    """The weights in a state dict.
+
+    Args:
+        found: the state dict, which is emptied.
+        located: where it is from.
+        format_told: whether the format is the user's word.
+        describe: what the model is, given what is observed of it; None: what is known of the file.
+
+    Raises:
+        CheckpointError, AmbiguousCheckpointError, MissingOptionError: as `convert`.
+    """
+    known = _card_of_model(model) or located.card
+    place = find_model(
+        list(found.tensors),
+        found.key,
+        told_format=format,
+        told_prefix=prefix,
+        model=_with_head_of(known, found.tensors),
+    )
+    form = place.form
+    _check_tensors_are_such(place, found)
+    theirs = {name: found.tensors[place.names[name]] for name in place.names}
+    beside = {name: found.tensors[name] for name in place.left_out}
+    found.tensors.clear()
+    linear, other_heads = find_heads(form, theirs)
+    theirs = {linear.get(name, name): theirs[name] for name in list(theirs) if name not in other_heads}
+    names = {ours: name for name, ours in linear.items()}
+    for part, (whole, values) in rules.unstack_layers(form, theirs).items():
+        theirs[part], names[part] = values, whole
+        theirs.pop(whole, None)
+    heads = form.count_heads(theirs)
+    tensors, made_of, omitted = rules.to_native(form, theirs)
+    made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
+    if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
+        omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
+
+    if (projection := find_projection_beside(place.prefix, beside)) is not None:
+        tensors["proj.weight"], made_of["proj.weight"] = beside[projection], (projection,)
+        del place.left_out[projection]
+    observed = infer_architecture(tensors)
+    widths = {observed["proj_dim"] or observed["embed_dim"], *([2 * observed["embed_dim"]] * form.beside_mean)}
+    other_heads += _find_heads_of_another_width(tensors, made_of, widths)
+    if other_heads:
+        if not fresh_head and (known is None or known.config.num_classes):
+            raise MissingOptionError(
+                f"its head, {enumerate_names(other_heads)}, is not one linear layer on the model's features: "
+                f"num_classes= (--num-classes) puts a fresh one in its place, or none by 0",
+                "num_classes",
+            )
+        reason = "not one linear layer on the model's features, as a head is here"
+        omitted |= dict.fromkeys(other_heads, reason) | _drop_heads(tensors, made_of, reason)
+        observed = infer_architecture(tensors)
+    changes: tuple[str, ...] = ()
+    headless = not (observed["num_classes"] or other_heads or observed["dist_token"])
+    if headless and (layer := find_head_beside(beside, observed["embed_dim"])):
+        parts = {f"head.{kind}": f"{layer}.{kind}" for kind in ("weight", "bias") if f"{layer}.{kind}" in beside}
+        for native, name in parts.items():
+            tensors[native], made_of[native] = beside[name], (name,)
+            del place.left_out[name]
+        changes = (f"the head is {layer}, which lies beside the model",)
+        observed = infer_architecture(tensors)
+    del beside
+    changes += _complete_biases(tensors, made_of)
+    of_openai = place.left_out.keys() | set(found.beside) >= OF_OPENAI
+    card = choose_card(
+        observed,
+        form,
+        told=model,
+        known=located.card if describe is None else describe(observed),
+        file=located.origin.file,
+        format_told=format_told,
+        act="quick_gelu" if of_openai else None,
+    )
+    if card.weights and not card.config.num_classes and observed["num_classes"]:
+        omitted |= _drop_heads(tensors, made_of, f"{card.full_name} is published without a classifier")
+        observed = infer_architecture(tensors)
+    if heads not in (None, card.config.num_heads):
+        raise CheckpointError(f"it has {heads} attention heads, and {card.name} has {card.config.num_heads}")
+    config = adopt_inferred(card.config, observed, img_size)
+    checkpoint.check_structure(config, tensors, "it")
+    changes += _check_values(tensors)
 
     if observed["pool_norm"] == "after" and config.pool != card.config.pool:
         changes += ("the head reads the mean patch: the last norm is fc_norm",)
@@ -455,7 +533,7 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
     named, headless = _card_of_model(model), not card.config.num_classes
     same = named is not None and card.title == named.title
     if named is not None and (
-        wrong := differences(comparable_fields(card.config), named.config, headless=headless, averaged=same)
+        wrong := differences(fields_of_named(card.config, model), named.config, headless=headless, averaged=same)
     ):
         raise CheckpointError(
             f"{source} holds {card.full_name or 'a model without a name'}, which is no {named.name}: {'; '.join(wrong)}"
@@ -475,6 +553,16 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
 
 def _card_of_model(model: str | Card | None) -> Any:
     return zoo.card(model) if isinstance(model, str) else model
+
+
+def _with_head_of(known: Card | None, tensors: Mapping[str, Tensor]) -> Card | None:
+    """What is known of a tower that projects; with a classifier in place of the projection if the head is no such."""
+    if known is None or not known.config.proj_dim:
+        return known
+    outputs = {len(x) for name, x in tensors.items() if x.ndim == 2 and f".{name}".endswith(".head.weight")}
+    if not outputs or known.config.proj_dim in outputs:
+        return known
+    return replace(known, config=replace(known.config, proj_dim=0, num_classes=max(outputs)))
 
 
 def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], reason: str) -> dict[str, str]:

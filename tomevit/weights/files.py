@@ -33,6 +33,7 @@ from tomevit.headers import MOST_CHARACTERS, MOST_TENSORS, Stored, check_names, 
 from tomevit.opening import open_file
 from tomevit.weights.other_files import (
     DISTRIBUTED,
+    TORCHSCRIPT,
     ZERO,
     describe_archive,
     describe_file,
@@ -331,9 +332,11 @@ def _open_zip(file: BinaryIO) -> Iterator[zipfile.ZipFile]:
         if (length := max(map(len, names), default=0)) > MOST_CHARACTERS:
             raise CheckpointError(f"is a zip archive that has an entry whose name has {length:,} characters")
         if not (names and all(name.endswith(".npy") for name in names)):
-            if (known := describe_archive(names)) is not None:
+            if (known := describe_archive(names)) is not None and known != TORCHSCRIPT:
                 raise CheckpointError(f"is {known}")
             if not any(name.endswith("/data.pkl") for name in names):
+                if known is not None:
+                    raise CheckpointError(f"is {known}")
                 raise CheckpointError(f"is a zip archive of {_list_names(names)}: neither torch's nor numpy's")
         yield archive
 
@@ -418,10 +421,21 @@ def _read_torch_zip(
     root = archive.namelist()[0].split("/")[0]  # torch takes the first entry's
     if f"{root}/data.pkl" not in entries:
         raise CheckpointError(f"is a zip archive of {_list_names(entries)}, without {root}/data.pkl")
-    if packed := [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]:
+    scripted = describe_archive(entries) == TORCHSCRIPT
+    packed = [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed := [name for name in packed if not (scripted and name.startswith(f"{root}/code/"))]:
         raise CheckpointError(f"was packed anew: torch.save stores, and {packed[0]!r} is compressed")
     walk = Walk(_memory_limit(os.fstat(file.fileno()).st_size))
-    tree = walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    try:
+        tree = walk.load(io.BytesIO(archive.read(f"{root}/data.pkl")))
+    except CheckpointError as error:
+        if not scripted:
+            raise
+        raise CheckpointError(f"is {TORCHSCRIPT}") from error
+    if scripted:
+        tree = _list_scripted(tree)
+        if not holds_model(_names_of_tensors(tree)):
+            raise CheckpointError(f"is {TORCHSCRIPT}")
     for storage in walk.storages.values():
         entry = entries.get(f"{root}/data/{storage.key}")
         if entry is None or entry.file_size < storage.nbytes:
@@ -442,6 +456,25 @@ def _read_torch_zip(
         return values
 
     return _select_state_dict(path, tree, walk.module, key, holds_model, cache(values))
+
+
+def _list_scripted(module: Any) -> dict[str, Any]:
+    """The tensors of a TorchScript module by their names in its state dict, and its own numbers beside them.
+
+    Raises:
+        CheckpointError: it holds more modules than any model, or itself.
+    """
+    listed: dict[str, Any] = {}
+    modules: list[tuple[str, Any]] = [("", module)]
+    for prefix, node in modules:  # which grows
+        if len(modules) + len(listed) > MOST_TENSORS or len(prefix) > MOST_CHARACTERS:
+            raise CheckpointError("is a TorchScript archive of more modules than any model has")
+        for name, value in _children(node).items():
+            if isinstance(value, Unknown):
+                modules.append((f"{prefix}{name}.", value))
+            elif _is_tensor(value) or (not prefix and type(value) in (int, float)):
+                listed[f"{prefix}{name}"] = value
+    return listed
 
 
 def _read_torch_legacy(

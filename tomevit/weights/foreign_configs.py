@@ -423,9 +423,7 @@ def card_from_configs(files: Mapping[str, Path]) -> Card | None:
         return _licensed(_card_of_open_clip(files[OPEN_CLIP]), files) if OPEN_CLIP in files else None
     with _naming(files[CONFIG]):
         config = _Object.of(files[CONFIG])
-        for name in _OTHERWISE:
-            if config.get(name):
-                raise config.refuse(name, "left out: tomevit has nothing like it")
+        _check_plain(config)
         if "architecture" in config:
             card = _read_timm(config)
         elif "model_type" in config:
@@ -492,7 +490,7 @@ def _is_of(card: Card, config: Config, kin: str) -> bool:
     return told(card.config) == told(config) and config.act in acts
 
 
-def _card(config: Config, kin: str, **rest: Any) -> Card:
+def named_card(config: Config, kin: str, **rest: Any) -> Card:
     """A card with the zoo's name for the architecture; of several, one that begins as `kin` does, and pools as this."""
     same = [card for card in zoo.architectures() if _is_of(card, config, kin)]
     if same:
@@ -537,6 +535,12 @@ def _read_timm(config: _Object) -> Card:
     fields["in_chans"] = size.take("in_chans", int, fields["in_chans"], "in_chans")
     if cfg.take("fixed_input_size", bool, True):  # else the positions are the architecture's own
         fields["img_size"] = size.take("img_size", PAIR, None, "img_size")
+    if built.rope == "pe" and fields["img_size"] != built.img_size:
+        (height, width), (named, _) = fields["img_size"], built.img_size
+        raise ValueError(
+            f"the model takes {height}x{width}: timm scales its rotations to those of {named}x{named}, and they are "
+            f"not scaled here"
+        )
     outputs = built.num_classes or built.proj_dim
     for source in (cfg, config, args):
         outputs = source.take("num_classes", int, outputs, "num_classes")
@@ -550,14 +554,11 @@ def _read_timm(config: _Object) -> Card:
     pooled_fields = ("num_classes", "proj_dim", "pool")
     fields = args.read([row for row in _TIMM if row.ours not in pooled_fields], fields)
 
-    images = Preprocess().for_channels(fields["in_chans"])  # timm's defaults too
-    kin = f"{base.name.partition('_')[0]}_"
-    if "_siglip_" in architecture and tag:  # timm has one name for SigLIP and SigLIP 2, and says in the tag which it is
-        kin = "siglip2_" if tag.startswith("v2_") else "siglip_"
-    return _card(
+    kin = _timm_kin(base, architecture, tag)
+    return named_card(
         Config(**fields),
         kin,
-        preprocess=Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), fields["in_chans"])),
+        preprocess=_read_timm_images(cfg, fields["in_chans"]),
         licence=cfg.take("license", str) or None,
         class_names=_timm_labels(config if "label_names" in config else cfg, config, fields["num_classes"]),
     )
@@ -569,6 +570,67 @@ def _timm_base(name: str, tag: str) -> Card:
         with suppress(ValueError):
             return zoo.card(weights)
     return zoo.card(name)
+
+
+def _timm_kin(base: Card, architecture: str, tag: str) -> str:
+    """How the names of a timm model's kin begin in the zoo."""
+    if "_siglip_" in architecture and tag:  # timm has one name for SigLIP and SigLIP 2, and says in the tag which it is
+        return "siglip2_" if tag.startswith("v2_") else "siglip_"
+    return f"{base.name.partition('_')[0]}_"
+
+
+def _read_timm_images(cfg: _Object, channels: int) -> Preprocess:
+    images = Preprocess().for_channels(channels)  # timm's defaults too
+    return Preprocess(**cfg.read(_TIMM_IMAGES, vars(images), channels))
+
+
+def images_of_timm(pretrained_cfg: Mapping[str, Any], channels: int) -> Preprocess:
+    """How a timm model's `pretrained_cfg` says that images are prepared.
+
+    Raises:
+        ValueError: in a way that `Preprocess` has no words for.
+    """
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in pretrained_cfg.items()}
+    return _read_timm_images(_Object(lists), channels)
+
+
+def kin_of_timm(architecture: str, tag: str) -> tuple[str, int]:
+    """How the zoo's names of a timm architecture's kin begin, and the channels of its projection: 0 without one."""
+    try:
+        base = _timm_base(architecture, tag)
+    except ValueError:  # a model that is none of timm's own
+        return "vit_", 0
+    return _timm_kin(base, architecture, tag), zoo.architecture(base.name).config.proj_dim
+
+
+def images_of_open_clip(preprocess_cfg: Mapping[str, Any], channels: int) -> Preprocess:
+    """How an open_clip tower's `preprocess_cfg` says that images are prepared.
+
+    Raises:
+        ValueError: in a way that `Preprocess` has no words for.
+    """
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in preprocess_cfg.items()}
+    return Preprocess(**_Object(lists).read(_OPEN_CLIP_IMAGES, {"crop_pct": 1.0}, channels))
+
+
+def card_from_transformers(config_json: str, class_name: str) -> Card:
+    """The card of a model of transformers' by its config; images are prepared as usually for models of its kind.
+
+    Raises:
+        ValueError: it is none that tomevit can build; the message says where.
+    """
+    config = _Object(parse_json(config_json) | {"architectures": [class_name]})
+    _check_plain(config)
+    card = _read_transformers(config)
+    # Nothing of a processor is said, and the usual one makes images of the size that the model takes.
+    return replace(card, preprocess=_read_processor(_Object({}), _FAMILIES[config["model_type"]], card.config))
+
+
+def _check_plain(config: _Object) -> None:
+    """Raises ValueError if a config.json describes a model that was changed after it was built."""
+    for name in _OTHERWISE:
+        if config.get(name):
+            raise config.refuse(name, "left out: tomevit has nothing like it")
 
 
 def _as_timm_builds(architecture: str, card: Card) -> Config:
@@ -636,7 +698,7 @@ def _read_transformers(config: _Object) -> Card:
         if config.part("text_config").take("vocab_size", int, 0, "num_classes") >= _MANY_TEXTS:
             kin = "siglip2_"
     generic = all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
-    return _card(Config(**fields), kin, class_names=() if generic else labels)
+    return named_card(Config(**fields), kin, class_names=() if generic else labels)
 
 
 def _dinov2_hidden(dim: int, ratio: float, mlp: str) -> int:
@@ -729,7 +791,7 @@ def _read_open_clip(model: _Object, images: _Object) -> Card:
     if made != config.img_size:
         raise images.refuse("size", f"{config.img_size[0]}x{config.img_size[1]}, as the model takes them")
     found = images.read(_OPEN_CLIP_IMAGES, {"crop_pct": 1.0}, config.in_chans)
-    return _card(config, kin, preprocess=Preprocess(**found))
+    return named_card(config, kin, preprocess=Preprocess(**found))
 
 
 def _read_processor(fields: _Object, family: _Family, config: Config) -> Preprocess:
@@ -849,7 +911,8 @@ def _write_timm(card: Card) -> dict[str, Any]:
     known |= {"in_chans": config.in_chans, "num_classes": outputs}  # which are said beside the arguments
     _require(config, f"timm's {architecture}", {name: known[name] for name in _UNSAID_BY_TIMM})
     args = _write(_TIMM, vars(config) | {"num_classes": outputs}, known)
-    if config.rope and (unsaid := args.keys() - {"img_size", "global_pool"}):
+    said_by_eva = {"global_pool"} if config.rope == "pe" else {"img_size", "global_pool"}
+    if config.rope and (unsaid := args.keys() - said_by_eva):
         raise ValueError(f"timm's {architecture} has no arguments for {', '.join(sorted(unsaid))}")
     said: dict[str, Any] = {"architecture": architecture, "num_classes": outputs}
     said |= {"num_features": config.embed_dim, "global_pool": config.pool}

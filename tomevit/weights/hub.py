@@ -78,7 +78,7 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
         raise
     except GatedRepoError as error:
         raise DownloadError(
-            f"{repo} on the hub is gated: accept its conditions at {constants.ENDPOINT}/{repo}, and {log_in}"
+            f"{repo} on the hub is gated: accept its licence at {constants.ENDPOINT}/{repo}, and {log_in}"
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(f"there is no {repo} on the hub, or it is private: check the name, or {log_in}") from error

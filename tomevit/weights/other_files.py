@@ -78,14 +78,13 @@ _FILES = {
     rb"\x89PNG": "a picture",
     rb"\xff\xd8\xff": "a picture",
 }
+TORCHSCRIPT = "a TorchScript archive: load it with torch.jit.load, and torch.save its state_dict()"
 #: Names of entries in zip archives that are no checkpoints.
 _ARCHIVES = {
     r"(^|/)(archive_format|serialized_exported_program\.json|models/model\.json)$": (
         "a program of torch.export: load it with torch.export.load, and torch.save its state_dict"
     ),
-    r"(^|/)(constants\.pkl|code/|model\.json)": (
-        "a TorchScript archive: load it with torch.jit.load, and torch.save its state_dict()"
-    ),
+    r"(^|/)(constants\.pkl|code/|model\.json)": TORCHSCRIPT,
     r"^model\.weights\.h5$": f"a Keras archive, which tomevit does not read: {_savez(_KERAS)}",
 }
 

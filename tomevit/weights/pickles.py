@@ -31,6 +31,8 @@ EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETI
 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET BINPERSID GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD
 """
 
+#: How the names of classes begin that lie in a TorchScript archive.
+SCRIPTED = "__torch__."
 MAX_ARGUMENTS = 8  # of a call: a tensor's are 7
 #: What one step of a pickle may cost in memory, at most: an empty set is 216 bytes.
 STEP = 256
@@ -83,7 +85,7 @@ HARMLESS = re.compile(
     r"|inspect\._ParameterKind|calendar\.\w+|operator\.\w+getter"
     r"|builtins\.(frozenset|type|bytearray|slice|range|object|float|int|str|bool|list|tuple|dict|\w+(Error|Exception))"
     r"|numpy\.random\.\w+(\.\w+)?|torch(\._C)?\.Generator|torch\.serialization\._get_layout|torch\.distributed\.[\w.]+"
-    r"|torch\.(nn|optim)\.[\w.]+"
+    r"|torch\.(nn|optim)\.[\w.]+|torch\.jit\._pickle\.\w+"
 )
 _NOT_THE_USERS = {*sys.stdlib_module_names, "torch", "numpy"}
 
@@ -147,7 +149,10 @@ class _Dict(dict[Any, Any]):
 
 
 class Unknown(_Dict):
-    """Stands in for an object whose class is code: nothing of it is kept but its items, if it is a dict."""
+    """Stands in for an object whose class is code: nothing of it is kept but its items, if it is a dict.
+
+    Of a module in a TorchScript archive, whose class lies in the archive, the attributes are kept as items.
+    """
 
     __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
@@ -283,6 +288,9 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
             case Unknown() as made, _:
                 if isinstance(state, _Dict) and state.keys() >= {"_parameters", "_modules"}:
                     self.module = made.name
+                elif isinstance(state, _Dict) and made.name.startswith(SCRIPTED):
+                    self.charge(STEP * len(state))
+                    dict.update(made, state)  # a module's attributes: its weights, and the modules within
             case _Dict(), _Dict():
                 pass  # attributes, such as _metadata of a state dict
             case _Dtype() as dtype, (3, "<" | ">" | "|" as order, None, None, None, -1, -1, 0):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Card, Config
+from tomevit.config import Act, Card, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names, without_wrappers
@@ -25,7 +25,7 @@ PARTS = re.compile(r"attn_pool|rope|\w*rel_pos\w*|\w*relative_position\w*|\w*pos
 OTHER_MODELS = {
     r"lora_[AB]\.|base_layer\.": "an adapter beside a model (peft): load both, and save model.merge_and_unload()",
     r"patch_embed\.projection\.": "MMPretrain's or MMSegmentation's vision transformer, which tomevit does not read",
-    r"visual\.(conv1|class_embedding)|vision_model\.embeddings\.class_embedding": "CLIP, which tomevit does not read",
+    r"visual\.(layer1|attnpool)\.": "the ResNet of a CLIP, which tomevit does not read",
     r"relative_position_bias_table|rel_pos_bias": "a transformer of relative positions, which tomevit does not read",
     r"attn\.lepe|layers\.\d+\.blocks\.\d+": "a transformer in stages, which tomevit does not read",
 }
@@ -201,6 +201,25 @@ def find_head_beside(beside: Mapping[str, Tensor], dim: int) -> str | None:
     return layer if bias is None or bias.shape == weight.shape[:1] else None
 
 
+def find_projection_beside(prefix: str, beside: Mapping[str, Tensor]) -> str | None:
+    """The projection that open_clip puts behind a trunk of timm's.
+
+    Args:
+        prefix: what the trunk's names begin with, wrappers aside.
+        beside: what lies beside the trunk, by the file's names.
+
+    Raises:
+        CheckpointError: it is more than one matrix, or has a bias: without it the vector is another.
+    """
+    if not prefix.endswith("visual.trunk."):
+        return None
+    head = f"{prefix.removesuffix('trunk.')}head."
+    found = [name for name in beside if without_wrappers(name).startswith(head)]
+    if found and (len(found) > 1 or not found[0].endswith("proj.weight") or beside[found[0]].ndim != 2):
+        raise CheckpointError(f"its {enumerate_names(found)} behind the trunk is not one projection without a bias")
+    return found[0] if found else None
+
+
 def find_format(names: Collection[str], key: str = "", told: str | None = None, *, model: Card | None = None) -> Format:
     """The one format that the tensors are of.
 
@@ -237,6 +256,7 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
     if model is not None:
         # Whose code wrote it, says where in its file the state dict lies: less than a user who names the model.
         alike = [form for form in FORMATS.values() if any(not s.misses(names) for s in form.signatures)]
+        fits, alike = _as_it_projects(fits, model), _as_it_projects(alike, model)
         fits = _published_in(fits, model) or _published_in(alike, model) or fits
     if len(fits) > 1 and not (model is not None and len({form.resampling for form in fits}) == 1):
         raise AmbiguousCheckpointError(
@@ -246,6 +266,12 @@ def find_format(names: Collection[str], key: str = "", told: str | None = None, 
             [form.name for form in fits],
         )
     return fits[0]
+
+
+def _as_it_projects(formats: list[Format], model: Card) -> list[Format]:
+    """Those formats that have a projection, if the model does: timm gives it the name of a classifier."""
+    projects = model.config.proj_dim > 0
+    return [form for form in formats if form.has_native("proj.weight") == projects] or formats
 
 
 def _published_in(formats: Iterable[Format], model: Card) -> list[Format]:
@@ -329,6 +355,12 @@ def comparable_fields(config: Config) -> dict[str, Any]:
     }
 
 
+def fields_of_named(config: Config, name: str | Card | None) -> dict[str, Any]:
+    """What of an architecture must be as a name says: weights of one architecture have this activation or that one."""
+    names_weights = isinstance(name, Card) or (name is not None and "." in name)
+    return {k: v for k, v in comparable_fields(config).items() if k != "act" or names_weights}
+
+
 def differences(
     described: Mapping[str, Any], config: Config, *, headless: bool = False, averaged: bool = False
 ) -> list[str]:
@@ -400,6 +432,10 @@ def _are_of_patches(positions: int, config: Config, img_size: tuple[int, int] | 
     return positions - 1 not in patches and (math.isqrt(positions) ** 2 == positions or positions in patches)
 
 
+#: What OpenAI's CLIP archives hold beside the two towers, and no other project's.
+OF_OPENAI = frozenset(("input_resolution", "context_length", "vocab_size"))
+
+
 def choose_card(
     observed: Mapping[str, Any],
     form: Format,
@@ -408,6 +444,7 @@ def choose_card(
     known: Card | None,
     file: str | None,
     format_told: bool = False,
+    act: Act | None = None,
 ) -> Card:
     """The card of what was observed: the one that was told, the one that is known, or the only one that fits.
 
@@ -418,10 +455,11 @@ def choose_card(
         known: as published, or as the files beside it describe it.
         file: its name, which may be that of a published file.
         format_told: the format is the user's word too, and not only what the names are like.
+        act: the activation, where what lies beside the tensors tells it.
 
     Raises:
         CheckpointError: it does not fit; the message says what would.
-        AmbiguousCheckpointError: several fit.
+        AmbiguousCheckpointError: several fit, or weights of the only one that differ in their activation.
     """
     card = known if told is None else complete_told(told, known)
     if card is None:
@@ -429,13 +467,36 @@ def choose_card(
         alike = {form.name, form.variant_of}
         if form.name == "mae" and observed["pool_norm"] == "after" and not format_told:
             alike.add("timm")
-        return _choose_fitting(observed, alike, file)
+        return _choose_act(_choose_fitting(observed, alike, file), observed, act)
     own = isinstance(told, Card)  # which says how it pools
     if wrong := differences(observed, card.config, headless=not observed["num_classes"], averaged=not own):
         fits = _find_fitting(observed)
         instead = f"It fits {join_with_or(card.name for card in fits)}" if fits else _describe_nearest(observed)
         raise CheckpointError(f"it does not fit {card.name}: {'; '.join(wrong)}. {instead}")
-    return card
+    settled = own or known is not None or (isinstance(told, str) and "." in told)
+    return card if settled else _choose_act(card, observed, act)
+
+
+def _choose_act(card: Card, observed: Mapping[str, Any], act: Act | None) -> Card:
+    """The card with the activation that all weights of its architecture have: no tensor tells QuickGELU from GELU.
+
+    Raises:
+        AmbiguousCheckpointError: some have another than others.
+    """
+    acts: dict[Act, str] = {}
+    for name in dict.fromkeys([card.name, *(fit.name for fit in _find_fitting(observed) if fit.title == card.title)]):
+        for published in zoo.cards(name):
+            if published.weights and (published.config.num_classes > 0) == (observed["num_classes"] > 0):
+                acts.setdefault(published.config.act, published.full_name)
+    if act is None and len(acts) > 1:
+        named = join_with_or(f"{name} ({act})" for act, name in acts.items())
+        raise AmbiguousCheckpointError(
+            f"it fits {named}, which differ in their activation, and no tensor tells it: say which it is like with "
+            f"model=, or --model",
+            "model",
+            list(acts.values()),
+        )
+    return replace(card, config=replace(card.config, act=act or next(iter(acts), card.config.act)))
 
 
 def is_same_model(known: Card, asked: Card) -> bool:
@@ -462,7 +523,8 @@ def complete_told(told: str | Card, known: Card | None) -> Card:
         if not is_same_model(known, card) or card.weights not in (None, known.weights):
             raise CheckpointError(f"it is {known.full_name} by its address or hash, and not {told}")
         return known
-    if wrong := differences(comparable_fields(known.config), card.config, averaged=known.title == card.title):
+    described = fields_of_named(known.config, told)
+    if wrong := differences(described, card.config, averaged=known.title == card.title):
         raise CheckpointError(f"it is {known.name} by the files beside it, and no {card.name}: {'; '.join(wrong)}")
     return replace(
         card,

@@ -227,6 +227,10 @@ class Format:
                 found.setdefault(match[1], set()).add(int(match[2]))
         return found
 
+    def has_native(self, name: str) -> bool:
+        """Whether the format holds a native parameter."""
+        return any(_regex(rule.native).fullmatch(name) for rule in self.rules)
+
     def has_place_for(self, name: str) -> bool:
         """Whether a native parameter is made of the source's of that name."""
         return self._find_rule(name, ()) is not None
