@@ -489,14 +489,15 @@ def _choose_act(card: Card, observed: Mapping[str, Any], act: Act | None) -> Car
             if published.weights and (published.config.num_classes > 0) == (observed["num_classes"] > 0):
                 acts.setdefault(published.config.act, published.full_name)
     if act is None and len(acts) > 1:
-        named = join_with_or(f"{name} ({act})" for act, name in acts.items())
+        named = join_with_or(f"{name} ({kind})" for kind, name in acts.items())
         raise AmbiguousCheckpointError(
             f"it fits {named}, which differ in their activation, and no tensor tells it: say which it is like with "
             f"model=, or --model",
             "model",
             list(acts.values()),
         )
-    return replace(card, config=replace(card.config, act=act or next(iter(acts), card.config.act)))
+    found: Act = act or next(iter(acts), card.config.act)
+    return replace(card, config=replace(card.config, act=found))
 
 
 def is_same_model(known: Card, asked: Card) -> bool:
