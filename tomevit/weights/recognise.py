@@ -496,7 +496,7 @@ def _choose_act(card: Card, observed: Mapping[str, Any], act: Act | None) -> Car
             "model",
             list(acts.values()),
         )
-    found: Act = act or next(iter(acts), card.config.act)
+    found: Act = next(iter(acts), card.config.act) if act is None else act
     return replace(card, config=replace(card.config, act=found))
 
 
