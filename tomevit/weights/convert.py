@@ -585,7 +585,8 @@ def _find_heads_of_another_width(
 ) -> list[str]:
     """The source's names of heads that stand on more or less than the features that a head reads here."""
     heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
-    return [source for name in heads if tensors[name].shape[1] not in widths for source in sources[name]]
+    other = [name for name in heads if tensors[name].shape[1:] not in {(width,) for width in widths}]
+    return [source for name in other for source in sources[name]]
 
 
 def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
