@@ -491,7 +491,8 @@ def _choose_act(card: Card, observed: Mapping[str, Any], act: Act | None) -> Car
             "model",
             list(acts.values()),
         )
-    return replace(card, config=replace(card.config, act=act or next(iter(acts), card.config.act)))
+    published_act: Act = next(iter(acts), card.config.act)
+    return replace(card, config=replace(card.config, act=act or published_act))
 
 
 def is_same_model(known: Card, asked: Card) -> bool:
