@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -350,6 +351,15 @@ def test_the_side_file_tells_the_activation(act: str, tmp_path: Path) -> None:
     other = {"gelu": "clip_b16.openai", "quick_gelu": "clip_b16.laion2b"}[act]
     with pytest.raises(CheckpointError, match="act"):
         tomevit.create(other, pretrained=tmp_path / "model.safetensors")
+
+
+def test_an_archive_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    module = b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", module)
+        archive.writestr("x/constants.pkl", b"\x80\x02).")
+    with pytest.raises(CheckpointError, match="TorchScript archive of more modules than any model has"):
+        tomevit.convert(tmp_path / "x.pt", tmp_path / "out.safetensors")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")

@@ -27,7 +27,15 @@ from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
 from tomevit.transform import Transform
 from tomevit.weights import rules
-from tomevit.weights.foreign_configs import MOST_BYTES, _edges, _mlp_ratio, _share, card_from_configs, configs_from_card
+from tomevit.weights.foreign_configs import (
+    _FAMILIES,
+    MOST_BYTES,
+    _edges,
+    _mlp_ratio,
+    _share,
+    card_from_configs,
+    configs_from_card,
+)
 from tomevit.weights.formats import FORMATS
 
 TINY = Config(img_size=(32, 32), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=7)
@@ -475,6 +483,60 @@ KNOWN: list[tuple[dict[str, Any], dict[str, Any], str, dict[str, Any], dict[str,
         {"num_classes": 0},
         {"resize": "shorter", "crop_pct": 0.875, "interpolation": "bicubic"},
     ),
+    (  # facebook/dinov2-small
+        {"model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": 384, "num_attention_heads": 6}
+        | {"image_size": 518, "patch_size": 14, "layerscale_value": 1.0, "mlp_ratio": 4, "use_swiglu_ffn": False},
+        {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "resample": 3}
+        | {"crop_size": {"height": 224, "width": 224}, "image_mean": [0.485, 0.456, 0.406], "do_center_crop": True}
+        | {"image_std": [0.229, 0.224, 0.225]},
+        "dinov2_s14_518",
+        {"num_classes": 0, "img_size": (518, 518), "pool": "token"},
+        {"resize": "shorter", "crop_pct": 0.875, "interpolation": "bicubic"},
+    ),
+    (  # facebook/dinov2-with-registers-giant-imagenet1k-1-layer
+        {"model_type": "dinov2_with_registers", "architectures": ["Dinov2WithRegistersForImageClassification"]}
+        | {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
+        | {"image_size": 518, "patch_size": 14, "num_labels": 1000, "num_register_tokens": 4},
+        {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 256}, "crop_size": 224},
+        "dinov2_g14_reg_518",
+        {"num_classes": 1000, "pool": "token_avg", "mlp": "swiglu", "pos_embed_prefix": "class"},
+        {"resize": "shorter", "crop_pct": 0.875},
+    ),
+    (  # facebook/dinov3-vits16plus-pretrain-lvd1689m
+        {"model_type": "dinov3_vit", "architectures": ["DINOv3ViTModel"], "hidden_act": "silu", "use_gated_mlp": True}
+        | {"num_register_tokens": 4, "rope_theta": 100.0, "pos_embed_rescale": 2.0, "query_bias": True},
+        {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 224, "width": 224}, "resample": 2},
+        "dinov3_s16plus",
+        {"num_classes": 0, "rope": "dinov3", "reg_tokens": 4, "pool": "token"},
+        {"resize": "squash", "crop_pct": 1.0, "interpolation": "bilinear", "mean": (0.485, 0.456, 0.406)},
+    ),
+    (  # openai/clip-vit-base-patch16
+        {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": 512}
+        | {"vision_config": {"patch_size": 16, "projection_dim": 768}, "text_config": {"vocab_size": 49408}},
+        {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "do_center_crop": True},
+        "clip_b16",
+        {"num_classes": 0, "proj_dim": 512, "act": "quick_gelu", "norm_eps": 1e-5},
+        {"resize": "shorter", "crop_pct": 1.0, "mean": (0.48145466, 0.4578275, 0.40821073)},
+    ),
+    (  # google/siglip-so400m-patch14-384
+        {"model_type": "siglip", "architectures": ["SiglipModel"], "text_config": {"vocab_size": 32000}}
+        | {
+            "vision_config": {"hidden_size": 1152, "image_size": 384, "intermediate_size": 4304, "patch_size": 14}
+            | {"num_hidden_layers": 27, "num_attention_heads": 16}
+        },
+        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 384, "width": 384}, "resample": 3},
+        "siglip_so400m14_378",
+        {"img_size": (378, 378), "pool": "map", "act": "gelu_tanh"},
+        {"resize": "squash", "crop_pct": 1.0, "mean": (0.5,) * 3},
+    ),
+    (  # google/siglip2-base-patch16-224
+        {"model_type": "siglip", "architectures": ["SiglipModel"], "text_config": {"vocab_size": 256000}}
+        | {"vision_config": {"model_type": "siglip_vision_model"}},
+        {"image_processor_type": "SiglipImageProcessor", "size": {"height": 224, "width": 224}, "resample": 2},
+        "siglip2_b16",
+        {"img_size": (224, 224), "pool": "map", "proj_dim": 0},
+        {"resize": "squash", "crop_pct": 1.0, "interpolation": "bilinear"},
+    ),
     (
         {"model_type": "vit", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "hidden_act": None},
         {"do_normalize": False, "size": {"shortest_edge": 224}},
@@ -501,6 +563,16 @@ def test_configs_of_the_hub(
     assert preprocess.items() <= asdict(card.preprocess).items()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model_type", _FAMILIES)
+def test_where_a_config_is_silent_transformers_default_holds(model_type: str) -> None:
+    family = _FAMILIES[model_type]
+    theirs = transformers.AutoConfig.for_model(model_type)
+    part = getattr(theirs, family.part) if family.part else theirs
+    for row in family.rows:
+        assert getattr(part, row.theirs) == row.default, row.theirs
+
+
 def test_without_a_preprocessor_the_models_own_default_holds(tmp_path: Path) -> None:
     card = card_from_configs(put(tmp_path, {"config.json": {"model_type": "vit", "image_size": 384}}))
     assert card is not None
@@ -517,7 +589,12 @@ def test_processors_do_as_told_in_transformers_4_too(name: str, kind: str) -> No
     assert content["image_processor_type"] == f"{kind}ImageProcessor"
 
 
-@pytest.mark.parametrize("kind", ["hf_vit", "hf_deit", "hf_vit_mae"])
+SURVIVORS = {"hf_vit": "vit_b16", "hf_deit": "deit_distilled_b16", "hf_vit_mae": "mae_cls_h14"}
+SURVIVORS |= {"hf_dinov2": "dinov2_g14_518", "hf_dinov2_with_registers": "dinov2_b14_reg", "hf_dinov3": "dinov3_b16"}
+SURVIVORS |= {"hf_clip": "clip_l14", "hf_siglip": "siglip_so400m14_378"}
+
+
+@pytest.mark.parametrize("kind", SURVIVORS)
 def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) -> None:
     """crop_pct may come back as another quotient, if the size before the crop is the same."""
     survivors = []
@@ -533,7 +610,7 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
         assert _edges(found.config.img_size, found.preprocess.crop_pct) == edges
         assert_same(replace(found, preprocess=replace(found.preprocess, crop_pct=card.preprocess.crop_pct)), card)
         survivors.append(card.name)
-    assert {"hf_vit": "vit_b16", "hf_deit": "deit_distilled_b16", "hf_vit_mae": "mae_cls_h14"}[kind] in survivors
+    assert SURVIVORS[kind] in survivors
     assert "deit3_b16" not in survivors
     assert "mae_b16" not in survivors
 
@@ -639,6 +716,18 @@ MALFORMED: list[tuple[Any, Any, str]] = [
     (TIMMS | {"model_args": {"proj_bias": False}}, {}, "proj_bias"),
     (TIMMS | {"model_args": {"norm_layer": "rmsnorm"}}, {}, "norm_layer"),
     (TIMMS | {"model_args": {"pretrained_cfg_overlay": {"mean": [0.5]}}}, {}, "pretrained_cfg_overlay"),
+    ({"model_type": "siglip2"}, {}, "siglip_vision_model"),
+    ({"model_type": "dinov3_vit", "rope_theta": 50.0}, {}, r"rope_theta is 50\.0, and must be 100\.0"),
+    (
+        {"model_type": "dinov3_vit", "use_gated_mlp": True, "hidden_act": "gelu"},
+        {},
+        "hidden_act is 'gelu', and must be one of silu",
+    ),
+    ({"model_type": "dinov2", "mlp_ratio": 0}, {}, "mlp_ratio"),
+    ({"model_type": "clip", "vision_config": [1]}, {}, r"vision_config is \[1\], and must be an object"),
+    ({"model_type": "clip", "architectures": ["CLIPForImageClassification"]}, {}, "CLIPForImageClassification"),
+    ({"model_type": "clip", "projection_dim": -1}, {}, "projection_dim"),
+    ({"model_type": "clip_vision_model", "image_size": 224}, {"size": {"shortest_edge": 256}, "crop_size": 256}, "256"),
     (VIT | {"quantization_config": {"load_in_8bit": True}}, {}, "quantization_config"),
     (VIT | {"pruned_heads": {"0": [1]}}, {}, "pruned_heads"),
     (VIT | {"num_channels": 4}, {"image_mean": [0.5, 0.5]}, "image_mean"),

@@ -133,8 +133,9 @@ _DINOV2 = (
     Row("layerscale_value", "layer_scale", float, 1.0),
     Row("use_swiglu_ffn", "mlp", {False: "mlp", True: "swiglu"}, False),
 )
+_DINOV3_SIZES = {"hidden_size": 384, "num_attention_heads": 6}
 _DINOV3 = (
-    *_SIZES,
+    *(row._replace(default=_DINOV3_SIZES.get(row.theirs, row.default)) for row in _SIZES),
     Row("intermediate_size", "mlp_hidden", int, 1536),
     Row("hidden_act", "act", _ACTS, "gelu"),
     Row("layer_norm_eps", "norm_eps", float, 1e-5),
