@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
@@ -204,7 +203,7 @@ def eval_command(
         rank, world = processes()
         task = fail_together(partial(_prepare, request))
         if task.images.passed_over and not rank:
-            click.echo(f"tomevit: {task.images.passed_over}", err=True)
+            echo(f"tomevit: {task.images.passed_over}", err=True)
         workers = readers(task.model.pos_embed.device) if workers is None else workers
         found = _evaluate(task, batch, workers, restart=restart)
     if rank:
@@ -444,6 +443,6 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
 
 FORMS = {
     "text": _as_text,
-    "json": lambda result, found, verdicts: json.dumps(result, indent=2).splitlines(),  # noqa: ARG005
+    "json": lambda result, found, verdicts: json_lines(result),  # noqa: ARG005
     "markdown": _as_markdown,
 }
