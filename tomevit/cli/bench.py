@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
@@ -222,6 +221,6 @@ def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
 
 FORMS = {
     "text": _as_text,
-    "json": lambda where, found, notes: json.dumps(as_json(where, found), indent=2).splitlines(),  # noqa: ARG005
+    "json": lambda where, found, notes: json_lines(as_json(where, found)),  # noqa: ARG005
     "markdown": _as_markdown,
 }

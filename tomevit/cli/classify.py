@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -18,7 +17,7 @@ import click
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import R
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
@@ -405,7 +404,7 @@ def _json_foot(setting: _Setting, found: Summary, said: Sequence[Answer]) -> lis
         "summary": found._asdict() | {"speed_up": found.speed_up},
         "interrupted": len(said) < setting.images,
     }
-    return json.dumps(result, indent=2).splitlines()
+    return json_lines(result)
 
 
 def _answer_as_json(answer: Answer) -> dict[str, Any]:

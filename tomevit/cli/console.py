@@ -36,7 +36,12 @@ def echo(*lines: str, err: bool = False) -> None:
 
 def echo_json(value: Any) -> None:
     """Print what JSON has, indented; it is ASCII."""
-    echo(*json.dumps(value, indent=2).splitlines())
+    echo(*json_lines(value))
+
+
+def json_lines(value: Any) -> list[str]:
+    """What JSON has, indented, line by line."""
+    return json.dumps(value, indent=2).splitlines()
 
 
 def is_terminal(stream: TextIO) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from tomevit.cli import options, reports
-from tomevit.cli.console import echo
+from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
@@ -446,6 +445,6 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
 
 FORMS = {
     "text": _as_text,
-    "json": lambda result, found, verdicts: json.dumps(result, indent=2).splitlines(),  # noqa: ARG005
+    "json": lambda result, found, verdicts: json_lines(result),  # noqa: ARG005
     "markdown": _as_markdown,
 }
