@@ -335,7 +335,10 @@ def test_export(run: Run, tensors: dict[str, torch.Tensor]) -> None:
         ("vit_b61 --format timm -o out.pth", "did you mean vit_b16"),
         ("directory --format timm -o out.pth", "directory is a directory"),
         ("vit_ti16 --format timm -o out.pth", "HF_HUB_OFFLINE is set"),
-        ("ours.safetensors --format tmim -o out.pth", "there is no format 'tmim'; did you mean timm, timm_eva or aoti?"),
+        (
+            "ours.safetensors --format tmim -o out.pth",
+            "there is no format 'tmim'; did you mean timm, timm_eva or aoti?",
+        ),
         ("ours.safetensors --format timm", "--out"),
         ("ours.safetensors -o out.pth", "--format"),
         ("ours.safetensors --format timm -o missing/out.pth", "there is no directory missing"),
