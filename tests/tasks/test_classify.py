@@ -64,10 +64,12 @@ def test_every_head_of_the_zoo_has_names() -> None:
         assert all(found.names), name
         assert found.source == IMAGENET.get(config.num_classes, "own"), name
         sizes.add(config.num_classes)
-    assert sizes == {10, 1000, 21843}
+    assert sizes == {10, 1000, 11821, 21843}
 
 
-@pytest.mark.parametrize(("classes", "theirs"), [(1000, "imagenet-1k"), (21843, "imagenet-21k-goog")])
+@pytest.mark.parametrize(
+    ("classes", "theirs"), [(1000, "imagenet-1k"), (11821, "imagenet-12k"), (21843, "imagenet-21k-goog")]
+)
 def test_imagenets_names_and_their_order_are_timms(classes: int, theirs: str) -> None:
     info = timm.data.ImageNetInfo(theirs)
     assert list(imagenet(classes).synsets) == info.label_names()

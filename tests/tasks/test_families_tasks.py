@@ -57,7 +57,7 @@ def picture(tmp_path: Path) -> str:
 @each_family
 def test_embed_writes_what_the_family_answers(family: str, picture: str, tmp_path: Path, capsys: Any) -> None:
     path, out = saved(family, tmp_path), tmp_path / "out.safetensors"
-    status, said, _ = run(capsys, "embed", picture, "--model", path, "-o", str(out), "--no-normalize")
+    status, said, _ = run(capsys, "embed", picture, "--model", path, "-o", str(out), "--no-normalize", "--workers", "0")
     model = tomevit.load(path)
     assert (status, said) == (0, f"{out}: 1 vectors of {width(model.config)} float32 numbers\n")
     found = read(out)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from tomevit.config import Card
 
 #: The class lists that are known by their length alone.
-IMAGENET = {1000: "ImageNet-1k", 21843: "ImageNet-21k"}
+IMAGENET = {1000: "ImageNet-1k", 11821: "ImageNet-12k", 21843: "ImageNet-21k"}
 
 
 class ClassNames(NamedTuple):
@@ -19,7 +19,7 @@ class ClassNames(NamedTuple):
 
     names: Sequence[str]  # of ImageNet's classes all synonyms, as in "tench, Tinca tinca"; "" where none is known
     synsets: Sequence[str] = ()  # ImageNet's numbers for them, as in "n01440764"; empty for other classes
-    source: str = ""  # "own", "ImageNet-1k", "ImageNet-21k"; "" if no names are known
+    source: str = ""  # "own", or a value of IMAGENET; "" if no names are known
 
     def short(self, index: int) -> str:
         """The first synonym of ImageNet's, another name whole, or else the output's number."""
@@ -30,7 +30,7 @@ class ClassNames(NamedTuple):
 def class_names(card: Card) -> ClassNames:
     """The names of a model's classes: its own, or ImageNet's if its head is of that size.
 
-    A head of 1000 or 21843 outputs is taken for ImageNet's, in the order of the published weights: nothing in a
+    A head of 1000, 11821 or 21843 outputs is taken for ImageNet's, in the order of the published weights: nothing in a
     checkpoint says so. Models that were trained on other classes should have them on their card (`Card.class_names`).
     """
     classes = card.config.num_classes
@@ -46,7 +46,8 @@ def imagenet(classes: int) -> ClassNames:
     """ImageNet's classes, in the order of the heads of published weights.
 
     Args:
-        classes: 1000, or 21843 for all of ImageNet-21k as Google's weights have it.
+        classes: 1000, 21843 for all of ImageNet-21k as Google's weights have it, or 11821 for those of its classes
+            that timm trains on, ImageNet-12k.
     """
     packed = (resources.files("tomevit") / "assets" / "imagenet_classes.tsv.gz").read_bytes()
     lines = (line for line in gzip.decompress(packed).decode("utf-8").splitlines() if not line.startswith("#"))
