@@ -39,7 +39,17 @@ import yaml
 ENVIRONMENT = ("TOMEVIT_", "HF_", "HUGGING", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY")
 
 #: A few that the hub knows.
-LICENCES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "other", "unknown")
+LICENCES = (
+    "apache-2.0",
+    "apple-amlr",
+    "apple-ascl",
+    "bsd-3-clause",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "mit",
+    "other",
+    "unknown",
+)
 
 
 class Request(NamedTuple):

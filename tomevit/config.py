@@ -272,6 +272,11 @@ class Figure:
     r: int = 0
     source: str
 
+    @property
+    def unit(self) -> str:
+        """What stands behind the number: "%", or "% by zero-shot"."""
+        return "%" if self.by == "head" else f"% by {self.by}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:

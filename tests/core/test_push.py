@@ -203,7 +203,7 @@ def test_the_card_says_what_there_is_to_know(server: Server) -> None:
     assert "r = 3" in result.metric_name
     for expected in ("mae_b16.tome_r16", "cd" * 32, "arxiv.org/abs/2111.06377", "arxiv.org/abs/2210.09461", "*Mine.*"):
         assert expected in card.text
-    for expected in ("| 3 | 97.25 | a\\|b: a test |", "32x32 pixels", "centre crop of 0.75", "r = 0", "cc-by-nc-4.0"):
+    for expected in ("| 3 | 97.25 % | a\\|b: a test |", "32x32 pixels", "centre crop of 0.75", "r = 0", "cc-by-nc-4.0"):
         assert expected in card.text
 
 
@@ -215,9 +215,17 @@ def test_every_card_of_the_zoo_makes_valid_metadata(name: str) -> None:
     base = find_base(card)
     written = ModelCard(model_card(card, REPO, base))
     assert objections(written.content) == []
-    assert written.data.license == card.licence
+    # The hub has no word for DINOv3's own.
+    own = card.licence == "dinov3-license"
+    assert (written.data.license, written.data.license_name) == (
+        ("other", "dinov3-license") if own else (card.licence, None)
+    )
     figures = [(result.metric_value, result.metric_name) for result in written.data.eval_results or ()]
     assert [value for value, _ in figures] == [figure.top1 for figure in card.figures]
+    assert all(
+        figure.by == "head" or f"by {figure.by}" in name
+        for figure, (_, name) in zip(card.figures, figures, strict=True)
+    )
     hubs = {source.hub for source in card.sources} | {None}
     assert written.data.base_model in hubs
     assert (written.data.base_model is None) == (hubs == {None} or base is None)

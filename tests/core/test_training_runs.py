@@ -93,7 +93,7 @@ BESIDE: dict[str, tuple[State, State]] = {
     "projections within": (under("model."), under("model.projector.", PROJECTION)),
     "a text tower": (
         under("visual.trunk.", ENCODER),
-        {"visual.head.proj.weight": torch.ones(3, 24), "text.transformer.resblocks.0.ln_1.weight": torch.ones(9)},
+        {"logit_bias": torch.ones(1), "text.transformer.resblocks.0.ln_1.weight": torch.ones(9)},
     ),
     "a student's head": (under("student.module.backbone.", ENCODER), under("student.head.", PROJECTION)),
     "hidden patches": (under("encoder.", ENCODER), {"encoder.mask_token": torch.ones(1, 1, 24)}),
@@ -530,7 +530,7 @@ def test_directories_that_are_not_read_are_named(mark: str, message: str, tmp_pa
     ("names", "what"),
     [
         (["backbone.patch_embed.projection.weight", "backbone.layers.0.ln1.weight"], "MMPretrain"),
-        (["visual.conv1.weight", "visual.class_embedding"], "CLIP"),
+        (["visual.conv1.weight", "visual.layer1.0.conv1.weight"], "the ResNet of a CLIP"),
         (["base_model.model.blocks.0.attn.qkv.lora_A.default.weight"], r"an adapter .*merge_and_unload\(\)"),
     ],
 )

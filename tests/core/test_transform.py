@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from benchmarks.peers import timm, torchvision
-from tests.helpers import tiny
+from tests.helpers import is_prepared_as_timm_does, tiny
 from tests.tools.test_images import FILES
 from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
@@ -141,7 +141,11 @@ def test_a_crop_is_what_a_resized_picture_would_have_there(
 # ---------------------------------------------------------------------------- from files, as each family is evaluated
 
 CARDS = [found for found in map(card, list_models(weights=True)) if found.config.in_chans == 3]
-TIMM = {f"{c.timm}.{c.weights}": c for c in CARDS if c.timm and timm.is_model_pretrained(f"{c.timm}.{c.weights}")}
+TIMM = {
+    name: found
+    for found in CARDS
+    if timm.is_model_pretrained(name := f"{found.timm}.{found.weights}") and is_prepared_as_timm_does(found)
+}
 TORCHVISION = {
     weights.url: weights
     for name in ("B_16", "B_32", "L_16", "L_32", "H_14")
@@ -179,7 +183,7 @@ def evaluation(found: Card) -> tuple[str, Callable[[Image.Image], Tensor]]:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)
         return "timm", timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    return "own", reference(found.preprocess, found.config.img_size[0])  # as MAE, DeiT and SWAG compose it themselves
+    return "own", reference(found.preprocess, found.config.img_size[0])  # composed by those who trained them
 
 
 def distinct() -> dict[str, Card]:
@@ -216,20 +220,6 @@ def test_all_of_them_are_compared() -> None:
     assert "MAE, global pooling" in titles["own"]
     presets = {s.url for c in CARDS for s in c.sources if s.url in TORCHVISION}
     assert presets == TORCHVISION.keys()
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_cards_say_what_timm_says(name: str) -> None:
-    data = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-    ours = TIMM[name].preprocess
-    assert data == {
-        "input_size": (3, *TIMM[name].config.img_size),
-        "interpolation": ours.interpolation,
-        "mean": ours.mean,
-        "std": ours.std,
-        "crop_pct": ours.crop_pct,
-        "crop_mode": {"shorter": "center", "squash": "squash"}[ours.resize],
-    }
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

@@ -221,8 +221,7 @@ def _weights(weights: Sequence[Card]) -> Iterator[str]:
             f"trained at r = {format_schedule(other.r)}, {attention} attention"
         )
         for figure in other.figures:
-            by = "" if figure.by == "head" else f" by {figure.by}"
-            yield f"      top-1 {figure.top1:.2f} %{by} at r = {figure.r} ({figure.source})"
+            yield f"      top-1 {figure.top1:.2f} {figure.unit} at r = {figure.r} ({figure.source})"
         for source in other.sources:
             yield f"      {_place(source)} [{source.format}]"
         if other.notes:
@@ -247,8 +246,7 @@ def _file(contents: Contents) -> Iterator[str]:
     for source in card.sources:
         yield f"published      {printable(_place(source))} [{printable(source.format)}]"
     for figure in card.figures:
-        by = "" if figure.by == "head" else f" by {figure.by}"
-        yield f"top-1          {figure.top1:.2f} %{by} at r = {figure.r} ({printable(figure.source)})"
+        yield f"top-1          {figure.top1:.2f} {figure.unit} at r = {figure.r} ({printable(figure.source)})"
     if card.class_names:
         names = ", ".join(card.class_names[:10])
         more = f" and {len(card.class_names) - 10} more" if len(card.class_names) > 10 else ""

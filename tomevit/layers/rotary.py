@@ -23,9 +23,8 @@ from tomevit.layers import backends
 class Rotation(NamedTuple):
     """One family's rule."""
 
-    coordinate: Callable[
-        [Tensor, int, bool], Tensor
-    ]  # of patches 0 … n - 1 of n on an axis, behind a class token or not
+    # Where patches 0 … n - 1 lie on an axis of n: called with these, with n, and with whether there is a class token.
+    coordinate: Callable[[Tensor, int, bool], Tensor]
     frequency: float  # of the first of a quarter of the head's channels
     base: float  # the last frequency would be the first, divided by this
     x_first: bool  # whether columns have the first half of the frequencies

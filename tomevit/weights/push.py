@@ -165,7 +165,7 @@ def _check_figures(figures: Sequence[Figure], dataset: str | None, num_classes: 
         raise ValueError(f"a figure's top1 is {wrong[0]}, and must be in per cent, from 0 to 100")
     if dataset is not None:
         return tuple(replace(figure, source=f"{dataset}: {figure.source}") for figure in figures)
-    if figures and num_classes != 1000:
+    if num_classes != 1000 and any(figure.by == "head" for figure in figures):
         raise ValueError(
             f"figures are of ImageNet-1k, and the model has {num_classes} classes: name the dataset that they are of"
         )
@@ -195,7 +195,9 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
         "tokens": (tokens[0], tokens[-1]),
         "merges": tokens[-1] < tokens[0],
         "gflops": [flops(config) / 1e9, flops(config, card.r) / 1e9],
-        "figures": [f"| {figure.r} | {figure.top1:.2f} | {_plain(figure.source)} |" for figure in card.figures],
+        "figures": [
+            f"| {figure.r} | {figure.top1:.2f} {figure.unit} | {_plain(figure.source)} |" for figure in card.figures
+        ],
         "papers": [f"- {_link_arxiv(_plain(paper))}" for paper in card.papers],
     }
     lines, formatter = [], _CardFormatter()
@@ -251,7 +253,7 @@ def _metadata(card: Card, repo: str, base: Base | None, dataset: str | None) -> 
     task = "image-classification" if card.config.num_classes else "image-feature-extraction"
     on = dataset or "imagenet-1k", dataset or "ImageNet-1k"
     results = [
-        EvalResult(task, *on, "accuracy", figure.top1, metric_name=f"top-1 accuracy in %, r = {figure.r}")
+        EvalResult(task, *on, "accuracy", figure.top1, metric_name=f"top-1 accuracy in {figure.unit}, r = {figure.r}")
         for figure in card.figures
     ]
     licence = card.licence or ""
