@@ -76,11 +76,15 @@ def test_torch_jit_traces_it(family: str) -> None:
 def test_onnxruntime_answers_alike(tmp_path: Path) -> None:
     model, images = small("pe core", depth=2)  # rotations and attention pooling
     path = tmp_path / "model.onnx"
-    tomevit.export_program(model, path)
+    program = tomevit.export_program(model, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (answer,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     with torch.no_grad():
         assert relative_error(torch.from_numpy(answer), model(images)) < 1e-4
+    assert program.metadata["output"] == f"features: float32 (batch, {answer.shape[1]})"
+    assert program.parity is not None
+    assert program.parity.same_top1 is None
+    assert 0.999 < program.parity.least_cosine <= 1 + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------- copies and files

@@ -91,8 +91,11 @@ def _print(program: Program) -> None:
     if program.parity is None:
         echo("compared    no: onnxruntime is not installed (pip install 'tomevit[export]')")
         return
-    runtime, images, difference, largest, same = program.parity
+    parity = program.parity
+    alike = f"least cosine {parity.least_cosine:.6f}"
+    if parity.same_top1 is not None:
+        alike = f"same top-1 {parity.same_top1} of {parity.images}"
     echo(
-        f"compared    {runtime} with torch in float32, {images} generated images: largest difference {difference:.2g} "
-        f"of values up to {largest:.2g}, same top-1 {same} of {images}"
+        f"compared    {parity.runtime} with torch in float32, {parity.images} generated images: largest difference "
+        f"{parity.difference:.2g} of values up to {parity.largest:.2g}, {alike}"
     )

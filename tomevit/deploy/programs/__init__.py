@@ -64,9 +64,10 @@ class Parity(NamedTuple):
 
     runtime: str  # what ran it, with its version
     images: int
-    difference: float  # the largest of any logit
-    largest: float  # logit
-    same_top1: int  # of the images
+    difference: float  # the largest of any logit, or feature
+    largest: float  # logit, or feature
+    same_top1: int | None  # of the images; None: the model has no head
+    least_cosine: float  # of the angle between both answers to an image
 
 
 class Program(NamedTuple):
@@ -179,7 +180,7 @@ def describe_program(model: VisionTransformer, dtype: str, batch: int | None, ra
     count = "batch" if batch is None else str(batch)
     io = "float32" if dtype == "int8" else dtype
     shape = f"({count}, {config.in_chans}, {config.img_size[0]}, {config.img_size[1]})"
-    width = config.num_classes or config.embed_dim
+    width = config.num_classes or config.num_features
     normalised = {"mean": json.dumps(preprocess.mean), "std": json.dumps(preprocess.std)}
     return {
         "name": card.full_name,
@@ -246,11 +247,12 @@ def _compare(
         )
     if dtype == "float32" and difference > MOST_APART * largest:
         raise ValueError(
-            f"{runtime} does not answer as torch does: logits differ by {difference:.2g} of {largest:.2g}; "
+            f"{runtime} does not answer as torch does: answers differ by {difference:.2g} of {largest:.2g}; "
             f"nothing was written"
         )
-    same = (ours.argmax(1) == theirs.argmax(1)).sum().item()
-    return Parity(runtime, len(ours), difference, largest, int(same))
+    same = int((ours.argmax(1) == theirs.argmax(1)).sum()) if card.config.num_classes else None
+    cosine = torch.cosine_similarity(ours.double(), theirs.double()).min().item()
+    return Parity(runtime, len(ours), difference, largest, same, cosine)
 
 
 @contextmanager
