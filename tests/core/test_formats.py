@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from tests import foreign
 from tests.helpers import images_for, randomise
-from tomevit import convert
+from tomevit import convert, load
 from tomevit.config import Card, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError
 from tomevit.models import build, build_meta
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
@@ -220,3 +220,65 @@ def test_layers_in_one_tensor_are_taken_apart(tmp_path: Path) -> None:
     assert report.left_out.keys() == {"params/txt", "params/t", "params/b"}
     mlp = "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"
     assert report.names["blocks.2.mlp.fc1.weight"] == (mlp,)
+
+
+HUBS = {
+    "plain": (foreign.dinov2, foreign.DINOV2),
+    "registers": (foreign.dinov2_reg, foreign.DINOV2 | foreign.REGISTERS),
+    "giant": (foreign.dinov2_giant, foreign.GIANT),
+    "giant with registers": (
+        lambda s: foreign.dinov2_giant(s) | {"register_tokens": (1, 4, s.dim)},
+        foreign.GIANT | foreign.REGISTERS,
+    ),
+    "of DINOv3": (foreign.dinov3, foreign.DINOV3),
+}
+
+
+def classifier_of_the_hub(name: str, layers: int) -> tuple[dict[str, torch.Tensor], Card]:
+    """facebookresearch/dinov2@16ac75c, dinov2/hub/classifiers.py, and facebookresearch/dinov3's: backbone and head."""
+    keys, fields = HUBS[name]
+    config = Config(depth=2, **fields)
+    head = foreign.linear("linear_head", 7, (1 + layers) * config.embed_dim)
+    backbone = {f"backbone.{key}": shape for key, shape in keys(foreign.sizes(config)).items()}
+    return foreign.fill(backbone | head), Card(name="toy", config=config)
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_classifiers_of_torch_hub_are_read_with_their_head(name: str, tmp_path: Path) -> None:
+    state, card = classifier_of_the_hub(name, layers=1)
+    torch.save(state, tmp_path / "lc.pth")
+    report = convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card)
+    model = load(tmp_path / "out.safetensors")
+    assert (model.config.pool, model.config.num_classes) == ("token_avg", 7)
+    assert torch.equal(model.head.weight, state["linear_head.weight"])
+    assert torch.equal(model.head.bias, state["linear_head.bias"])
+    assert report.names["head.weight"] == ("linear_head.weight",)
+    assert not any("linear_head" in left_out for left_out in report.left_out)
+    images = images_for(model)
+    tokens = model.forward_features(images).x
+    patches = tokens[:, model.config.num_prefix :]
+    expected = torch.cat([tokens[:, 0], patches.mean(1)], 1) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_a_head_over_four_blocks_is_not_lost(tmp_path: Path) -> None:
+    state, card = classifier_of_the_hub("plain", layers=4)
+    torch.save(state, tmp_path / "lc.pth")
+    with pytest.raises(MissingOptionError, match=r"its head, linear_head, reads the class tokens of the last four"):
+        convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card)
+    convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card, num_classes=0)
+    assert load(tmp_path / "out.safetensors").config.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "said"),
+    [
+        (2 * 384, r"reads: the zoo's dinov2_s14\.linear_in1k or dinov2_s14_reg\.linear_in1k has both; of your own"),
+        (5 * 1536, r"reads: the zoo's dinov2_g14\.linear_in1k or dinov2_g14_reg\.linear_in1k has both; of your own"),
+        (2 * 4096, "reads; of your own"),
+    ],
+)
+def test_a_head_alone_says_what_has_both(width: int, said: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1000, width), "bias": torch.zeros(1000)}, tmp_path / "head.pth")
+    with pytest.raises(CheckpointError, match=f"one linear layer, from {width} channels to 1000, without .* {said}"):
+        convert(tmp_path / "head.pth", tmp_path / "out.safetensors")

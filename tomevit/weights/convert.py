@@ -27,10 +27,12 @@ from tomevit.weights.formats import FORMATS, TIMM
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
+    OF_FOUR_BLOCKS,
     OF_OPENAI,
     Found,
     adopt_inferred,
     check_format,
+    check_not_head_alone,
     choose_card,
     complete_told,
     differences,
@@ -43,6 +45,7 @@ from tomevit.weights.recognise import (
     holds_model,
     infer_architecture,
     is_same_model,
+    name_sets_with_heads,
 )
 from tomevit.weights.rules import Resampling, enumerate_names
 
@@ -408,6 +411,7 @@ def _read_found(
         CheckpointError, AmbiguousCheckpointError, MissingOptionError: as `convert`.
     """
     known = _card_of_model(model) or located.card
+    check_not_head_alone(found.tensors)
     place = find_model(
         list(found.tensors),
         found.key,
@@ -450,13 +454,15 @@ def _read_found(
         observed = infer_architecture(tensors)
     changes: tuple[str, ...] = ()
     headless = not (observed["num_classes"] or other_heads or observed["dist_token"])
-    if headless and (layer := find_head_beside(beside, observed["embed_dim"])):
+    if headless and (layer := find_head_beside(beside, widths)):
         parts = {f"head.{kind}": f"{layer}.{kind}" for kind in ("weight", "bias") if f"{layer}.{kind}" in beside}
         for native, name in parts.items():
             tensors[native], made_of[native] = beside[name], (name,)
             del place.left_out[name]
         changes = (f"the head is {layer}, which lies beside the model",)
         observed = infer_architecture(tensors)
+    elif headless and form.beside_mean and not fresh_head:
+        _check_head_reads_one_block(beside, observed["embed_dim"])
     del beside
     changes += _complete_biases(tensors, made_of)
     of_openai = place.left_out.keys() | set(found.beside) >= OF_OPENAI
@@ -590,6 +596,19 @@ def _find_heads_of_another_width(
     heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
     shapes = {(width,) for width in widths}
     return [source for name in heads if tuple(tensors[name].shape[1:]) not in shapes for source in sources[name]]
+
+
+def _check_head_reads_one_block(beside: Mapping[str, Tensor], dim: int) -> None:
+    """Raises MissingOptionError if the head beside a model reads several of its blocks: it would be lost in silence."""
+    if layer := find_head_beside(beside, {OF_FOUR_BLOCKS * dim}):
+        sets = name_sets_with_heads(dim)
+        instead = f"the zoo's {join_with_or(sets)} has such a head, and " if sets else ""
+        raise MissingOptionError(
+            f"its head, {layer}, reads the class tokens of the last four blocks beside the mean patch, and a head here "
+            f"reads the last block alone: {instead}num_classes= (--num-classes) puts a fresh one in its place, or none "
+            f"by 0",
+            "num_classes",
+        )
 
 
 def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

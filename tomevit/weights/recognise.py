@@ -184,21 +184,47 @@ def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, s
     return renamed, unusable
 
 
-def find_head_beside(beside: Mapping[str, Tensor], dim: int) -> str | None:
+def find_head_beside(beside: Mapping[str, Tensor], widths: Collection[int]) -> str | None:
     """The one linear layer beside a model that is called as heads are and reads its features: `fc`, beside `backbone.`.
 
     Args:
         beside: what lies beside the model, by the file's names.
-        dim: of the features.
+        widths: that its features have.
     """
     layers = {name.rpartition(".")[0] for name in beside if HEAD_BESIDE.search(without_wrappers(name))}
     if len(layers) != 1:
         return None
     (layer,) = layers
     weight, bias = beside.get(f"{layer}.weight"), beside.get(f"{layer}.bias")
-    if weight is None or weight.ndim != 2 or weight.shape[1] != dim:
+    if weight is None or weight.ndim != 2 or weight.shape[1] not in widths:
         return None
     return layer if bias is None or bias.shape == weight.shape[:1] else None
+
+
+#: What DINOv2's heads of four layers read (dinov2/hub/classifiers.py): four class tokens and a mean patch.
+OF_FOUR_BLOCKS = 5
+
+
+def check_not_head_alone(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if tensors are a linear layer alone, as the authors of DINOv2 and DINOv3 publish heads."""
+    weight = tensors.get("weight")
+    if weight is None or not tensors.keys() <= {"weight", "bias"} or weight.ndim != 2:
+        return
+    outputs, inputs = weight.shape
+    sets = [
+        name for parts in (2, OF_FOUR_BLOCKS) if not inputs % parts for name in name_sets_with_heads(inputs // parts)
+    ]
+    have = f": the zoo's {join_with_or(sets)} has both" if sets else ""
+    raise CheckpointError(
+        f"it is one linear layer, from {inputs} channels to {outputs}, without the model whose features it reads"
+        f"{have}; of your own, save the state dict of the model and its head together"
+    )
+
+
+def name_sets_with_heads(dim: int) -> list[str]:
+    """Published weights of that width whose head reads the class token beside the mean patch."""
+    cards = (card for card, _ in zoo.published_sources() if card.config.pool == "token_avg")
+    return list(dict.fromkeys(card.full_name for card in cards if card.config.embed_dim == dim))
 
 
 def find_projection_beside(prefix: str, beside: Mapping[str, Tensor]) -> str | None:
