@@ -41,8 +41,10 @@ def test_round_trip(name: str, keys: Any, config: Config, sizes: foreign.Sizes, 
     back = rules.from_native(FORMATS[name], tensors, config)
     kept = {key: tensor for key, tensor in source.items() if not key.startswith(omitted or ("-",))}
     added = back.keys() - kept.keys()  # what the project's code insists on, and the model does without
-    assert added == {key for key in source if key.endswith("mask_token") and FORMATS[name].always}
-    assert all(back[key].shape == source[key].shape and not back[key].any() for key in added)
+    insisted = ("mask_token", *(("periods", "bias_mask") if name == "dinov3" else ()))
+    assert added == {key for key in source if key.endswith(insisted) and FORMATS[name].always}
+    assert all(back[key].shape == source[key].shape for key in added)
+    assert not any(back[key].any() for key in added if not key.endswith("periods"))
     assert back.keys() == kept.keys() | added
     for key, tensor in kept.items():
         assert torch.equal(back[key], tensor), key
@@ -164,6 +166,22 @@ def test_what_a_format_cannot_hold(form: str, fields: dict[str, Any], message: s
     config = Config(depth=1, **foreign.SMALL | fields)
     with pytest.raises(ValueError, match=f"{form} cannot hold this model: .*{message}"):
         rules.from_native(FORMATS[form], build_meta(config).state_dict(), config)
+
+
+def test_the_original_dinov3_finds_all_that_it_insists_on() -> None:
+    """facebookresearch/dinov3@6876159, whose load_state_dict is strict: hub/backbones.py, and the modules' buffers."""
+    config = Config(depth=2, **foreign.DINOV3 | {"embed_dim": 48, "num_heads": 3})
+    written = rules.from_native(FORMATS["dinov3"], build(config).state_dict(), config)
+    expected = foreign.dinov3(foreign.sizes(config))
+    assert written.keys() == {name for name in expected if not name.startswith(("local_cls_norm.", "head."))}
+    assert all(tuple(tensor.shape) == expected[name] for name, tensor in written.items())
+    torch.testing.assert_close(written["rope_embed.periods"], torch.tensor([1.0, 100**0.25, 10.0, 100**0.75]))
+    assert not written["blocks.1.attn.qkv.bias_mask"].any()
+    # 7B has a norm for local crops, and no bias at all.
+    config = Config(depth=1, **foreign.DINOV3 | {"embed_dim": 4096, "num_heads": 32, "mlp": "swiglu", "mlp_ratio": 2.0})
+    written = rules.from_native(FORMATS["dinov3"], build_meta(config).state_dict(), config)
+    assert {"local_cls_norm.weight", "local_cls_norm.bias", "rope_embed.periods"} <= written.keys()
+    assert not any("qkv.bias" in name for name in written)
 
 
 @pytest.mark.parametrize("form", ["eva02", "eva02_small", "timm_eva"])
