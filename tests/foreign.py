@@ -330,6 +330,10 @@ def timm_dinov3(s: Sizes) -> dict[str, Shape]:
     return start | without(encoder(s), "pos_embed", "qkv.bias") | norm("norm", s.dim) | timm_gammas(s) | linear_head(s)
 
 
+def timm_eupe(s: Sizes) -> dict[str, Shape]:
+    return timm_dinov3(s) | each_block(s, "blocks", {"attn.q_bias": (s.dim,), "attn.v_bias": (s.dim,)})
+
+
 def timm_dinov3_gated(s: Sizes) -> dict[str, Shape]:
     return without(timm_dinov3(s), ".mlp.") | gated(s, ("fc1_g", "fc1_x"), "fc2")
 
@@ -593,6 +597,7 @@ FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any
         (timm_dinov3, DINOV3, ()),
         (timm_dinov3_gated, DINOV3 | {"mlp": "swiglu"}, ()),
         (timm_pe_lang, PE_LANG, ()),
+        (timm_eupe, DINOV3 | {"qkv_bias": True}, ()),
         (timm_eva02_small, EVA02, ()),
         (timm_eva02, EVA02_LARGE, ()),
     ],

@@ -300,3 +300,17 @@ def test_a_head_alone_says_what_has_both(width: int, said: str, tmp_path: Path) 
     torch.save({"weight": torch.zeros(1000, width), "bias": torch.zeros(1000)}, tmp_path / "head.pth")
     with pytest.raises(CheckpointError, match=f"one linear layer, from {width} channels to 1000, without .* {said}"):
         convert(tmp_path / "head.pth", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.0, "dinov3_s16"), (0.1, "eupe_s16")])
+def test_biases_of_0_are_those_that_dinov3_does_without(value: float, found: str, tmp_path: Path) -> None:
+    """timm's `qkvb` models of both have the same names and shapes, and another licence."""
+    config = Config(depth=12, **foreign.DINOV3 | {"embed_dim": 384, "num_heads": 6, "patch_size": 16})
+    state = {name: torch.zeros(shape) for name, shape in foreign.timm_eupe(foreign.sizes(config)).items()}
+    state["blocks.5.attn.v_bias"] += value
+    torch.save(state, tmp_path / "qkvb.pth")
+    report = convert(tmp_path / "qkvb.pth", tmp_path / "out.safetensors")
+    assert report.model == found
+    assert load(tmp_path / "out.safetensors").config.qkv_bias == (value != 0)
+    biases = {name for name in state if name.endswith(("q_bias", "v_bias"))}
+    assert report.left_out.keys() == (set() if value else biases)

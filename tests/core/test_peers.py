@@ -205,6 +205,9 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "timm DINOv3, gated": partial(
         timms, "vit_small_plus_patch16_dinov3", "timm_eva", DINOV3 | GATED, global_pool="token"
     ),
+    "timm EUPE": partial(
+        timms, "vit_tiny_patch16_dinov3_qkvb", "timm_eva", DINOV3 | {"qkv_bias": True}, global_pool="token"
+    ),
     "timm PE core": partial(
         timms,
         "vit_pe_core_base_patch16_224",
@@ -311,6 +314,7 @@ SMALL = {  # of each family a small one, with what timm's default has otherwise
     "vit_small_patch14_dinov2": {"img_size": 224},
     "vit_base_patch32_siglip_256": {},
     "vit_small_patch16_dinov3": {"global_pool": "token"},
+    "vit_tiny_patch16_dinov3_qkvb": {"global_pool": "token"},
     "vit_pe_core_tiny_patch16_384": {},
     "eva02_tiny_patch14_336": {},
 }

@@ -23,7 +23,7 @@ from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, live, rules, sources
 from tomevit.weights.adapt import adapt
-from tomevit.weights.formats import FORMATS, TIMM
+from tomevit.weights.formats import FORMATS, NO_BIAS, TIMM
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
@@ -433,6 +433,7 @@ def _read_found(
     heads = form.count_heads(theirs)
     tensors, made_of, omitted = rules.to_native(form, theirs)
     made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
+    omitted |= _drop_zero_biases(tensors, made_of, known)
     if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
         omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
@@ -577,6 +578,19 @@ def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]],
     for name in heads:
         del tensors[name]
     return dropped
+
+
+def _drop_zero_biases(
+    tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], known: Card | None
+) -> dict[str, str]:
+    """Biases of 0 that DINOv3's queries, keys and values have in some files (timm's `qkvb`), and its models not."""
+    biases = [name for name in tensors if name.endswith(".attn.qkv.bias")]
+    without = known is None or not known.config.qkv_bias
+    if not without or "pos_embed" in tensors or any(tensors[name].any() for name in biases):
+        return {}
+    for name in biases:
+        del tensors[name]
+    return {source: NO_BIAS for name in biases for source in sources.pop(name)}
 
 
 def _check_tensors_are_such(place: Found, found: files.Checkpoint) -> None:

@@ -644,7 +644,7 @@ def _as_timm_builds(architecture: str, card: Card) -> Config:
     if config.pos_embed_prefix == "class":
         config = replace(config, pos_embed_prefix=False)  # the class token's is added to the token
     if config.rope == "dinov3":
-        config = replace(config, pool="avg")
+        config = replace(config, pool="avg", qkv_bias=architecture.endswith("_qkvb"))
     return config
 
 

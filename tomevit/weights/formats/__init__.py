@@ -7,7 +7,7 @@ another way, an einops pattern says how.
 from __future__ import annotations
 
 from tomevit.weights.formats import transformers
-from tomevit.weights.formats.common import BICUBIC
+from tomevit.weights.formats.common import BICUBIC, NO_BIAS
 from tomevit.weights.formats.flax import BIG_VISION, VIT_JAX
 from tomevit.weights.formats.originals import (
     DEIT,
@@ -25,7 +25,7 @@ from tomevit.weights.formats.originals import (
 )
 from tomevit.weights.formats.timm import TIMM, TIMM_CLIP, TIMM_EVA
 
-__all__ = ["BICUBIC", "FORMATS", "TIMM"]
+__all__ = ["BICUBIC", "FORMATS", "NO_BIAS", "TIMM"]
 
 FORMATS = {
     table.name: table

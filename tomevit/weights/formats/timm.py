@@ -62,7 +62,10 @@ TIMM_EVA = Format(
         Rule("blocks.#.attn.qkv.*", "blocks.#.attn.qkv.*", when={"rope": "pe"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when={"rope": "dinov3"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when=_FUSED),
-        Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"), when=_FUSED),
+        *(
+            Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"), when=when)
+            for when in ({"rope": "dinov3"}, _FUSED)
+        ),
         Rule("blocks.#.attn.qkv.weight", tuple(f"blocks.#.attn.{x}_proj.weight" for x in "qkv"), when=_SPLIT),
         Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_proj.bias", None, "blocks.#.attn.v_proj.bias"), when=_SPLIT),
         *(
