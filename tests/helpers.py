@@ -73,6 +73,6 @@ def is_prepared_as_timm_does(card: Card) -> bool:
     Of CLIP, SigLIP, DINOv3, EUPE and the Perception Encoder, timm's cfg has other interpolations and crops; their
     fine-tuned classifiers are timm's work. DINOv2's at 224 pixels are timm's of 518, resampled.
     """
-    embedding = ("CLIP", "SigLIP", "SigLIP 2", "DINOv3", "EUPE", "Perception Encoder")
+    embedding = ("CLIP", "SigLIP", "SigLIP 2", "DINOv3", "EUPE", "Perception Encoder", "EVA-02 CLIP")
     own = card.title in embedding and not card.config.num_classes
     return not own and not (card.title == "DINOv2" and card.config.img_size == (224, 224))

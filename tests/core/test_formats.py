@@ -62,7 +62,7 @@ def test_recognised(name: str, keys: Any, config: Config, sizes: foreign.Sizes, 
     twins = {"hf_vit_model", "hf_vit_mae_model"}, {"hf_vit_model_v5", "hf_vit_mae_model_v5"}
     # A classifier on CLIP has the names of a projection.
     alike = keys in (foreign.mae_finetuned, foreign.timm_clip_finetuned) and name == "timm"
-    if any(name in pair for pair in twins) or alike or name == "timm_clip":
+    if any(name in pair for pair in twins) or alike or name in ("timm_clip", "timm_eva_clip"):
         with pytest.raises(AmbiguousCheckpointError) as caught:
             find_format(names, key)
         assert caught.value.option == "format"
@@ -140,7 +140,9 @@ def test_another_format_than_told() -> None:
     names = foreign.swag(foreign.sizes(Config(depth=2, **foreign.SMALL)))
     with pytest.raises(CheckpointError, match=r"not of the format mae: it has no patch_embed.*; it looks like swag"):
         find_format(names, told="mae")
-    with pytest.raises(ValueError, match="there is no format 'mea'; there are timm, timm_clip, timm_eva, deit"):
+    with pytest.raises(
+        ValueError, match="there is no format 'mea'; there are timm, timm_clip, timm_eva, timm_eva_clip, deit"
+    ):
         find_format(names, told="mea")
 
 

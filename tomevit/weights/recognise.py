@@ -347,6 +347,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "mlp_norm": "blocks.0.mlp.norm.weight" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "attn_norm": "blocks.0.attn.norm.weight" in tensors,
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         "pre_norm": "norm_pre.weight" in tensors,
         "class_token": "cls_token" in tensors,
@@ -356,6 +357,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "attention_pool": None if pool is None else pool.shape[0] / dim,
         "pool_norm": next((kind for name, kind in norm.items() if name in tensors), "none"),
         "proj_dim": 0 if proj is None else proj.shape[0],
+        "proj_bias": "proj.bias" in tensors,
         "num_classes": head.shape[0] if head is not None and head.ndim == 2 else 0,
         "beside_mean": head is not None and head.shape[1:] == (2 * dim,),
         "positions": tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0,
@@ -363,13 +365,13 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 #: The fields of Config that weights of one architecture may have otherwise: they are taken from the tensors.
-ADOPTED = ("img_size", "in_chans", "num_classes", "pool", "pool_norm", "pos_embed_prefix", "proj_dim")
+ADOPTED = ("img_size", "in_chans", "num_classes", "pool", "pool_norm", "pos_embed_prefix", "proj_dim", "proj_bias")
 
 
 def comparable_fields(config: Config) -> dict[str, Any]:
     """An architecture, as far as `infer_architecture` sees it in tensors, and what cannot be seen there."""
     names = (
-        *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
+        *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "attn_norm", "pre_norm"),
         *("class_token", "dist_token", "reg_tokens", "pos_embed", "pool_norm", "mlp", "mlp_norm"),
         *("num_heads", "act", "pos_embed_prefix", "rope", "pool_heads"),  # not to be seen in tensors
     )
@@ -421,7 +423,7 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     Raises:
         CheckpointError: the patches make no square, and img_size does not say what they make.
     """
-    config = replace(config, **{name: observed[name] for name in ("in_chans", "num_classes", "proj_dim")})
+    config = replace(config, **{name: observed[name] for name in ("in_chans", "num_classes", "proj_dim", "proj_bias")})
     if observed["num_classes"] and config.class_token and config.pool != "map":
         pool = "token" if config.pool == "token_avg" else config.pool
         config = replace(config, pool="token_avg" if observed["beside_mean"] else pool)

@@ -232,7 +232,12 @@ EVA02 = Format(
         Rule("blocks.#.attn.qkv.weight", tuple(f"blocks.#.attn.{x}_proj.weight" for x in "qkv")),
         ("blocks.#.mlp.w1.*", "blocks.#.mlp.w2.*"),
     ),
-    signatures=(Signature(has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.w1.weight")),),
+    signatures=(
+        Signature(
+            has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.w1.weight"),
+            lacks=("blocks.#.attn.inner_attn_ln.weight",),
+        ),
+    ),
     resampling=BICUBIC,
     omissions=(
         Omission("mask_token", MASK_TOKEN),
@@ -251,6 +256,19 @@ EVA02_SMALL = replace(
     signatures=(Signature(has=(*VIT_HAS, "blocks.#.attn.q_bias", "blocks.#.mlp.w12.weight")),),
     variant_of="eva02",
     fixed={**EVA02.fixed, "mlp_norm": False},
+)
+EVA02_CLIP = replace(
+    EVA02,
+    name="eva02_clip",
+    title="EVA-02's CLIP B and L (baaivision/EVA, EVA-CLIP/rei/eva_clip/eva_vit_model.py)",
+    rules=(
+        Rule("proj.*", "head.*"),
+        Rule("blocks.#.attn.norm.*", "blocks.#.attn.inner_attn_ln.*"),
+        *(rule for rule in EVA02.rules if rule.native not in ("head.*", "fc_norm.*")),
+    ),
+    signatures=(Signature(has=(*EVA02.signatures[0].has, "blocks.#.attn.inner_attn_ln.weight")),),
+    fixed=EVA02.fixed | {"attn_norm": True, "proj_bias": True, "num_classes": 0},
+    container="torch",
 )
 
 

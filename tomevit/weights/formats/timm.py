@@ -58,7 +58,7 @@ TIMM_EVA = Format(
         *OPTIONS,
         *LAYER_SCALE_GAMMA,
         *_ATTENTION_POOL,
-        *same("blocks.#.mlp.fc2.* blocks.#.mlp.norm.*"),
+        *same("blocks.#.mlp.fc2.* blocks.#.mlp.norm.* blocks.#.attn.norm.*"),
         Rule("blocks.#.attn.qkv.*", "blocks.#.attn.qkv.*", when={"rope": "pe"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when={"rope": "dinov3"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when=_FUSED),
@@ -81,5 +81,22 @@ TIMM_EVA = Format(
         Signature(has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.fc1_g.weight")),
     ),
     resampling=TIMM.resampling,
-    omissions=(Omission("mask_token", MASK_TOKEN),),
+    omissions=(Omission("mask_token", MASK_TOKEN), Omission("lm_head.*", MASK_TOKEN)),
+)
+
+TIMM_EVA_CLIP = replace(
+    TIMM_EVA,
+    name="timm_eva_clip",
+    title="timm's image towers of EVA-02's CLIP, in which the projection is a head",
+    rules=(Rule("proj.*", "head.*"), *(rule for rule in TIMM_EVA.rules if rule.native != "head.*")),
+    signatures=(
+        Signature(
+            has=(
+                *("patch_embed.proj.weight", "head.weight"),
+                "blocks.#.attn.q_proj.weight",
+                "blocks.#.attn.norm.weight",
+            )
+        ),
+    ),
+    always=("blocks.#.attn.norm.weight", "proj.weight", "proj.bias"),
 )
