@@ -267,7 +267,7 @@ EVA02_CLIP = replace(
         *(rule for rule in EVA02.rules if rule.native not in ("head.*", "fc_norm.*")),
     ),
     signatures=(Signature(has=(*EVA02.signatures[0].has, "blocks.#.attn.inner_attn_ln.weight")),),
-    fixed=EVA02.fixed | {"attn_norm": True, "proj_bias": True, "num_classes": 0},
+    fixed={**EVA02.fixed, "attn_norm": True, "proj_bias": True, "num_classes": 0},
     container="torch",
 )
 
