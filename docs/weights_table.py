@@ -14,6 +14,7 @@ LICENCES = {
     "bsd-3-clause": "BSD-3-Clause",
     "cc-by-nc-4.0": "CC-BY-NC-4.0",
     "dinov3-license": "DINOv3 License",
+    "fair-noncommercial-research-license": "FAIR Noncommercial Research License",
     "mit": "MIT",
 }
 

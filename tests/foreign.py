@@ -330,6 +330,10 @@ def timm_dinov3(s: Sizes) -> dict[str, Shape]:
     return start | without(encoder(s), "pos_embed", "qkv.bias") | norm("norm", s.dim) | timm_gammas(s) | linear_head(s)
 
 
+def timm_eupe(s: Sizes) -> dict[str, Shape]:
+    return timm_dinov3(s) | each_block(s, "blocks", {"attn.q_bias": (s.dim,), "attn.v_bias": (s.dim,)})
+
+
 def timm_dinov3_gated(s: Sizes) -> dict[str, Shape]:
     return without(timm_dinov3(s), ".mlp.") | gated(s, ("fc1_g", "fc1_x"), "fc2")
 
@@ -355,6 +359,16 @@ def timm_eva02(s: Sizes) -> dict[str, Shape]:
     layers |= {"attn.q_proj.bias": (s.dim,), "attn.v_proj.bias": (s.dim,)}
     shapes = without(eva02_small(s), ".mlp.", "rope.", "qkv.", "q_bias", "v_bias") | gated(s, ("fc1_g", "fc1_x"), "fc2")
     return shapes | each_block(s, "blocks", layers | norm("mlp.norm", s.hidden))
+
+
+def eva02_clip(s: Sizes) -> dict[str, Shape]:
+    shapes = without(eva02(s), "fc_norm") | norm("norm", s.dim) | linear("head", s.proj, s.dim)
+    return shapes | each_block(s, "blocks", norm("attn.inner_attn_ln", s.dim))
+
+
+def timm_eva02_clip(s: Sizes) -> dict[str, Shape]:
+    shapes = without(timm_eva02(s), "fc_norm") | norm("norm", s.dim) | linear("head", s.proj, s.dim)
+    return shapes | each_block(s, "blocks", norm("attn.norm", s.dim))
 
 
 def timm_clip_finetuned(s: Sizes) -> dict[str, Shape]:
@@ -567,6 +581,8 @@ DINOV3 |= {"norm_eps": 1e-5, "qkv_bias": False}
 EVA02 = POOLED | {"rope": "eva", "mlp": "swiglu"}
 EVA02_LARGE = EVA02 | {"mlp_norm": True}
 CLIP = NO_HEAD | {"pre_norm": True, "norm_eps": 1e-5, "proj_dim": 10}
+EVA02_CLIP = NO_HEAD | {"rope": "eva", "mlp": "swiglu", "mlp_norm": True, "attn_norm": True}
+EVA02_CLIP |= {"proj_dim": 10, "proj_bias": True}
 CLIP_CLASSIFIER = SMALL | {"pre_norm": True, "norm_eps": 1e-5}
 SIGLIP = NO_HEAD | {"class_token": False, "pool": "map"}
 PE_CORE = CLIP | {"rope": "pe", "pool": "map", "pool_heads": 8}
@@ -593,9 +609,11 @@ FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any
         (timm_dinov3, DINOV3, ()),
         (timm_dinov3_gated, DINOV3 | {"mlp": "swiglu"}, ()),
         (timm_pe_lang, PE_LANG, ()),
+        (timm_eupe, DINOV3 | {"qkv_bias": True}, ()),
         (timm_eva02_small, EVA02, ()),
         (timm_eva02, EVA02_LARGE, ()),
     ],
+    "timm_eva_clip": [(timm_eva02_clip, EVA02_CLIP, ())],
     "deit": [(deit, SMALL, ()), (deit_distilled, DIST, ())],
     "deit3": [(deit3, SCALED, ())],
     "mae": [(mae_finetuned, POOLED, ()), (mae_encoder, NO_HEAD, ()), (mae_full, NO_HEAD, ("decoder_", "mask_token"))],
@@ -611,6 +629,7 @@ FORMATS: dict[str, list[tuple[Callable[[Sizes], dict[str, Shape]], dict[str, Any
     "dinov2_reg": [(dinov2_reg, DINOV2 | REGISTERS, ("mask_token",))],
     "dinov3": [(dinov3, DINOV3, DINOV3_BESIDE), (dinov3_gated, DINOV3 | {"mlp": "swiglu"}, DINOV3_BESIDE)],
     "eva02": [(eva02, EVA02_LARGE, ("rope.",))],
+    "eva02_clip": [(eva02_clip, EVA02_CLIP, ("rope.",))],
     "eva02_small": [(eva02_small, EVA02, ("rope.",))],
     "open_clip": [(open_clip, CLIP, ()), (pe_core, PE_CORE, ()), (pe_lang, PE_LANG, ())],
     "hf_clip": [(hf_clip, CLIP, TEXT)],

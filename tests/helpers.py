@@ -70,8 +70,9 @@ def timms_shapes(config: Config, form: str) -> dict[str, torch.Size]:
 def is_prepared_as_timm_does(card: Card) -> bool:
     """Whether a card follows timm's cfg: towers that embed images are prepared as their own projects do it.
 
-    Of CLIP, SigLIP, DINOv3 and the Perception Encoder, timm's cfg has other interpolations and crops; their fine-tuned
-    classifiers are timm's work. DINOv2's at 224 pixels are timm's of 518, resampled.
+    Of CLIP, SigLIP, DINOv3, EUPE and the Perception Encoder, timm's cfg has other interpolations and crops; their
+    fine-tuned classifiers are timm's work. DINOv2's at 224 pixels are timm's of 518, resampled.
     """
-    own = card.title in ("CLIP", "SigLIP", "SigLIP 2", "DINOv3", "Perception Encoder") and not card.config.num_classes
+    embedding = ("CLIP", "SigLIP", "SigLIP 2", "DINOv3", "EUPE", "Perception Encoder", "EVA-02 CLIP")
+    own = card.title in embedding and not card.config.num_classes
     return not own and not (card.title == "DINOv2" and card.config.img_size == (224, 224))

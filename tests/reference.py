@@ -86,6 +86,8 @@ def _block(tokens: list[Token], r: int, weights: dict[str, Tensor], config: Conf
     out = []
     for token, (query, _) in zip(tokens, turned, strict=True):
         attended = _attend(query, [key for _, key in turned], v, sizes)
+        if config.attn_norm:
+            attended = _norm(attended, weights, "attn.norm", config)
         x = weights["attn.proj.weight"] @ attended + weights["attn.proj.bias"]
         out.append(token._replace(x=token.x + x * weights.get("ls1.gamma", 1)))
     out = _merge(out, [one.mean(0) for one in k], r, config.num_prefix)
@@ -199,7 +201,7 @@ def _head(tokens: list[Token], weights: dict[str, Tensor], config: Config) -> Te
     if config.pool_norm == "after":
         x = _norm(x, weights, "fc_norm", config)
     if config.proj_dim:
-        x = weights["proj.weight"] @ x
+        x = weights["proj.weight"] @ x + weights.get("proj.bias", 0)
     return weights["head.weight"] @ x + weights["head.bias"] if config.num_classes else x
 
 

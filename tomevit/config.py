@@ -75,6 +75,7 @@ class Config:
     norm_eps: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False  # LayerNorm on queries and keys, per head
+    attn_norm: bool = False  # LayerNorm on what all heads answer, before attention's projection (EVA-02's CLIP)
     layer_scale: float | None = None  # initial value; None: no LayerScale
     pre_norm: bool = False  # LayerNorm before the first block, no bias in the patch embedding (CLIP)
 
@@ -91,6 +92,7 @@ class Config:
     pool_mlp_ratio: float | None = None  # of its MLP; None: mlp_ratio
     pool_norm: PoolNorm = "before"  # the final norm: on every token, on the pooled vector (MAE), or not there
     proj_dim: int = 0  # channels that a projection makes of the pooled vector (CLIP); 0: no projection
+    proj_bias: bool = False  # that projection has a bias (EVA-02's CLIP)
 
     prop_attn: bool = True  # add log(size) to the attention scores (ToMe, section 3, "tracking token size")
     matching: str | Callable[..., Any] = "bipartite"  # a name in tomevit.layers.MATCHINGS, or a function like those

@@ -49,6 +49,7 @@ def count_parameters(config: Config) -> int:
     block = attention + 2 * norm + _count_mlp(config, config.mlp_hidden, gated=config.mlp == "swiglu")
     block += 2 * config.mlp_hidden if config.mlp_norm else 0
     block += 4 * config.head_dim if config.qk_norm else 0
+    block += norm if config.attn_norm else 0
     block += norm if config.layer_scale is not None else 0
     patches = config.patch_size**2 * config.in_chans * dim + (0 if config.pre_norm else dim)
     tokens = (config.num_prefix + config.num_positions) * dim
@@ -58,7 +59,7 @@ def count_parameters(config: Config) -> int:
     if config.pool == "map":
         pool = dim + 4 * dim**2 + 4 * dim + norm
         pool += _count_mlp(config, int(dim * (config.pool_mlp_ratio or config.mlp_ratio)), gated=False)
-    proj = config.num_pooled * config.proj_dim
+    proj = (config.num_pooled + config.proj_bias) * config.proj_dim
     heads = (1 + config.dist_token) * (config.num_features + 1) * config.num_classes
     return patches + tokens + norms + config.depth * block + pool + proj + heads
 

@@ -62,6 +62,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pe spatial": {"pre_norm": True, "rope": "pe", "pool": "token", "pool_norm": "none"},
     "eva02": {"rope": "eva", "mlp": "swiglu", "pool": "avg", "pool_norm": "after"},
     "eva02 large": {"rope": "eva", "mlp": "swiglu", "mlp_norm": True, "pool": "avg", "pool_norm": "after"},
+    "eva02 clip": {
+        "rope": "eva",
+        "mlp": "swiglu",
+        "mlp_norm": True,
+        "attn_norm": True,
+        "proj_dim": 10,
+        "proj_bias": True,
+        "num_classes": 0,
+    },
     "token beside mean, normed and projected": {"pool": "token_avg", "pool_norm": "after", "proj_dim": 6},
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)

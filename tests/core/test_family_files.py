@@ -277,9 +277,8 @@ class Multimodal(nn.Module):
 NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 
-@pytest.fixture
-def toy_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """clip_b16 at toy size, with all of its weights."""
+def make_toy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower of the zoo at toy size, with all of its weights."""
     found = zoo._zoo()
     toy = {"img_size": (32, 32), "embed_dim": 48, "depth": 2, "num_heads": 3}
 
@@ -287,9 +286,14 @@ def toy_clip(monkeypatch: pytest.MonkeyPatch) -> None:
         proj_dim = 7 if card.config.proj_dim else 0
         return replace(card, config=replace(card.config, proj_dim=proj_dim, **toy), class_names=())
 
-    cards = found.cards | {"clip_b16": tuple(map(shrunk, found.cards["clip_b16"]))}
-    architectures = found.architectures | {"clip_b16": shrunk(found.architectures["clip_b16"])}
+    cards = found.cards | {name: tuple(map(shrunk, found.cards[name]))}
+    architectures = found.architectures | {name: shrunk(found.architectures[name])}
     monkeypatch.setattr(zoo, "_zoo", lambda: found._replace(cards=cards, architectures=architectures))
+
+
+@pytest.fixture
+def toy_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_toy("clip_b16", monkeypatch)
 
 
 @pytest.fixture
@@ -443,6 +447,26 @@ def test_the_projection_behind_a_trunk_is_taken(told: bool, tmp_path: Path) -> N
     images = torch.randn(2, 3, 32, 32)
     with torch.inference_mode():
         assert relative_error(ours(images, r=0), theirs(images) @ matrix.T) < 1e-5
+
+
+@pytest.mark.parametrize("classes", [7, 3])
+def test_the_trunk_of_eva02s_clip_ends_in_its_projection(
+    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """timm calls it a head, and it has a bias; of another length it is a classifier."""
+    make_toy("eva02_clip_b16", monkeypatch)
+    toy = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    theirs = timm.create_model("eva02_base_patch16_clip_224", num_classes=classes, **toy).eval()
+    randomise(theirs)
+    tensors = {f"visual.trunk.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    vision = {"timm_model_name": "eva02_base_patch16_clip_224", "timm_proj": None, "image_size": 32}
+    path = lay_open_clip(tmp_path, tensors | {"text.x": torch.ones(2)}, {"vision_cfg": vision}, {})
+    ours, report = model_of(path, tmp_path)
+    assert (ours.config.proj_dim, ours.config.num_classes) == ((7, 0) if classes == 7 else (0, 3))
+    assert report.left_out.keys() == {"text.x"}
+    images = noise(ours.config)
+    with torch.inference_mode():
+        assert relative_error(ours(images, r=0), theirs(images)) < 1e-5
 
 
 @pytest.mark.parametrize(

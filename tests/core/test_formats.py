@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from tests import foreign
 from tests.helpers import images_for, randomise
-from tomevit import convert
+from tomevit import convert, load
 from tomevit.config import Card, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError
 from tomevit.models import build, build_meta
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
@@ -41,8 +41,10 @@ def test_round_trip(name: str, keys: Any, config: Config, sizes: foreign.Sizes, 
     back = rules.from_native(FORMATS[name], tensors, config)
     kept = {key: tensor for key, tensor in source.items() if not key.startswith(omitted or ("-",))}
     added = back.keys() - kept.keys()  # what the project's code insists on, and the model does without
-    assert added == {key for key in source if key.endswith("mask_token") and FORMATS[name].always}
-    assert all(back[key].shape == source[key].shape and not back[key].any() for key in added)
+    insisted = ("mask_token", *(("periods", "bias_mask") if name == "dinov3" else ()))
+    assert added == {key for key in source if key.endswith(insisted) and FORMATS[name].always}
+    assert all(back[key].shape == source[key].shape for key in added)
+    assert not any(back[key].any() for key in added if not key.endswith("periods"))
     assert back.keys() == kept.keys() | added
     for key, tensor in kept.items():
         assert torch.equal(back[key], tensor), key
@@ -60,7 +62,7 @@ def test_recognised(name: str, keys: Any, config: Config, sizes: foreign.Sizes, 
     twins = {"hf_vit_model", "hf_vit_mae_model"}, {"hf_vit_model_v5", "hf_vit_mae_model_v5"}
     # A classifier on CLIP has the names of a projection.
     alike = keys in (foreign.mae_finetuned, foreign.timm_clip_finetuned) and name == "timm"
-    if any(name in pair for pair in twins) or alike or name == "timm_clip":
+    if any(name in pair for pair in twins) or alike or name in ("timm_clip", "timm_eva_clip"):
         with pytest.raises(AmbiguousCheckpointError) as caught:
             find_format(names, key)
         assert caught.value.option == "format"
@@ -138,7 +140,9 @@ def test_another_format_than_told() -> None:
     names = foreign.swag(foreign.sizes(Config(depth=2, **foreign.SMALL)))
     with pytest.raises(CheckpointError, match=r"not of the format mae: it has no patch_embed.*; it looks like swag"):
         find_format(names, told="mae")
-    with pytest.raises(ValueError, match="there is no format 'mea'; there are timm, timm_clip, timm_eva, deit"):
+    with pytest.raises(
+        ValueError, match="there is no format 'mea'; there are timm, timm_clip, timm_eva, timm_eva_clip, deit"
+    ):
         find_format(names, told="mea")
 
 
@@ -164,6 +168,22 @@ def test_what_a_format_cannot_hold(form: str, fields: dict[str, Any], message: s
     config = Config(depth=1, **foreign.SMALL | fields)
     with pytest.raises(ValueError, match=f"{form} cannot hold this model: .*{message}"):
         rules.from_native(FORMATS[form], build_meta(config).state_dict(), config)
+
+
+def test_the_original_dinov3_finds_all_that_it_insists_on() -> None:
+    """facebookresearch/dinov3@6876159, whose load_state_dict is strict: hub/backbones.py, and the modules' buffers."""
+    config = Config(depth=2, **foreign.DINOV3 | {"embed_dim": 48, "num_heads": 3})
+    written = rules.from_native(FORMATS["dinov3"], build(config).state_dict(), config)
+    expected = foreign.dinov3(foreign.sizes(config))
+    assert written.keys() == {name for name in expected if not name.startswith(("local_cls_norm.", "head."))}
+    assert all(tuple(tensor.shape) == expected[name] for name, tensor in written.items())
+    torch.testing.assert_close(written["rope_embed.periods"], torch.tensor([1.0, 100**0.25, 10.0, 100**0.75]))
+    assert not written["blocks.1.attn.qkv.bias_mask"].any()
+    # 7B has a norm for local crops, and no bias at all.
+    config = Config(depth=1, **foreign.DINOV3 | {"embed_dim": 4096, "num_heads": 32, "mlp": "swiglu", "mlp_ratio": 2.0})
+    written = rules.from_native(FORMATS["dinov3"], build_meta(config).state_dict(), config)
+    assert {"local_cls_norm.weight", "local_cls_norm.bias", "rope_embed.periods"} <= written.keys()
+    assert not any("qkv.bias" in name for name in written)
 
 
 @pytest.mark.parametrize("form", ["eva02", "eva02_small", "timm_eva"])
@@ -220,3 +240,79 @@ def test_layers_in_one_tensor_are_taken_apart(tmp_path: Path) -> None:
     assert report.left_out.keys() == {"params/txt", "params/t", "params/b"}
     mlp = "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"
     assert report.names["blocks.2.mlp.fc1.weight"] == (mlp,)
+
+
+HUBS = {
+    "plain": (foreign.dinov2, foreign.DINOV2),
+    "registers": (foreign.dinov2_reg, foreign.DINOV2 | foreign.REGISTERS),
+    "giant": (foreign.dinov2_giant, foreign.GIANT),
+    "giant with registers": (
+        lambda s: foreign.dinov2_giant(s) | {"register_tokens": (1, 4, s.dim)},
+        foreign.GIANT | foreign.REGISTERS,
+    ),
+    "of DINOv3": (foreign.dinov3, foreign.DINOV3),
+}
+
+
+def classifier_of_the_hub(name: str, layers: int) -> tuple[dict[str, torch.Tensor], Card]:
+    """facebookresearch/dinov2@16ac75c, dinov2/hub/classifiers.py, and facebookresearch/dinov3's: backbone and head."""
+    keys, fields = HUBS[name]
+    config = Config(depth=2, **fields)
+    head = foreign.linear("linear_head", 7, (1 + layers) * config.embed_dim)
+    backbone = {f"backbone.{key}": shape for key, shape in keys(foreign.sizes(config)).items()}
+    return foreign.fill(backbone | head), Card(name="toy", config=config)
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_classifiers_of_torch_hub_are_read_with_their_head(name: str, tmp_path: Path) -> None:
+    state, card = classifier_of_the_hub(name, layers=1)
+    torch.save(state, tmp_path / "lc.pth")
+    report = convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card)
+    model = load(tmp_path / "out.safetensors")
+    assert (model.config.pool, model.config.num_classes) == ("token_avg", 7)
+    assert torch.equal(model.head.weight, state["linear_head.weight"])
+    assert torch.equal(model.head.bias, state["linear_head.bias"])
+    assert report.names["head.weight"] == ("linear_head.weight",)
+    assert not any("linear_head" in left_out for left_out in report.left_out)
+    images = images_for(model)
+    tokens = model.forward_features(images).x
+    patches = tokens[:, model.config.num_prefix :]
+    expected = torch.cat([tokens[:, 0], patches.mean(1)], 1) @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(model(images), expected)
+
+
+def test_a_head_over_four_blocks_is_not_lost(tmp_path: Path) -> None:
+    state, card = classifier_of_the_hub("plain", layers=4)
+    torch.save(state, tmp_path / "lc.pth")
+    with pytest.raises(MissingOptionError, match=r"its head, linear_head, reads the class tokens of the last four"):
+        convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card)
+    convert(tmp_path / "lc.pth", tmp_path / "out.safetensors", model=card, num_classes=0)
+    assert load(tmp_path / "out.safetensors").config.num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "said"),
+    [
+        (2 * 384, r"reads: the zoo's dinov2_s14\.linear_in1k or dinov2_s14_reg\.linear_in1k has both; of your own"),
+        (5 * 1536, r"reads: the zoo's dinov2_g14\.linear_in1k or dinov2_g14_reg\.linear_in1k has both; of your own"),
+        (2 * 4096, "reads; of your own"),
+    ],
+)
+def test_a_head_alone_says_what_has_both(width: int, said: str, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1000, width), "bias": torch.zeros(1000)}, tmp_path / "head.pth")
+    with pytest.raises(CheckpointError, match=f"one linear layer, from {width} channels to 1000, without .* {said}"):
+        convert(tmp_path / "head.pth", tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize(("value", "found"), [(0.0, "dinov3_s16"), (0.1, "eupe_s16")])
+def test_biases_of_0_are_those_that_dinov3_does_without(value: float, found: str, tmp_path: Path) -> None:
+    """timm's `qkvb` models of both have the same names and shapes, and another licence."""
+    config = Config(depth=12, **foreign.DINOV3 | {"embed_dim": 384, "num_heads": 6, "patch_size": 16})
+    state = {name: torch.zeros(shape) for name, shape in foreign.timm_eupe(foreign.sizes(config)).items()}
+    state["blocks.5.attn.v_bias"] += value
+    torch.save(state, tmp_path / "qkvb.pth")
+    report = convert(tmp_path / "qkvb.pth", tmp_path / "out.safetensors")
+    assert report.model == found
+    assert load(tmp_path / "out.safetensors").config.qkv_bias == (value != 0)
+    biases = {name for name in state if name.endswith(("q_bias", "v_bias"))}
+    assert report.left_out.keys() == (set() if value else biases)

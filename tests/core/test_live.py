@@ -72,6 +72,16 @@ def test_a_model_that_timm_has_no_name_for(arguments: dict[str, Any]) -> None:
     assert_alike(theirs.eval(), lambda m, x: m(x))
 
 
+@pytest.mark.parametrize("outputs", [512, 5])
+def test_the_head_of_eva02s_clip_is_its_projection(outputs: int) -> None:
+    toy = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": outputs}
+    theirs = timm.create_model("eva02_base_patch16_clip_224", **toy)
+    randomise(theirs)
+    ours = assert_alike(theirs.eval(), lambda m, x: m(x))
+    assert ours.config.attn_norm
+    assert (ours.config.proj_dim, ours.config.num_classes) == ((512, 0) if outputs == 512 else (0, 5))
+
+
 def test_the_model_of_torchvision() -> None:
     theirs = torchvision.models.VisionTransformer(32, 16, 2, 3, 48, 96, num_classes=5)
     randomise(theirs)

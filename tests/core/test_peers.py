@@ -55,6 +55,8 @@ SIGLIP = PLAIN | {"class_token": False, "pool": "map"}
 PE = CLIP | {"rope": "pe"}
 EVA = PLAIN | {"num_classes": 7, "rope": "eva", "mlp": "swiglu", "pool": "avg"}
 EVA |= {"pool_norm": "after"}
+EVA_CLIP = PLAIN | {"rope": "eva", "mlp": "swiglu", "mlp_norm": True, "attn_norm": True}
+EVA_CLIP |= {"proj_dim": 10, "proj_bias": True}
 
 
 def timms(name: str, form: str, fields: dict[str, Any], **arguments: Any) -> Peer:
@@ -205,6 +207,9 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "timm DINOv3, gated": partial(
         timms, "vit_small_plus_patch16_dinov3", "timm_eva", DINOV3 | GATED, global_pool="token"
     ),
+    "timm EUPE": partial(
+        timms, "vit_tiny_patch16_dinov3_qkvb", "timm_eva", DINOV3 | {"qkv_bias": True}, global_pool="token"
+    ),
     "timm PE core": partial(
         timms,
         "vit_pe_core_base_patch16_224",
@@ -232,6 +237,7 @@ PEERS: dict[str, Callable[[], Peer]] = {
     ),
     "timm EVA-02, small": partial(timms, "eva02_small_patch14_336", "timm_eva", EVA),
     "timm EVA-02, large": partial(timms, "eva02_large_patch14_448", "timm_eva", EVA | {"mlp_norm": True}),
+    "timm EVA-02, CLIP": partial(timms, "eva02_base_patch16_clip_224", "timm_eva_clip", EVA_CLIP),
     "transformers CLIP": partial(hf_clip, "CLIPModel", proj_dim=10),
     "transformers CLIP, projected": partial(hf_clip, "CLIPVisionModelWithProjection", proj_dim=10),
     "transformers CLIP, bare": partial(hf_clip, "CLIPVisionModel"),
@@ -311,6 +317,7 @@ SMALL = {  # of each family a small one, with what timm's default has otherwise
     "vit_small_patch14_dinov2": {"img_size": 224},
     "vit_base_patch32_siglip_256": {},
     "vit_small_patch16_dinov3": {"global_pool": "token"},
+    "vit_tiny_patch16_dinov3_qkvb": {"global_pool": "token"},
     "vit_pe_core_tiny_patch16_384": {},
     "eva02_tiny_patch14_336": {},
 }

@@ -22,6 +22,7 @@ FIELDS: list[dict[str, Any]] = [
     {"pool_norm": "after", "pre_norm": True, "reg_tokens": 2},
     {"rope": "pe", "pool": "map", "pool_heads": 2, "proj_dim": 10},
     {"rope": "eva", "mlp": "swiglu", "mlp_norm": True, "pool": "token_avg", "pos_embed_prefix": "class"},
+    {"rope": "eva", "attn_norm": True},
 ]
 
 

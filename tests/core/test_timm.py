@@ -54,6 +54,8 @@ def test_full_width(name: str) -> None:
     # As many classes as in our weights: some of timm's defaults have no head.
     found = card(name)
     config, form = found.config, format_of_timms(found)
+    if "_qkvb" in name:
+        config = replace(config, qkv_bias=True)  # timm's other models of DINOv3 have biases, 0 in its weights
     with torch.device("meta"):
         deep, theirs = (
             timm.create_model(name, pretrained=False, num_classes=config.num_classes or config.proj_dim, **depth)

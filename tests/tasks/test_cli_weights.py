@@ -132,7 +132,10 @@ def test_a_widened_dtype_is_not_called_rounded(run: Run) -> None:
         ("deit.pth --model vit_b61", "did you mean vit_b16"),
         ("deit.pth --model deit_s16", "does not fit deit_s16: embed_dim 192 where the model has 384"),
         ("deit.pth --format swag", "deit.pth: not of the format swag: it has no conv_proj.weight"),
-        ("deit.pth --format swga", "there is no format 'swga'; there are timm, timm_clip, timm_eva, deit, mae"),
+        (
+            "deit.pth --format swga",
+            "there is no format 'swga'; there are timm, timm_clip, timm_eva, timm_eva_clip, deit, mae",
+        ),
         ("deit.pth --img-size 100", "the nearest that does is 96x96"),
         ("missing.pth --model deit_ti16 --img-size 100", "the nearest that does is 96x96"),
         ("deit.pth --img-size big", "224x320"),

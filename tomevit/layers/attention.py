@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.rotate = partial(rotate, kind=config.rope or "")
+        self.norm = layer_norm(dim, config.norm_eps) if config.attn_norm else nn.Identity()
         self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
@@ -67,7 +68,8 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         turned, key = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
         x = attend(turned, key, v, size, self.attn_dropout if self.training else 0.0)
-        return self.dropout(backends.call(self.proj, rearrange(x, "b h n d -> b n (h d)"))), k
+        x = self.norm(rearrange(x, "b h n d -> b n (h d)"))
+        return self.dropout(backends.call(self.proj, x)), k
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = backends.call(self.qkv, x)

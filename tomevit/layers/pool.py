@@ -49,9 +49,8 @@ class AttentionPool(Attention):
 
     def __init__(self, config: Config) -> None:
         heads, ratio = config.pool_heads or config.num_heads, config.pool_mlp_ratio or config.mlp_ratio
-        config = replace(
-            config, num_heads=heads, mlp_ratio=ratio, mlp="mlp", mlp_norm=False, qkv_bias=True, qk_norm=False, rope=None
-        )
+        config = replace(config, rope=None, qkv_bias=True, qk_norm=False, attn_norm=False)
+        config = replace(config, num_heads=heads, mlp_ratio=ratio, mlp="mlp", mlp_norm=False)
         super().__init__(config)
         self.latent = nn.Parameter(torch.empty(1, 1, config.embed_dim))
         self.norm = layer_norm(config.embed_dim, config.norm_eps)

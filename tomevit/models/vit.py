@@ -65,7 +65,8 @@ class VisionTransformer(TimmInterface):
         self.norm = layer_norm(dim, eps) if config.pool_norm == "before" else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         self.fc_norm = layer_norm(config.num_pooled, eps) if config.pool_norm == "after" else nn.Identity()
-        self.proj = linear(config.num_pooled, config.proj_dim, bias=False) if config.proj_dim else nn.Identity()
+        bias = config.proj_bias
+        self.proj = linear(config.num_pooled, config.proj_dim, bias=bias) if config.proj_dim else nn.Identity()
         for name in self.head_names:
             head = linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
             setattr(self, name, head)

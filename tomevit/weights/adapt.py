@@ -47,6 +47,7 @@ def adapt(
         if wanted.proj_dim:
             raise ValueError(f"proj_dim is {wanted.proj_dim}, and the weights have {found.proj_dim}: 0 leaves it out")
         del tensors["proj.weight"]
+        tensors.pop("proj.bias", None)
         changes.append("the projection left out")
     if wanted.pool_norm != found.pool_norm:
         # MAE's fine-tuning: what was pre-trained ends in a norm of every token (facebookresearch/mae, models_vit.py).

@@ -23,14 +23,16 @@ from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, live, rules, sources
 from tomevit.weights.adapt import adapt
-from tomevit.weights.formats import FORMATS, TIMM
+from tomevit.weights.formats import FORMATS, NO_BIAS, TIMM
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.recognise import (
     ADOPTED,
+    OF_FOUR_BLOCKS,
     OF_OPENAI,
     Found,
     adopt_inferred,
     check_format,
+    check_not_head_alone,
     choose_card,
     complete_told,
     differences,
@@ -43,6 +45,7 @@ from tomevit.weights.recognise import (
     holds_model,
     infer_architecture,
     is_same_model,
+    name_sets_with_heads,
 )
 from tomevit.weights.rules import Resampling, enumerate_names
 
@@ -408,6 +411,7 @@ def _read_found(
         CheckpointError, AmbiguousCheckpointError, MissingOptionError: as `convert`.
     """
     known = _card_of_model(model) or located.card
+    check_not_head_alone(found.tensors)
     place = find_model(
         list(found.tensors),
         found.key,
@@ -429,6 +433,7 @@ def _read_found(
     heads = form.count_heads(theirs)
     tensors, made_of, omitted = rules.to_native(form, theirs)
     made_of = {native: tuple(names.get(part, part) for part in parts) for native, parts in made_of.items()}
+    omitted |= _drop_zero_biases(tensors, made_of, known)
     if any(reason == rules.PRE_LOGITS for reason in omitted.values()):
         omitted |= _drop_heads(tensors, made_of, rules.PRE_LOGITS)
 
@@ -450,13 +455,15 @@ def _read_found(
         observed = infer_architecture(tensors)
     changes: tuple[str, ...] = ()
     headless = not (observed["num_classes"] or other_heads or observed["dist_token"])
-    if headless and (layer := find_head_beside(beside, observed["embed_dim"])):
+    if headless and (layer := find_head_beside(beside, widths)):
         parts = {f"head.{kind}": f"{layer}.{kind}" for kind in ("weight", "bias") if f"{layer}.{kind}" in beside}
         for native, name in parts.items():
             tensors[native], made_of[native] = beside[name], (name,)
             del place.left_out[name]
         changes = (f"the head is {layer}, which lies beside the model",)
         observed = infer_architecture(tensors)
+    elif headless and form.beside_mean and not fresh_head:
+        _check_head_reads_one_block(beside, observed["embed_dim"])
     del beside
     changes += _complete_biases(tensors, made_of)
     of_openai = place.left_out.keys() | set(found.beside) >= OF_OPENAI
@@ -573,6 +580,19 @@ def _drop_heads(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]],
     return dropped
 
 
+def _drop_zero_biases(
+    tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]], known: Card | None
+) -> dict[str, str]:
+    """Biases of 0 that DINOv3's queries, keys and values have in some files (timm's `qkvb`), and its models not."""
+    biases = [name for name in tensors if name.endswith(".attn.qkv.bias")]
+    without = known is None or not known.config.qkv_bias
+    if not without or "pos_embed" in tensors or any(tensors[name].any() for name in biases):
+        return {}
+    for name in biases:
+        del tensors[name]
+    return {source: NO_BIAS for name in biases for source in sources.pop(name)}
+
+
 def _check_tensors_are_such(place: Found, found: files.Checkpoint) -> None:
     """Raises CheckpointError if a parameter is something else than a tensor: without it the model is another."""
     above = f"{found.key}." if found.key else ""
@@ -590,6 +610,19 @@ def _find_heads_of_another_width(
     heads = [name for name in ("head.weight", "head_dist.weight") if name in tensors]
     shapes = {(width,) for width in widths}
     return [source for name in heads if tuple(tensors[name].shape[1:]) not in shapes for source in sources[name]]
+
+
+def _check_head_reads_one_block(beside: Mapping[str, Tensor], dim: int) -> None:
+    """Raises MissingOptionError if the head beside a model reads several of its blocks: it would be lost in silence."""
+    if layer := find_head_beside(beside, {OF_FOUR_BLOCKS * dim}):
+        sets = name_sets_with_heads(dim)
+        instead = f"the zoo's {join_with_or(sets)} has such a head, and " if sets else ""
+        raise MissingOptionError(
+            f"its head, {layer}, reads the class tokens of the last four blocks beside the mean patch, and a head here "
+            f"reads the last block alone: {instead}num_classes= (--num-classes) puts a fresh one in its place, or none "
+            f"by 0",
+            "num_classes",
+        )
 
 
 def _complete_biases(tensors: dict[str, Tensor], sources: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -166,6 +166,7 @@ _FIXED: dict[str, Any] = {
     "mlp_norm": False,
     "proj_dim": 0,
 }
+_FIXED |= {"attn_norm": False, "proj_bias": False}
 _FIXED |= {"qk_norm": False, "layer_scale": None, "pre_norm": False, "dist_token": False, "qkv_bias": True}
 # transformers' classes, and what each fixes of ours.
 _CLASSES: dict[str, dict[str, Any]] = {
@@ -644,7 +645,7 @@ def _as_timm_builds(architecture: str, card: Card) -> Config:
     if config.pos_embed_prefix == "class":
         config = replace(config, pos_embed_prefix=False)  # the class token's is added to the token
     if config.rope == "dinov3":
-        config = replace(config, pool="avg")
+        config = replace(config, pool="avg", qkv_bias=architecture.endswith("_qkvb"))
     return config
 
 
@@ -860,7 +861,7 @@ def configs_from_card(card: Card, format: str) -> dict[str, dict[str, Any]]:  # 
     Raises:
         ValueError: the library has no such model, or prepares images otherwise; the message says in what.
     """
-    if format in ("timm", "timm_clip", "timm_eva"):
+    if format in ("timm", "timm_clip", "timm_eva", "timm_eva_clip"):
         return {CONFIG: _write_timm(card)}
     if (model_type := _MODEL_TYPES.get(format)) is not None:
         family = _FAMILIES[model_type]
@@ -884,7 +885,7 @@ def _require(config: Config, library: str, fixed: Mapping[str, Any]) -> None:
 
 
 #: What timm's architectures have as they are, and no argument that is read changes.
-_UNSAID_BY_TIMM = ("mlp", "mlp_norm", "pos_embed", "rope", "pool_heads", "pool_mlp_ratio")
+_UNSAID_BY_TIMM = ("mlp", "mlp_norm", "attn_norm", "proj_bias", "pos_embed", "rope", "pool_heads", "pool_mlp_ratio")
 
 
 def _timm_architecture(card: Card) -> str:

@@ -147,8 +147,11 @@ def _read_timm(model: Any, tensors: Mapping[str, Tensor]) -> _Reading:
     architecture = cfg.get("architecture") or ""
     kin, proj_dim = foreign_configs.kin_of_timm(architecture, cfg.get("tag") or "")
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
-    if proj_dim and weight is not None and len(weight) == proj_dim and (bias is None or not bias.any()):
-        form = "timm_clip"  # its head is the projection
+    projects = proj_dim and weight is not None and len(weight) == proj_dim  # its head is the projection
+    if projects and "blocks.0.attn.norm.weight" in tensors:
+        form = "timm_eva_clip"
+    elif projects and (bias is None or not bias.any()):
+        form = "timm_clip"
     elif all(signature.misses(tensors) for signature in FORMATS[form].signatures):
         form = "timm"  # Perception Encoder without LayerScale has the names of a VisionTransformer
 

@@ -184,21 +184,47 @@ def find_heads(form: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, s
     return renamed, unusable
 
 
-def find_head_beside(beside: Mapping[str, Tensor], dim: int) -> str | None:
+def find_head_beside(beside: Mapping[str, Tensor], widths: Collection[int]) -> str | None:
     """The one linear layer beside a model that is called as heads are and reads its features: `fc`, beside `backbone.`.
 
     Args:
         beside: what lies beside the model, by the file's names.
-        dim: of the features.
+        widths: that its features have.
     """
     layers = {name.rpartition(".")[0] for name in beside if HEAD_BESIDE.search(without_wrappers(name))}
     if len(layers) != 1:
         return None
     (layer,) = layers
     weight, bias = beside.get(f"{layer}.weight"), beside.get(f"{layer}.bias")
-    if weight is None or weight.ndim != 2 or weight.shape[1] != dim:
+    if weight is None or weight.ndim != 2 or weight.shape[1] not in widths:
         return None
     return layer if bias is None or bias.shape == weight.shape[:1] else None
+
+
+#: What DINOv2's heads of four layers read (dinov2/hub/classifiers.py): four class tokens and a mean patch.
+OF_FOUR_BLOCKS = 5
+
+
+def check_not_head_alone(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError if tensors are a linear layer alone, as the authors of DINOv2 and DINOv3 publish heads."""
+    weight = tensors.get("weight")
+    if weight is None or not tensors.keys() <= {"weight", "bias"} or weight.ndim != 2:
+        return
+    outputs, inputs = weight.shape
+    sets = [
+        name for parts in (2, OF_FOUR_BLOCKS) if not inputs % parts for name in name_sets_with_heads(inputs // parts)
+    ]
+    have = f": the zoo's {join_with_or(sets)} has both" if sets else ""
+    raise CheckpointError(
+        f"it is one linear layer, from {inputs} channels to {outputs}, without the model whose features it reads"
+        f"{have}; of your own, save the state dict of the model and its head together"
+    )
+
+
+def name_sets_with_heads(dim: int) -> list[str]:
+    """Published weights of that width whose head reads the class token beside the mean patch."""
+    cards = (card for card, _ in zoo.published_sources() if card.config.pool == "token_avg")
+    return list(dict.fromkeys(card.full_name for card in cards if card.config.embed_dim == dim))
 
 
 def find_projection_beside(prefix: str, beside: Mapping[str, Tensor]) -> str | None:
@@ -321,6 +347,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "mlp_norm": "blocks.0.mlp.norm.weight" in tensors,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        "attn_norm": "blocks.0.attn.norm.weight" in tensors,
         "layer_scale": "blocks.0.ls1.gamma" in tensors,
         "pre_norm": "norm_pre.weight" in tensors,
         "class_token": "cls_token" in tensors,
@@ -330,6 +357,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "attention_pool": None if pool is None else pool.shape[0] / dim,
         "pool_norm": next((kind for name, kind in norm.items() if name in tensors), "none"),
         "proj_dim": 0 if proj is None else proj.shape[0],
+        "proj_bias": "proj.bias" in tensors,
         "num_classes": head.shape[0] if head is not None and head.ndim == 2 else 0,
         "beside_mean": head is not None and head.shape[1:] == (2 * dim,),
         "positions": tensors["pos_embed"].shape[1] if "pos_embed" in tensors else 0,
@@ -337,13 +365,13 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 #: The fields of Config that weights of one architecture may have otherwise: they are taken from the tensors.
-ADOPTED = ("img_size", "in_chans", "num_classes", "pool", "pool_norm", "pos_embed_prefix", "proj_dim")
+ADOPTED = ("img_size", "in_chans", "num_classes", "pool", "pool_norm", "pos_embed_prefix", "proj_dim", "proj_bias")
 
 
 def comparable_fields(config: Config) -> dict[str, Any]:
     """An architecture, as far as `infer_architecture` sees it in tensors, and what cannot be seen there."""
     names = (
-        *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "pre_norm"),
+        *("patch_size", "embed_dim", "depth", "qkv_bias", "qk_norm", "attn_norm", "pre_norm"),
         *("class_token", "dist_token", "reg_tokens", "pos_embed", "pool_norm", "mlp", "mlp_norm"),
         *("num_heads", "act", "pos_embed_prefix", "rope", "pool_heads"),  # not to be seen in tensors
     )
@@ -395,7 +423,7 @@ def adopt_inferred(config: Config, observed: Mapping[str, Any], img_size: tuple[
     Raises:
         CheckpointError: the patches make no square, and img_size does not say what they make.
     """
-    config = replace(config, **{name: observed[name] for name in ("in_chans", "num_classes", "proj_dim")})
+    config = replace(config, **{name: observed[name] for name in ("in_chans", "num_classes", "proj_dim", "proj_bias")})
     if observed["num_classes"] and config.class_token and config.pool != "map":
         pool = "token" if config.pool == "token_avg" else config.pool
         config = replace(config, pool="token_avg" if observed["beside_mean"] else pool)

@@ -13,7 +13,7 @@ token's position, is the format's word: see `Format.folds_class_position`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from heapq import nsmallest
@@ -111,6 +111,14 @@ class Omission:
     zero: bool = False  # if all its values are 0: else the model computes with it, and is another than ours
     like: str | None = None  # written as zeros, for this native parameter, in the shape that the layout makes of it
     layout: str = "o i -> o"
+    #: What is written in place of zeros, given that parameter and the config; it returns None where nothing is.
+    value: Callable[[Tensor, Config], Tensor | None] | None = None
+
+    def write(self, native: Tensor, config: Config) -> Tensor | None:
+        """What the project's code insists on, given the native parameter that `like` names; None: nothing."""
+        if self.value is not None:
+            return self.value(native, config)
+        return reduce(torch.zeros_like(native), self.layout, "max").contiguous()
 
 
 @dataclass(frozen=True)
@@ -343,9 +351,9 @@ def from_native(format: Format, tensors: Mapping[str, Tensor], config: Config) -
         raise ValueError(f"{format.name} cannot hold this model: it has no place for {enumerate_names(unknown)}")
     for omission in format.omissions:
         for native, tensor in tensors.items():
-            if omission.like and (found := _regex(omission.like).fullmatch(native)):
-                zeros = reduce(torch.zeros_like(tensor), omission.layout, "max")
-                out[_fill_in(omission.source, found.groups())] = zeros.contiguous()
+            found = _regex(omission.like).fullmatch(native) if omission.like else None
+            if found and (written := omission.write(tensor, config)) is not None:
+                out[_fill_in(omission.source, found.groups())] = written
     return out
 
 

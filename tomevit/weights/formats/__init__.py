@@ -7,7 +7,7 @@ another way, an einops pattern says how.
 from __future__ import annotations
 
 from tomevit.weights.formats import transformers
-from tomevit.weights.formats.common import BICUBIC
+from tomevit.weights.formats.common import BICUBIC, NO_BIAS
 from tomevit.weights.formats.flax import BIG_VISION, VIT_JAX
 from tomevit.weights.formats.originals import (
     DEIT,
@@ -16,6 +16,7 @@ from tomevit.weights.formats.originals import (
     DINOV2_REG,
     DINOV3,
     EVA02,
+    EVA02_CLIP,
     EVA02_SMALL,
     MAE,
     OPEN_CLIP,
@@ -23,15 +24,15 @@ from tomevit.weights.formats.originals import (
     TORCHVISION,
     TORCHVISION_LINEAR,
 )
-from tomevit.weights.formats.timm import TIMM, TIMM_CLIP, TIMM_EVA
+from tomevit.weights.formats.timm import TIMM, TIMM_CLIP, TIMM_EVA, TIMM_EVA_CLIP
 
-__all__ = ["BICUBIC", "FORMATS", "TIMM"]
+__all__ = ["BICUBIC", "FORMATS", "NO_BIAS", "TIMM"]
 
 FORMATS = {
     table.name: table
     for table in (
-        *(TIMM, TIMM_CLIP, TIMM_EVA, DEIT, DEIT3, MAE, SWAG, TORCHVISION, TORCHVISION_LINEAR, VIT_JAX, BIG_VISION),
-        *(DINOV2, DINOV2_REG, DINOV3, EVA02, EVA02_SMALL, OPEN_CLIP),
+        *(TIMM, TIMM_CLIP, TIMM_EVA, TIMM_EVA_CLIP, DEIT, DEIT3, MAE, SWAG, TORCHVISION, TORCHVISION_LINEAR),
+        *(VIT_JAX, BIG_VISION, DINOV2, DINOV2_REG, DINOV3, EVA02, EVA02_SMALL, EVA02_CLIP, OPEN_CLIP),
         *transformers.FORMATS,
     )
 }

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from tomevit.config import Config
 from tomevit.weights.formats.common import (
     BICUBIC,
     DECODER,
@@ -151,6 +155,24 @@ DINOV2_REG = replace(
     always=("reg_token", "blocks.#.ls1.gamma"),
 )
 
+
+def _periods(_: Tensor, config: Config) -> Tensor:
+    """Those by which the code divides angles, as it computes them; published files have them rounded to bfloat16."""
+    quarter = config.head_dim // 4
+    return 100.0 ** (2 * torch.arange(quarter, dtype=torch.float32, device="cpu") / (2 * quarter))
+
+
+def _masked_bias(weight: Tensor, config: Config) -> Tensor | None:
+    """What is 0 in all published files, the mask too, but for 7B, which has no bias."""
+    return None if config.embed_dim == _DINOV3_7B else torch.zeros_like(weight[:, 0])
+
+
+def _local_norm(norm: Tensor, config: Config) -> Tensor | None:
+    """A norm that 7B's code asks for, and uses in training alone: as the other one is."""
+    return norm if config.embed_dim == _DINOV3_7B else None
+
+
+_DINOV3_7B = 4096  # channels, which no other size has
 DINOV3 = Format(
     name="dinov3",
     title="DINOv3 (facebookresearch/dinov3, dinov3/models/vision_transformer.py)",
@@ -167,10 +189,19 @@ DINOV3 = Format(
     resampling=BICUBIC,  # there is nothing to resample
     omissions=(
         Omission("mask_token", MASK_TOKEN, like="cls_token", layout="1 1 d -> 1 d"),
-        Omission("blocks.#.attn.qkv.bias", NO_BIAS, zero=True, like="blocks.#.attn.qkv.weight"),
-        Omission("blocks.#.attn.qkv.bias_mask", NO_BIAS),
-        Omission("rope_embed.periods", ROTATIONS),
-        Omission("local_cls_norm.*", "it norms the class tokens of small crops in pre-training"),
+        *(
+            Omission(
+                f"blocks.#.attn.qkv.{bias}", NO_BIAS, zero=zero, like="blocks.#.attn.qkv.weight", value=_masked_bias
+            )
+            for bias, zero in (("bias", True), ("bias_mask", False))
+        ),
+        Omission("rope_embed.periods", ROTATIONS, like="cls_token", value=_periods),
+        Omission(
+            "local_cls_norm.*",
+            "it norms the class tokens of small crops in pre-training",
+            like="norm.*",
+            value=_local_norm,
+        ),
     ),
     fixed={"rope": "dinov3", "pos_embed": "none", "norm_eps": 1e-5, "pool_norm": "before", "qkv_bias": False},
     always=("reg_token", "blocks.#.ls1.gamma"),
@@ -201,7 +232,12 @@ EVA02 = Format(
         Rule("blocks.#.attn.qkv.weight", tuple(f"blocks.#.attn.{x}_proj.weight" for x in "qkv")),
         ("blocks.#.mlp.w1.*", "blocks.#.mlp.w2.*"),
     ),
-    signatures=(Signature(has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.w1.weight")),),
+    signatures=(
+        Signature(
+            has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.w1.weight"),
+            lacks=("blocks.#.attn.inner_attn_ln.weight",),
+        ),
+    ),
     resampling=BICUBIC,
     omissions=(
         Omission("mask_token", MASK_TOKEN),
@@ -220,6 +256,19 @@ EVA02_SMALL = replace(
     signatures=(Signature(has=(*VIT_HAS, "blocks.#.attn.q_bias", "blocks.#.mlp.w12.weight")),),
     variant_of="eva02",
     fixed={**EVA02.fixed, "mlp_norm": False},
+)
+EVA02_CLIP = replace(
+    EVA02,
+    name="eva02_clip",
+    title="EVA-02's CLIP B and L (baaivision/EVA, EVA-CLIP/rei/eva_clip/eva_vit_model.py)",
+    rules=(
+        Rule("proj.*", "head.*"),
+        Rule("blocks.#.attn.norm.*", "blocks.#.attn.inner_attn_ln.*"),
+        *(rule for rule in EVA02.rules if rule.native not in ("head.*", "fc_norm.*")),
+    ),
+    signatures=(Signature(has=(*EVA02.signatures[0].has, "blocks.#.attn.inner_attn_ln.weight")),),
+    fixed={**EVA02.fixed, "attn_norm": True, "proj_bias": True, "num_classes": 0},
+    container="torch",
 )
 
 

@@ -58,11 +58,14 @@ TIMM_EVA = Format(
         *OPTIONS,
         *LAYER_SCALE_GAMMA,
         *_ATTENTION_POOL,
-        *same("blocks.#.mlp.fc2.* blocks.#.mlp.norm.*"),
+        *same("blocks.#.mlp.fc2.* blocks.#.mlp.norm.* blocks.#.attn.norm.*"),
         Rule("blocks.#.attn.qkv.*", "blocks.#.attn.qkv.*", when={"rope": "pe"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when={"rope": "dinov3"}),
         Rule("blocks.#.attn.qkv.weight", "blocks.#.attn.qkv.weight", when=_FUSED),
-        Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"), when=_FUSED),
+        *(
+            Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_bias", None, "blocks.#.attn.v_bias"), when=when)
+            for when in ({"rope": "dinov3"}, _FUSED)
+        ),
         Rule("blocks.#.attn.qkv.weight", tuple(f"blocks.#.attn.{x}_proj.weight" for x in "qkv"), when=_SPLIT),
         Rule("blocks.#.attn.qkv.bias", ("blocks.#.attn.q_proj.bias", None, "blocks.#.attn.v_proj.bias"), when=_SPLIT),
         *(
@@ -78,5 +81,22 @@ TIMM_EVA = Format(
         Signature(has=("patch_embed.proj.weight", "blocks.#.attn.q_proj.weight", "blocks.#.mlp.fc1_g.weight")),
     ),
     resampling=TIMM.resampling,
-    omissions=(Omission("mask_token", MASK_TOKEN),),
+    omissions=(Omission("mask_token", MASK_TOKEN), Omission("lm_head.*", MASK_TOKEN)),
+)
+
+TIMM_EVA_CLIP = replace(
+    TIMM_EVA,
+    name="timm_eva_clip",
+    title="timm's image towers of EVA-02's CLIP, in which the projection is a head",
+    rules=(Rule("proj.*", "head.*"), *(rule for rule in TIMM_EVA.rules if rule.native != "head.*")),
+    signatures=(
+        Signature(
+            has=(
+                *("patch_embed.proj.weight", "head.weight"),
+                "blocks.#.attn.q_proj.weight",
+                "blocks.#.attn.norm.weight",
+            )
+        ),
+    ),
+    always=("blocks.#.attn.norm.weight", "proj.weight", "proj.bias"),
 )
