@@ -69,7 +69,7 @@ MAE = Format(
     ),
     resampling=BICUBIC,  # util/pos_embed.py, interpolate_pos_embed
     omissions=(Omission("decoder_**", DECODER), Omission("mask_token", DECODER)),
-    fixed={"act": "gelu", "norm_eps": 1e-6, "pos_embed_prefix": True},
+    fixed={"act": "gelu", "norm_eps": 1e-6, "pos_embed_prefix": True, "dist_token": False},
     container="torch:model",
 )
 
