@@ -29,6 +29,7 @@ PEERS = {
     "dinov3": "transformers DINOv3",
     "pe": "timm PE core",
     "eva02": "timm EVA-02, large",
+    "eva02_clip": "timm EVA-02, CLIP",
 }
 R = [3, 2]
 
