@@ -174,11 +174,10 @@ def check_unchanged(config: JsonObject) -> None:
 
 
 def check_fixed(config: Config, library: str, fixed: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming them, if fields are not as a library has them in all its models."""
-    differing = [name for name, wanted in fixed.items() if getattr(config, name) != wanted]
-    if differing:
-        found = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
-        raise ValueError(f"{library} cannot hold {found}, only {', '.join(f'{x}={fixed[x]!r}' for x in differing)}")
+    """Raises ValueError at the first field that is not as a library has it in all its models."""
+    for name, wanted in fixed.items():
+        if (value := getattr(config, name)) != wanted:
+            raise ValueError(f"{library} cannot hold {name}={value!r}, only {name}={wanted!r}")
 
 
 def mlp_ratio_for(dim: int, hidden: int) -> float:

@@ -395,9 +395,9 @@ def write_config(card: Card, format: str) -> dict[str, Any]:  # noqa: A002
 def _check_class(config: Config, model_type: str, name: str, said_by_rows: set[str]) -> None:
     """Raises ValueError if a class has otherwise what its config.json does not say."""
     said = said_by_rows | {"mlp_ratio", "num_classes"} | ({"proj_dim"} if name in _PROJECTING else set())
-    plain = {field: value for field, value in vars(Config()).items() if field in ARCHITECTURE}
-    usual = plain | dict(FAMILIES[model_type].fixed)
-    unsaid = {field: value for field, value in usual.items() if field not in said}
+    usual = vars(Config()) | dict(FAMILIES[model_type].fixed)
+    # What the model answers with is told first.
+    unsaid = {field: usual[field] for field in ("pool", "pool_norm", *ARCHITECTURE) if field not in said}
     check_fixed(config, f"transformers' {model_type}", unsaid | _CLASSES[name])
 
 
