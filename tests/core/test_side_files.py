@@ -624,6 +624,7 @@ def test_the_width_of_the_mlp_survives(dim: int, hidden: int) -> None:
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
+SIGLIP = {"class_token": False, "num_classes": 0, "pool": "map"}
 CANNOT: list[tuple[str, dict[str, Any], str]] = [
     ("timm", {"norm_eps": 1e-5}, "norm_eps"),
     ("timm", {"dist_token": True, "reg_tokens": 1}, "registers"),
@@ -639,6 +640,9 @@ CANNOT: list[tuple[str, dict[str, Any], str]] = [
     ("hf_vit", {"img_size": (32, 48)}, "square"),
     ("hf_deit", {}, "dist_token"),
     ("hf_vit_mae", {}, "num_classes"),
+    ("hf_siglip", SIGLIP | {"pool_heads": 1}, "pool_heads=1, only pool_heads=None"),
+    ("hf_siglip", SIGLIP | {"pool_mlp_ratio": 2.0}, "pool_mlp_ratio"),
+    ("hf_siglip_classifier", SIGLIP | {"num_classes": 7}, "pool='map', only pool='avg'"),
 ]
 
 

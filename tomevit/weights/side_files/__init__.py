@@ -2,7 +2,7 @@
 
     timm          config.json: an architecture's name, arguments that differ, how images are prepared
     transformers  config.json: the architecture in numbers; preprocessor_config.json: how images are prepared
-    open_clip     open_clip_config.json, for both; it is read alone
+    open_clip     open_clip_config.json: the same of an image tower; it is read, and not written
     readme        README.md, the model card: often the licence is nowhere else
 
 Each library is a module with tables of `common.Row`, read in both directions; what no row can say is a function beside
