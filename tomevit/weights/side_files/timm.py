@@ -14,7 +14,7 @@ from tomevit.weights.side_files.common import PAIR, PER_CHANNEL, JsonObject, Row
 from tomevit.weights.side_files.names import is_same_architecture, kin_of, named_card
 
 #: The formats of weights beside which this config.json is written.
-FORMATS = ("timm", "timm_clip", "timm_eva")
+FORMATS = ("timm", "timm_clip", "timm_eva", "timm_eva_clip")
 
 _POOLS = {"token": "token", "avg": "avg", "": "token"}
 #: The arguments of timm's VisionTransformer.
@@ -74,7 +74,7 @@ def as_built(architecture: str, card: Card) -> Config:
     if config.pos_embed_prefix == "class":
         config = replace(config, pos_embed_prefix=False)  # the class token's is added to the token
     if config.rope == "dinov3":
-        config = replace(config, pool="avg")
+        config = replace(config, pool="avg", qkv_bias=architecture.endswith("_qkvb"))
     return config
 
 
