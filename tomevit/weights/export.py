@@ -16,9 +16,9 @@ from tomevit.config import Card
 from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.weights import checkpoint, rules
 from tomevit.weights.convert import weights_of
-from tomevit.weights.foreign_configs import configs_from_card
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
+from tomevit.weights.side_files import configs_from_card
 
 #: Which container a file name asks for.
 CONTAINERS = {".safetensors": "safetensors", ".npz": "npz"} | dict.fromkeys((".pth", ".pt", ".bin", ".torch"), "torch")

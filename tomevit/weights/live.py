@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tomevit.config import Card, Config, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.models import unwrap
-from tomevit.weights import foreign_configs
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import enumerate_names, without_wrappers
+from tomevit.weights.side_files import open_clip, timm, transformers
+from tomevit.weights.side_files.names import kin_of, named_card
 
 #: Activations by name, and of which classes they may be where a module has not the values of one of them.
 _ACTS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -145,7 +146,7 @@ def _read_timm(model: Any, tensors: Mapping[str, Tensor]) -> _Reading:
         raise ValueError(f"of timm's models {', '.join(_OF_TIMM)} are read")
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
     architecture = cfg.get("architecture") or ""
-    kin, proj_dim = foreign_configs.kin_of_timm(architecture, cfg.get("tag") or "")
+    kin, proj_dim = timm.kin_and_projection(architecture, cfg.get("tag") or "")
     weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
     projects = proj_dim and weight is not None and len(weight) == proj_dim  # its head is the projection
     if projects and "blocks.0.attn.norm.weight" in tensors:
@@ -173,7 +174,7 @@ def _read_timm(model: Any, tensors: Mapping[str, Tensor]) -> _Reading:
         elif not torch.allclose(block.mlp.act(x := torch.linspace(-4, 4, 65)), F.silu(x), atol=1e-6):
             raise ValueError(f"the gate of its MLP is {_class_name(block.mlp.act)}, and must be a SiLU")
         config = _config(observed, **read, pos_embed_prefix=observed["positions"] != model.patch_embed.num_patches)
-        return foreign_configs.named_card(config, kin, preprocess=foreign_configs.images_of_timm(cfg, config.in_chans))
+        return named_card(config, kin, preprocess=timm.images_of(cfg, config.in_chans))
 
     return form, card, ()
 
@@ -204,7 +205,7 @@ def _read_torchvision(model: Any, _tensors: Mapping[str, Tensor]) -> _Reading:
 
     def card(observed: Mapping[str, Any]) -> Card:
         config = _config(observed, **read, act=_name_act(block.mlp[1]))
-        return foreign_configs.named_card(config, "vit_", preprocess=images.for_channels(config.in_chans))
+        return named_card(config, "vit_", preprocess=images.for_channels(config.in_chans))
 
     return "torchvision", card, (_usual("torchvision"),)
 
@@ -214,7 +215,7 @@ def _usual(library: str) -> str:
 
 
 def _read_transformers(model: Any, _tensors: Mapping[str, Tensor]) -> _Reading:
-    card = foreign_configs.card_from_transformers(model.config.to_json_string(use_diff=False), type(model).__name__)
+    card = transformers.card_of(model.config.to_json_string(use_diff=False), type(model).__name__)
     return None, lambda _: card, (_usual("transformers"),)
 
 
@@ -241,12 +242,12 @@ def _read_open_clip(model: Any, tensors: Mapping[str, Tensor]) -> _Reading:
             size = tuple(tower.image_size)
             heads, eps = block.attn.num_heads, block.ln_1.eps
             config = _config(observed, act=act, img_size=size, num_heads=heads, norm_eps=eps)
-            return foreign_configs.named_card(config, "clip_")
+            return named_card(config, "clip_")
 
     def card(observed: Mapping[str, Any]) -> Card:
         found = named(observed)
-        images = foreign_configs.images_of_open_clip(dict(said or {}), found.config.in_chans)
-        return foreign_configs.named_card(found.config, f"{found.name.partition('_')[0]}_", preprocess=images)
+        images = open_clip.images_of(dict(said or {}), found.config.in_chans)
+        return named_card(found.config, kin_of(found.name), preprocess=images)
 
     return form, card, changes
 

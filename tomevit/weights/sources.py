@@ -16,9 +16,9 @@ from tomevit.config import Card, Source
 from tomevit.errors import CheckpointError
 from tomevit.weights import cache, directories, shards
 from tomevit.weights.files import check_is_checkpoint
-from tomevit.weights.foreign_configs import CONFIG_FILES, OPEN_CLIP, README, card_from_configs
 from tomevit.weights.reading import explain_lack_of_memory
 from tomevit.weights.shards import OpenFiles
+from tomevit.weights.side_files import CONFIG_FILES, OPEN_CLIP, README, card_from_configs
 
 
 class Located(NamedTuple):

@@ -27,16 +27,10 @@ from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
 from tomevit.transform import Transform
 from tomevit.weights import rules
-from tomevit.weights.foreign_configs import (
-    _FAMILIES,
-    MOST_BYTES,
-    _edges,
-    _mlp_ratio,
-    _share,
-    card_from_configs,
-    configs_from_card,
-)
 from tomevit.weights.formats import FORMATS
+from tomevit.weights.side_files import card_from_configs, configs_from_card
+from tomevit.weights.side_files.common import MOST_BYTES, mlp_ratio_for
+from tomevit.weights.side_files.transformers import FAMILIES, crop_share, edges_before_crop
 
 TINY = Config(img_size=(32, 32), patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=7)
 SQUASH = Preprocess(mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 0.2), crop_pct=1.0, resize="squash", interpolation="bilinear")
@@ -564,9 +558,9 @@ def test_configs_of_the_hub(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("model_type", _FAMILIES)
+@pytest.mark.parametrize("model_type", FAMILIES)
 def test_where_a_config_is_silent_transformers_default_holds(model_type: str) -> None:
-    family = _FAMILIES[model_type]
+    family = FAMILIES[model_type]
     theirs = transformers.AutoConfig.for_model(model_type)
     part = getattr(theirs, family.part) if family.part else theirs
     for row in family.rows:
@@ -606,8 +600,8 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
             continue
         found = card_from_configs(put(tmp_path, files))
         assert found is not None
-        edges = _edges(card.config.img_size, card.preprocess.crop_pct)
-        assert _edges(found.config.img_size, found.preprocess.crop_pct) == edges
+        edges = edges_before_crop(card.config.img_size, card.preprocess.crop_pct)
+        assert edges_before_crop(found.config.img_size, found.preprocess.crop_pct) == edges
         assert_same(replace(found, preprocess=replace(found.preprocess, crop_pct=card.preprocess.crop_pct)), card)
         survivors.append(card.name)
     assert SURVIVORS[kind] in survivors
@@ -619,17 +613,18 @@ def test_every_card_of_the_zoo_survives_transformers(kind: str, tmp_path: Path) 
 def test_the_edge_before_the_crop_survives(crop: int, margin: int) -> None:
     """crop_pct is a quotient, and its rounding must not cost a pixel."""
     edges = (crop + margin, crop + margin)
-    assert _edges((crop, crop), _share((crop, crop), edges)) == edges
+    assert edges_before_crop((crop, crop), crop_share((crop, crop), edges)) == edges
 
 
 @given(st.integers(1, 4096), st.integers(1, 4096))
 @example(49, 1)  # 1 / 49 * 49 < 1
 def test_the_width_of_the_mlp_survives(dim: int, hidden: int) -> None:
-    assert int(dim * _mlp_ratio(dim, hidden)) == hidden
+    assert int(dim * mlp_ratio_for(dim, hidden)) == hidden
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
+SIGLIP = {"class_token": False, "num_classes": 0, "pool": "map"}
 CANNOT: list[tuple[str, dict[str, Any], str]] = [
     ("timm", {"norm_eps": 1e-5}, "norm_eps"),
     ("timm", {"dist_token": True, "reg_tokens": 1}, "registers"),
@@ -645,6 +640,9 @@ CANNOT: list[tuple[str, dict[str, Any], str]] = [
     ("hf_vit", {"img_size": (32, 48)}, "square"),
     ("hf_deit", {}, "dist_token"),
     ("hf_vit_mae", {}, "num_classes"),
+    ("hf_siglip", SIGLIP | {"pool_heads": 1}, "pool_heads=1, only pool_heads=None"),
+    ("hf_siglip", SIGLIP | {"pool_mlp_ratio": 2.0}, "pool_mlp_ratio"),
+    ("hf_siglip_classifier", SIGLIP | {"num_classes": 7}, "pool='map', only pool='avg'"),
 ]
 
 
