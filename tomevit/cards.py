@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,3 +146,16 @@ def first_line(error: BaseException) -> str:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"its metadata has a number that is {name}")
+
+
+def by_pattern(names: Iterable[str]) -> list[str]:
+    """Each name once, however many blocks have it."""
+    return list(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=[./])", "{i}", name, count=1) for name in names))
+
+
+def lines_left_out(left_out: Mapping[str, str]) -> list[str]:
+    """What is left out of a checkpoint: one line for each reason, with the names that it holds of."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(by_pattern(names))}: {reason}" for reason, names in reasons.items()]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tomevit import zoo
+from tomevit.cards import lines_left_out
 from tomevit.config import Config, Pool
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule, check_schedule
@@ -142,7 +143,7 @@ def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
     model.r = r
     report = weights.report
     log.info("%s is %s (%s)", report.source, report.model, report.recognised)
-    for sentence in (*report.changes, *(f"left out: {name}, {reason}" for name, reason in report.left_out.items())):
+    for sentence in (*report.changes, *(f"left out: {line}" for line in lines_left_out(report.left_out))):
         log.info("%s: %s", report.source, sentence)
     return model
 

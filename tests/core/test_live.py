@@ -108,8 +108,11 @@ def open_clips(**vision: Any) -> Any:
     ],
     ids=["its own", "timm's", "timm's, projected"],
 )
-def test_models_of_open_clip(vision: dict[str, Any]) -> None:
-    assert_alike(open_clips(**vision), lambda m, x: m.encode_image(x))
+def test_models_of_open_clip(vision: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "tomevit"):
+        assert_alike(open_clips(**vision), lambda m, x: m.encode_image(x))
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("transformer.resblocks.{i}.ln_1.weight" in line for line in told) == 1
 
 
 def test_weights_are_copies_and_what_was_taken_is_told(caplog: pytest.LogCaptureFixture) -> None:

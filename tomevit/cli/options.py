@@ -98,19 +98,6 @@ def with_range(value: float, interval: tuple[float, float] | None, digits: int) 
     return f"{value:.{digits}f}{beside}"
 
 
-def by_pattern(names: Iterable[str]) -> list[str]:
-    """Each name once, however many blocks have it."""
-    return list(dict.fromkeys(re.sub(r"(?<=[._])\d+(?=[./])", "{i}", name, count=1) for name in names))
-
-
-def group_by_reason(left_out: Mapping[str, str]) -> dict[tuple[str, ...], str]:
-    """The reasons why things are left out, each once, by all that it holds of."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return {tuple(names): reason for reason, names in reasons.items()}
-
-
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print aligned."""
     echo(*aligned(columns, rows))

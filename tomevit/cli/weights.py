@@ -9,8 +9,9 @@ from pathlib import Path
 
 import click
 
+from tomevit.cards import by_pattern, lines_left_out
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import Size, by_pattern, group_by_reason
+from tomevit.cli.options import Size
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
@@ -85,8 +86,8 @@ def _print(report: Report) -> None:
     patterns = (f"{' + '.join(by_pattern(sources))} -> {by_pattern([name])[0]}" for name, sources in renamed.items())
     for line in dict.fromkeys(patterns):
         echo(f"            {line}")
-    for what, why in group_by_reason(report.left_out).items():
-        echo(f"left out    {', '.join(by_pattern(what))}: {why}")
+    for line in lines_left_out(report.left_out):
+        echo(f"left out    {line}")
     for change in report.changes:
         echo(f"changed     {change}")
     echo(f"written     {report.out}")

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from tomevit import zoo
-from tomevit.cards import Contents, is_ours, read_contents
+from tomevit.cards import Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
@@ -253,8 +253,8 @@ def _file(contents: Contents) -> Iterator[str]:
         yield f"class names    {printable(names)}{more}"
     if card.notes:
         yield f"notes          {printable(card.notes)}"
-    for left_out, reason in options.group_by_reason(contents.left_out).items():
-        yield f"left out       {printable(', '.join(options.by_pattern(left_out)))}: {reason}"
+    for line in lines_left_out(contents.left_out):
+        yield f"left out       {printable(line)}"
 
 
 def _place(source: Source) -> str:
