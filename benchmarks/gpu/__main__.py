@@ -70,6 +70,8 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here: torch.cuda.is_available() is False")
     until = started + 60 * args.minutes - min(RESERVE, 6 * args.minutes)
+    if args.small:
+        torch.set_num_threads(1)
     prepare(device)
     store, told = open_store(args.out, setting_of(device, small=args.small))
     if told:

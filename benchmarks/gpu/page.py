@@ -91,7 +91,7 @@ def _group(row: Inference | Training) -> tuple[object, ...]:
     """What rows of one table share."""
     if isinstance(row, Inference):
         return ("inference", *row[:5])
-    return ("training", *row[:4])
+    return ("training", *row[:5])
 
 
 def _best_unmerged(group: Sequence[Figure]) -> Figure | None:
@@ -158,14 +158,15 @@ def _group_table(group: Sequence[Figure]) -> str:
     if isinstance(row, Inference):
         title = f"### {row.section}: {row.model}, {row.img_size} pixels, {row.dtype}, batch {row.batch}"
     else:
-        title = f"### {row.section}: batch {row.batch}, {'with' if row.checkpointing else 'without'} checkpointing"
+        title = f"### {row.section}: {row.dtype}, batch {row.batch}, {'with' if row.checkpointing else 'without'} checkpointing"
     lines = []
     for figure in group:
         ratio, interval = speed_up(figure, best)
+        ms = Quartiles(*(1e3 * each for each in figure.seconds))
         lines.append(
             [
                 figure.row.candidate,
-                f"{1e3 * figure.seconds.median:.3g} ({1e3 * figure.seconds.lower:.3g}–{1e3 * figure.seconds.upper:.3g})",
+                f"{ms.median:.4g} ({ms.lower:.4g}–{ms.upper:.4g})",
                 f"{row.batch / figure.seconds.median:.0f}",
                 with_range(figure.over_anchor, figure.interval, 2),
                 with_range(ratio, interval, 2),
