@@ -158,7 +158,8 @@ def _group_table(group: Sequence[Figure]) -> str:
     if isinstance(row, Inference):
         title = f"### {row.section}: {row.model}, {row.img_size} pixels, {row.dtype}, batch {row.batch}"
     else:
-        title = f"### {row.section}: {row.dtype}, batch {row.batch}, {'with' if row.checkpointing else 'without'} checkpointing"
+        checkpointing = "with" if row.checkpointing else "without"
+        title = f"### {row.section}: {row.dtype}, batch {row.batch}, {checkpointing} checkpointing"
     lines = []
     for figure in group:
         ratio, interval = speed_up(figure, best)

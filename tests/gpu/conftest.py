@@ -1,5 +1,7 @@
-"""What the tests on a device share. They run without this project's other fixtures too, which `python -m benchmarks.gpu`
-leaves out since they need packages that may not be there.
+"""What the tests on a device share.
+
+They run without this project's other fixtures too: `python -m benchmarks.gpu` leaves those out, since they need
+packages that may not be there.
 """
 
 from __future__ import annotations

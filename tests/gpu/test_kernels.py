@@ -6,6 +6,7 @@ best, and what is merged must be the mean of what was chosen. Where all is exact
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import pytest
@@ -22,6 +23,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 #: Around every block of the kernels, and every number of tokens of the zoo's models.
 COUNTS = [2, 3, 7, 16, 31, 32, 33, 64, 65, 127, 128, 129, 196, 197, 198, 257, 577, 1025, 1370, 2049, 4097, 8193]
+
+
+@pytest.fixture(autouse=True)
+def _kernels_run(device: torch.device) -> None:
+    """On a GPU, or in Triton's interpreter, which multiplies bfloat16 wrongly: to try these tests, not the kernels."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("of CUDA alone")
 
 
 def random_key(batch: int, heads: int, n: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -68,7 +76,7 @@ def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None
     mean = key.mean(1).cpu().double()
     unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     scores = unit[:, sources] @ unit[:, targets].mT
-    rounding = 4 * torch.finfo(key.dtype).eps
+    rounding = 16 * torch.finfo(key.dtype).eps if key.dtype == torch.float32 else 4 * torch.finfo(key.dtype).eps
     chosen = (slots[:, sources] - place[0]).clamp(min=0)
     similarity, best = scores.gather(2, chosen[..., None])[..., 0], scores.amax(2)
     assert (similarity[merged] >= best[merged] - rounding).all()
@@ -95,53 +103,52 @@ def assert_equal(ours: Tokens, theirs: Tokens) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("n", COUNTS)
-def test_any_number_of_tokens(gpu: torch.device, n: int, dtype: torch.dtype) -> None:
+def test_any_number_of_tokens(device: torch.device, n: int, dtype: torch.dtype) -> None:
     for num_prefix in sorted({0, 1, min(5, n - 1)}):
         for r in sorted({0, (n - num_prefix) // 4, (n - num_prefix) // 2}):
-            tokens = random_tokens(2 if n < 1000 else 1, n, 24, dtype, gpu)
-            assert_defined(tokens, random_key(len(tokens.x), 3, n, 64, dtype, gpu), r, num_prefix)
+            tokens = random_tokens(2 if n < 1000 else 1, n, 24, dtype, device)
+            assert_defined(tokens, random_key(len(tokens.x), 3, n, 64, dtype, device), r, num_prefix)
 
 
 @each_dtype
 @pytest.mark.parametrize("num_prefix", range(7))
 @pytest.mark.parametrize("half", [False, True], ids=["r=0", "half"])
-def test_any_prefix(gpu: torch.device, num_prefix: int, half: bool, dtype: torch.dtype) -> None:
+def test_any_prefix(device: torch.device, num_prefix: int, half: bool, dtype: torch.dtype) -> None:
     for patches in (2, 3, 49, 64, 196):
         n, r = num_prefix + patches, patches // 2 if half else 0
-        assert_defined(random_tokens(3, n, 48, dtype, gpu), random_key(3, 2, n, 32, dtype, gpu), r, num_prefix)
+        assert_defined(random_tokens(3, n, 48, dtype, device), random_key(3, 2, n, 32, dtype, device), r, num_prefix)
 
 
 @each_dtype
 @pytest.mark.parametrize("num_prefix", [0, 1, 2, 5])
 @pytest.mark.parametrize("kinds", [1, 3, 20])
-def test_ties_go_to_the_same_token(gpu: torch.device, num_prefix: int, kinds: int, dtype: torch.dtype) -> None:
+def test_ties_go_to_the_same_token(device: torch.device, num_prefix: int, kinds: int, dtype: torch.dtype) -> None:
     for patches in (2, 15, 64, 133, 576):
         n = num_prefix + patches
         for r in (1, patches // 2):
-            tokens, key = random_tokens(2, n, 5, dtype, gpu), tied_key(2, 4, n, kinds, dtype, gpu)
+            tokens, key = random_tokens(2, n, 5, dtype, device), tied_key(2, 4, n, kinds, dtype, device)
             assert_equal(match_and_merge_fused(tokens, key, r, num_prefix), plain(tokens, key, r, num_prefix))
 
 
 @each_dtype
 @pytest.mark.parametrize(("dim", "head_dim"), [(1, 1), (5, 3), (33, 20), (192, 24), (768, 64), (1280, 80), (1664, 104)])
-def test_channels_that_are_no_power_of_two(gpu: torch.device, dim: int, head_dim: int, dtype: torch.dtype) -> None:
-    assert_defined(random_tokens(2, 50, dim, dtype, gpu), random_key(2, 3, 50, head_dim, dtype, gpu), 16, 1)
+def test_channels_that_are_no_power_of_two(device: torch.device, dim: int, head_dim: int, dtype: torch.dtype) -> None:
+    assert_defined(random_tokens(2, 50, dim, dtype, device), random_key(2, 3, 50, head_dim, dtype, device), 16, 1)
 
 
 @each_dtype
-def test_inputs_that_are_not_contiguous(gpu: torch.device, dtype: torch.dtype) -> None:
-    tokens = random_tokens(4, 101, 96, dtype, gpu)
-    key = random_key(4, 6, 101, 64, dtype, gpu)
+def test_inputs_that_are_not_contiguous(device: torch.device, dtype: torch.dtype) -> None:
+    tokens = random_tokens(4, 101, 96, dtype, device)
+    key = random_key(4, 6, 101, 64, dtype, device)
     assert_defined(tokens._replace(x=tokens.x[..., ::2], size=tokens.size.flip(1)), key[..., ::2], 30, 1)
     every_second = Tokens(*(each[::2] for each in tokens))
     assert_defined(every_second, key[::2], 30, 1)
-    assert_defined(
-        Tokens(tokens.x.transpose(0, 1)[:4].contiguous(), *(e[:, :4] for e in tokens[1:])), key[:, :, :4], 1, 1
-    )
+    turned = torch.randn(4, 96, 101, device=device).to(dtype).transpose(1, 2)
+    assert_defined(tokens._replace(x=turned), key.transpose(2, 3).contiguous().transpose(2, 3), 30, 1)
 
 
 @each_dtype
-def test_the_last_device(gpu: torch.device, dtype: torch.dtype) -> None:
+def test_the_last_device(device: torch.device, dtype: torch.dtype) -> None:
     """Kernels run where the tensors are, whichever device is the current one."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
@@ -150,8 +157,8 @@ def test_the_last_device(gpu: torch.device, dtype: torch.dtype) -> None:
 
 
 @each_dtype
-def test_deterministic_mode_and_repetition(gpu: torch.device, dtype: torch.dtype) -> None:
-    tokens, key = random_tokens(8, 197, 768, dtype, gpu), random_key(8, 12, 197, 64, dtype, gpu)
+def test_deterministic_mode_and_repetition(device: torch.device, dtype: torch.dtype) -> None:
+    tokens, key = random_tokens(8, 197, 768, dtype, device), random_key(8, 12, 197, 64, dtype, device)
     first = match_and_merge_fused(tokens, key, 98, 1)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # uninitialised memory is filled then, too
@@ -164,8 +171,8 @@ def test_deterministic_mode_and_repetition(gpu: torch.device, dtype: torch.dtype
 
 
 @each_dtype
-def test_an_image_does_not_feel_the_others(gpu: torch.device, dtype: torch.dtype) -> None:
-    tokens, key = random_tokens(3, 197, 64, dtype, gpu), random_key(3, 4, 197, 64, dtype, gpu)
+def test_an_image_does_not_feel_the_others(device: torch.device, dtype: torch.dtype) -> None:
+    tokens, key = random_tokens(3, 197, 64, dtype, device), random_key(3, 4, 197, 64, dtype, device)
     alone = match_and_merge_fused(Tokens(*(each[1:2] for each in tokens)), key[1:2], 60, 1)
     key[0] = float("nan")
     tokens.x[2] = float("inf")
@@ -175,9 +182,9 @@ def test_an_image_does_not_feel_the_others(gpu: torch.device, dtype: torch.dtype
 
 
 @each_dtype
-def test_gradients(gpu: torch.device, dtype: torch.dtype) -> None:
-    tokens, key = random_tokens(2, 65, 32, dtype, gpu), tied_key(2, 4, 65, 20, dtype, gpu)
-    ahead = torch.randn(2, 45, 32, device=gpu).to(dtype)
+def test_gradients(device: torch.device, dtype: torch.dtype) -> None:
+    tokens, key = random_tokens(2, 65, 32, dtype, device), tied_key(2, 4, 65, 20, dtype, device)
+    ahead = torch.randn(2, 45, 32, device=device).to(dtype)
     gradients = []
     for merge in (match_and_merge_fused, plain):
         x = tokens.x.clone().requires_grad_()
@@ -185,8 +192,8 @@ def test_gradients(gpu: torch.device, dtype: torch.dtype) -> None:
     torch.testing.assert_close(*gradients, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_the_ends_of_float16(gpu: torch.device) -> None:
-    tokens = random_tokens(1, 64, 32, torch.float16, gpu)
+def test_the_ends_of_float16(device: torch.device) -> None:
+    tokens = random_tokens(1, 64, 32, torch.float16, device)
     tokens = tokens._replace(x=torch.full_like(tokens.x, 65504.0))
-    key = random_key(1, 2, 64, 32, torch.float16, gpu).sign() * 6e4
+    key = random_key(1, 2, 64, 32, torch.float16, device).sign() * 6e4
     assert match_and_merge_fused(tokens, key, 32, 0).x.isfinite().all()
