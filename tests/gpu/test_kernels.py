@@ -72,6 +72,10 @@ def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None
     for b in range(batch):
         staying = slots[b, sources[~merged[b]]]
         assert torch.equal(staying, num_prefix + torch.arange(len(staying)))
+    if not r:
+        assert torch.equal(out.x, tokens.x)
+        assert torch.equal(out.size, tokens.size)
+        return
     # The similarities, of keys that are rounded to their dtype once, as the kernels round them.
     mean = key.mean(1).cpu().double()
     unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
@@ -80,7 +84,7 @@ def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None
     chosen = (slots[:, sources] - place[0]).clamp(min=0)
     similarity, best = scores.gather(2, chosen[..., None])[..., 0], scores.amax(2)
     assert (similarity[merged] >= best[merged] - rounding).all()
-    if 0 < r < len(sources):
+    if r < len(sources):
         least, most = best.masked_fill(~merged, 9).amin(1), best.masked_fill(merged, -9).amax(1)
         assert (least >= most - rounding).all()
     # Sizes are exact, and means weighted by them.
