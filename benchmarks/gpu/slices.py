@@ -45,9 +45,12 @@ class Slices:
         """Leave out what has passed, and what this slice has tried; what went wrong before comes last."""
         records = read_records(self.path)
         over = {each["test"] for each in records if each["outcome"] == "passed" or each["slice"] == self.name}
-        tried = {each["test"] for each in records if each["outcome"] in ("started", "failed")}
+        last = {each["test"]: each["outcome"] for each in records}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid in over])
-        items[:] = sorted((item for item in items if item.nodeid not in over), key=lambda item: item.nodeid in tried)
+        items[:] = sorted(
+            (item for item in items if item.nodeid not in over),
+            key=lambda item: last.get(item.nodeid) in ("started", "failed"),
+        )
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """Of a test that ends the process this record stays."""

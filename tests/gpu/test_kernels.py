@@ -56,13 +56,17 @@ def plain(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
     return merge_tokens(tokens, bipartite_soft_matching(key.mean(1), r, num_prefix))
 
 
+def sets(n: int, num_prefix: int) -> tuple[Tensor, Tensor]:
+    """Positions of the sources, which are even, and of the targets."""
+    return torch.arange(num_prefix + num_prefix % 2, n, 2), torch.arange(num_prefix + 1 - num_prefix % 2, n, 2)
+
+
 def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None:
     """What the kernels make is a bipartite merge of the most similar tokens, up to rounding of the similarities."""
     out = match_and_merge_fused(tokens, key, r, num_prefix)
     slots, size, x = out.slots.cpu(), tokens.size.cpu().double(), tokens.x.cpu().double()
     batch, n = slots.shape
-    even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
-    sources, targets = torch.arange(even, n, 2), torch.arange(odd, n, 2)
+    sources, targets = sets(n, num_prefix)
     # Tokens that stay: the prefix and sources by position, then every target.
     place = n - r - len(targets) + torch.arange(len(targets))
     assert torch.equal(slots[:, targets], place.expand(batch, -1))
@@ -72,21 +76,8 @@ def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None
     for b in range(batch):
         staying = slots[b, sources[~merged[b]]]
         assert torch.equal(staying, num_prefix + torch.arange(len(staying)))
-    if not r:
-        assert torch.equal(out.x, tokens.x)
-        assert torch.equal(out.size, tokens.size)
-        return
-    # The similarities, of keys that are rounded to their dtype once, as the kernels round them.
-    mean = key.mean(1).cpu().double()
-    unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    scores = unit[:, sources] @ unit[:, targets].mT
-    rounding = 16 * torch.finfo(key.dtype).eps if key.dtype == torch.float32 else 4 * torch.finfo(key.dtype).eps
-    chosen = (slots[:, sources] - place[0]).clamp(min=0)
-    similarity, best = scores.gather(2, chosen[..., None])[..., 0], scores.amax(2)
-    assert (similarity[merged] >= best[merged] - rounding).all()
-    if r < len(sources):
-        least, most = best.masked_fill(~merged, 9).amin(1), best.masked_fill(merged, -9).amax(1)
-        assert (least >= most - rounding).all()
+    if r:
+        assert_most_similar(key, slots, merged, r, num_prefix)
     # Sizes are exact, and means weighted by them.
     total = torch.zeros(batch, n - r, 1, dtype=torch.float64).scatter_add_(1, slots[..., None], size)
     assert torch.equal(out.size.cpu().double(), total)
@@ -95,6 +86,29 @@ def assert_defined(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> None
     expected.scatter_add_(1, slots[..., None].expand_as(x), share)
     eps = torch.finfo(tokens.x.dtype).eps
     torch.testing.assert_close(out.x.cpu().double(), expected, rtol=2 * eps, atol=2 * eps)
+
+
+def assert_most_similar(key: Tensor, slots: Tensor, merged: Tensor, r: int, num_prefix: int) -> None:
+    """Up to rounding of the similarities, each source that merges joins its best target, and the best sources merge.
+
+    Args:
+        key: (B, H, N, d).
+        slots: (B, N), on the CPU.
+        merged: (B, S), which sources merge.
+        r, num_prefix: as in the call.
+    """
+    sources, targets = sets(key.shape[2], num_prefix)
+    # The similarities, of keys that are rounded to their dtype once, as the kernels round them.
+    mean = key.mean(1).cpu().double()
+    unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    scores = unit[:, sources] @ unit[:, targets].mT
+    rounding = (16 if key.dtype == torch.float32 else 4) * torch.finfo(key.dtype).eps
+    chosen = (slots[:, sources] - slots[:, targets[:1]]).clamp(min=0)
+    similarity, best = scores.gather(2, chosen[..., None])[..., 0], scores.amax(2)
+    assert (similarity[merged] >= best[merged] - rounding).all()
+    if r < len(sources):
+        least, most = best.masked_fill(~merged, 9).amin(1), best.masked_fill(merged, -9).amax(1)
+        assert (least >= most - rounding).all()
 
 
 def assert_equal(ours: Tokens, theirs: Tokens) -> None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`, proved without a GPU: its queue, what it keeps when it is cut off, its slices of tests."""
+"""`python -m benchmarks.gpu` without a GPU: its queue, what it keeps when it is cut off, its slices of tests."""
 
 from __future__ import annotations
 
@@ -78,13 +78,12 @@ def start(out: Path) -> subprocess.Popen[str]:
 
 
 def test_it_is_killed_and_goes_on(tmp_path: Path) -> None:
-    first = start(tmp_path)
-    assert first.stdout is not None
-    for line in first.stdout:
-        if "reference eager 2" in line:
-            break
-    first.kill()
-    first.wait()
+    with start(tmp_path) as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if "reference eager 2" in line:
+                break
+        first.kill()
     before = (tmp_path / ROWS).read_text().splitlines()
     assert len(before) >= 8
     second = start(tmp_path)
@@ -105,13 +104,13 @@ def test_it_is_killed_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_terminated_it_writes_its_page(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("done"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with start(tmp_path) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("done"):
+                break
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "waiting" in (tmp_path / "page.md").read_text()
 
