@@ -374,7 +374,7 @@ def _photographs(folder: Path, count: int) -> list[str]:
     """JPEGs of the size of ImageNet's, of smooth noise, which compresses about as photographs do."""
     from PIL import Image
 
-    files = []
+    files: list[str] = []
     for i in range(count):
         path = folder / f"{i:05}.jpg"
         if i < 16:

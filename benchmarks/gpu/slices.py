@@ -35,6 +35,7 @@ class Slices:
         self.path, self.name = path, name
         self.end = time.monotonic() + seconds
         self.session: pytest.Session | None = None
+        self.parent = os.getppid()
         self.outcome, self.seconds, self.lost = "passed", 0.0, False
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -68,8 +69,13 @@ class Slices:
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """When a test is over."""
         self._record(nodeid, self.outcome, self.seconds)
-        if self.session is not None and (self.lost or time.monotonic() > self.end):
-            self.session.shouldstop = "the device is lost" if self.lost else "the time of this slice is over"
+        reasons = {
+            "the device is lost": self.lost,
+            "the time of this slice is over": time.monotonic() > self.end,
+            "the process that started it was killed": os.getppid() != self.parent,
+        }
+        if self.session is not None and any(reasons.values()):
+            self.session.shouldstop = next(reason for reason, holds in reasons.items() if holds)
 
     def _record(self, test: str, outcome: str, seconds: float) -> None:
         record = {"test": test, "slice": self.name, "outcome": outcome, "seconds": round(seconds, 2)}
