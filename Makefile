@@ -4,13 +4,16 @@
 #   make docs     set up, then build the site into build/site and test it
 #   make clients  set up, then try the models with other packages, and store what came of it for docs/works_with.md
 #   make faults   set up, then try broken and hostile files, machines and networks, and store it for docs/promises.md
+#   make gpu      on a machine with a GPU: its tests and figures, as far as nine minutes go; with the Python that is there
 #   make soak     set up, then the long ones of these: thousands of files, a hundred kills
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+MINUTES ?= 9
+OUT ?= build/gpu
 BIN := .venv/bin
 CLIENTS := .venv-clients/bin
 
-.PHONY: demo check docs clients faults soak lint test coverage fix clean
+.PHONY: demo check docs clients faults gpu soak lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -27,6 +30,9 @@ clients: .venv-clients/clients
 
 faults: .venv/test
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'faults and not soak' tests --store docs/promises.json
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)
 
 soak: .venv/test
 	$(BIN)/pytest -m soak --durations=0
