@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -43,12 +42,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # The models are tiny: on a busy machine threads that wait for each other cost ten times what they save.
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _memory_is_given_back() -> None:
-    # `optimize` would have the process keep what it frees, and so grow with every large model until the end.
-    importlib.import_module("tomevit.deploy.optimize").KEEP_FREED_MEMORY = {}
 
 
 @pytest.fixture

@@ -292,7 +292,7 @@ def test_a_compiled_model_is_replayed_and_its_copies_are_plain() -> None:
             assert relative_error(model(images, r=r), plain(images, r)) < 1e-5
         assert drivers[-1].captured == [len(images)] * 2
         for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model)):
-            assert torch.equal(same(images), plain(images))
+            assert relative_error(same(images), plain(images)) < 1e-5
         assert drivers[-1].replays == 3
         with FlopCounterMode(display=False) as counter:
             model(images)

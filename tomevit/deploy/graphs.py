@@ -107,7 +107,7 @@ class _Setting(NamedTuple):
     @classmethod
     def of(cls, schedule: tuple[int, ...]) -> _Setting:
         products = torch.backends.cuda.matmul
-        # Torch 2.8 has no fp32_precision; later ones raise at allow_tf32 where one was set by the one, one by the other.
+        # Torch 2.8 has no fp32_precision; later ones raise at allow_tf32 where both names were used to set it.
         tf32 = products.fp32_precision == "tf32" if hasattr(products, "fp32_precision") else products.allow_tf32
         return cls(schedule, tf32, torch.are_deterministic_algorithms_enabled())
 

@@ -96,7 +96,7 @@ MODES = {
     "eager": Mode(lambda model: model, for_timm=True, eager=True),
     "compiled": Mode(_by_block, for_timm=True, eager=False),
     "whole": Mode(_whole, for_timm=True, eager=False),
-    "optimized": Mode(partial(optimize, keep_memory=False), for_timm=False, eager=False),
+    "optimized": Mode(optimize, for_timm=False, eager=False),
 }
 
 
