@@ -59,7 +59,8 @@ class CudaDriver:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
-            self._side, self._done = torch.cuda.Stream(), torch.cuda.Event()
+            self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
     def is_capturing(self) -> bool:
@@ -73,7 +74,7 @@ class CudaDriver:
             with torch.cuda.stream(self._side):
                 for _ in range(WARMUP):
                     call()
-            graph = torch.cuda.CUDAGraph()  # type: ignore[no-untyped-call]
+            graph = torch.cuda.CUDAGraph()
             # It waits for the device first. Only what this thread does is forbidden while it captures.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"):
                 answer = call()

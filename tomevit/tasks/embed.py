@@ -673,7 +673,7 @@ def _make_parts(
     def launch_piece(piece: Piece) -> Callable[[], tuple[Piece, Tensor]]:
         wait = launch(piece.images)
         piece = piece._replace(images=torch.empty(0, device="cpu"))
-        return lambda: (piece, *wait())
+        return lambda: (piece, wait()[0])
 
     with torch.inference_mode():
         for piece, found in launch_ahead(pieces, launch_piece, in_flight=in_flight):

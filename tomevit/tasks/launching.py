@@ -62,7 +62,7 @@ def read_back(*tensors: Tensor) -> Callable[[], list[Tensor]]:
         copies = [tensor.cpu() for tensor in tensors]
         return lambda: copies
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
-    done = torch.cuda.Event()
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record(torch.cuda.current_stream(tensors[0].device))
 
     def wait() -> list[Tensor]:
@@ -78,7 +78,7 @@ def launch_timed(call: Callable[[], T], device: torch.device) -> tuple[T, Callab
         result, seconds = timing.timed(call, device)
         return result, lambda: seconds
     stream = torch.cuda.current_stream(device)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record(stream)
     result = call()
     end.record(stream)
