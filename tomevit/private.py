@@ -144,9 +144,13 @@ def wrap_compiled_call(model: nn.Module, wrap: Callable[[Callable[..., Tensor]],
 
 
 def is_watched() -> bool:
-    """Whether a mode sees every operator, as one that counts does; without the name, none is known to."""
-    count = getattr(torch._C, "_len_torch_dispatch_stack", None)
-    return count is not None and count() > 0
+    """Whether a mode sees every operator, as one that counts does, or a function of torch.func transforms them.
+
+    Without the names, none is known to.
+    """
+    modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+    transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+    return (modes is not None and modes() > 0) or (transforms is not None and transforms() is not None)
 
 
 def allow_many_programs() -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from tomevit.measure.bounds import Limits, bounds
 NAMES = (
     "torch._C._has_mkldnn",
     "torch._C._len_torch_dispatch_stack",
+    "torch._C._functorch.peek_interpreter_stack",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch.ops.mkldnn._reorder_linear_weight",

@@ -38,7 +38,7 @@ def load_batches(
         if workers:
             log.warning("images are read in one process, others cannot be started here: /dev/shm: %s", error)
         workers = 0
-    # Torch draws a seed for the workers, on its default device: not from its default generator, since nothing is random.
+    # Torch draws a seed for the workers, on its default device. Nothing is random, so its generator is left alone.
     options |= {"generator": torch.Generator(), "collate_fn": partial(_collate_and_pack, collate)}
     loader = DataLoader(dataset, num_workers=workers, **options)
     try:

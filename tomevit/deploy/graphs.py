@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -121,6 +121,11 @@ class _Graph:
     sparse: bool = False  # its last call filled less than half of it
 
 
+def _addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where each lies; for those that only stand for others, a number that is another for another tensor."""
+    return [tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else id(tensor) for tensor in tensors]
+
+
 class GraphedCalls:
     """Calls of a model, replayed from graphs where that gives the same.
 
@@ -188,7 +193,7 @@ class GraphedCalls:
             return None
         if self._is_recorded_elsewhere():
             return None
-        if self._contents != ([tensor.data_ptr() for tensor in tensors], layers):
+        if self._contents != (_addresses(tensors), layers):
             self._begin_anew()
         if self._driver is None or self._is_recorded_elsewhere():
             return None
@@ -211,7 +216,7 @@ class GraphedCalls:
         self._refused.clear()
         self._look = private.live_contents(self._model)
         tensors, layers = self._look()
-        self._contents = ([tensor.data_ptr() for tensor in tensors], layers)
+        self._contents = _addresses(tensors), layers
         plain = not private.has_hooks([self._model, *layers]) and not any(map(private.is_wrapped, tensors))
         self._driver = self._make_driver(self._model.device) if plain else None
 
