@@ -222,6 +222,9 @@ def test_what_graphs_cannot_do_goes_to_the_program() -> None:
     assert case.model.head.weight.grad is not None
     assert case.driver.replays == replays
     case.model.requires_grad_(False)
+    meta = Case()
+    meta.model.to("meta")
+    assert meta.call(images.to("meta")).device.type == "meta"
     case.call(images)  # gradients are on, and nothing asks for them
     assert case.driver.replays == replays + 1
 

@@ -130,8 +130,8 @@ class GraphedCalls:
     """Calls of a model, replayed from graphs where that gives the same.
 
     A batch that is smaller than one which was captured at this r is padded to it, so that the last of many compiles
-    nothing. If it fills less than half, and the call before did so too, it has a graph of its own: padding never more
-    than doubles the work of two calls in a row. What is larger than all is captured anew.
+    nothing. If it fills less than half, and the call before did so too, it has a graph of its own: only a single small
+    batch between large ones costs as much as they do. What is larger than all is captured anew.
 
     Graphs read the weights where they lie, so new ones may be loaded into them. When weights were moved or replaced,
     or layers were, the next call drops all graphs. What cannot be replayed goes to the compiled program: calls in
@@ -183,6 +183,7 @@ class GraphedCalls:
             and images.device == model.device
             and not model.training
             and isinstance(config.matching, str)
+            and torch.amp.is_autocast_available(images.device.type)  # not on the meta device, which is not asked then
             and not torch.is_autocast_enabled(images.device.type)
         )
 
