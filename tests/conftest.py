@@ -45,12 +45,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _memory_is_given_back() -> None:
-    # `optimize` would have the process keep what it frees, and so grow with every large model until the end.
-    importlib.import_module("tomevit.deploy.optimize").KEEP_FREED_MEMORY = {}
-
-
 @pytest.fixture
 def all_threads() -> Iterator[None]:
     """For models at full size."""

@@ -19,7 +19,7 @@ from tomevit.cli import main
 def run() -> None:
     name, call, *arguments = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs may ignore it
-    calls, answer = 0, tomevit.tasks.evaluate._answer_batch
+    calls, answer = 0, tomevit.tasks.evaluate._launch_batch
 
     def counted(*args: Any) -> Any:
         nonlocal calls
@@ -28,7 +28,7 @@ def run() -> None:
             os.kill(os.getpid(), signal.Signals[name])
         return answer(*args)
 
-    tomevit.tasks.evaluate._answer_batch = counted
+    tomevit.tasks.evaluate._launch_batch = counted
     tomevit.tasks.evaluate.evaluate.__kwdefaults__["every"] = 0.0
     main(arguments)
 

@@ -20,6 +20,8 @@ from tomevit.measure.bounds import Limits, bounds
 
 NAMES = (
     "torch._C._has_mkldnn",
+    "torch._C._len_torch_dispatch_stack",
+    "torch._C._functorch.peek_interpreter_stack",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch.ops.mkldnn._reorder_linear_weight",
@@ -47,6 +49,7 @@ def test_the_name_exists(name: str) -> None:
 def test_what_modules_and_tensors_have() -> None:
     layer = nn.Linear(2, 2)
     assert {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks"} <= vars(layer).keys()
+    assert {"_parameters", "_buffers", "_modules"} <= vars(layer).keys()
     assert hasattr(layer, "_compiled_call_impl")
     assert torch.ones(1)._version == 0
     assert hasattr(nn.DataParallel(layer), "module")
@@ -91,12 +94,38 @@ def test_no_layer_is_plain_without_the_names(monkeypatch: pytest.MonkeyPatch, na
     assert not private.is_plain(layer, nn.Linear)
 
 
-def test_a_model_is_not_captured_where_its_answers_cannot_be_cloned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_not_captured_where_its_calls_cannot_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     model = tiny().eval()
+    driver: Any = object()
     monkeypatch.setattr(type(model), "compile", lambda self, **how: asked.append(how["mode"]))
-    compile_whole(model)  # this compile leaves no _compiled_call_impl behind
-    assert asked == ["reduce-overhead", "default"]
+    assert not compile_whole(model, driver=lambda _: driver)  # this compile leaves no _compiled_call_impl behind
+    assert asked == ["default"]
+
+
+@pytest.mark.parametrize("names", [True, False])
+def test_what_a_model_is_made_of_is_seen_without_the_names_too(names: bool) -> None:
+    model: Any = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 2, bias=False)))
+    if not names:
+        model[0]._parameters = dict(vars(model[0]).pop("_parameters"))
+        model[0].__class__ = type("Renamed", (nn.BatchNorm1d,), {"_parameters": model[0]._parameters})
+        vars(model[0]).pop("_parameters")
+    look = private.live_contents(model)
+    tensors, layers = look()
+    assert {id(tensor) for tensor in tensors} == {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    assert set(layers) - {model} == {model[0], model[1], model[1][0]}
+    model[1][0].weight = nn.Parameter(torch.ones(2, 3))
+    assert any(tensor is model[1][0].weight for tensor in look()[0])
+    assert not private.has_hooks(layers)
+    model[1][0].register_forward_pre_hook(lambda *_: None)
+    assert private.has_hooks(layers)
+
+
+def test_no_mode_is_seen_without_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.utils.flop_counter.FlopCounterMode(display=False):
+        assert private.is_watched()
+        without(monkeypatch, "torch._C._len_torch_dispatch_stack")
+        assert not private.is_watched()
 
 
 def test_operators_are_not_counted_where_they_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
@@ -422,37 +423,56 @@ def test_compiled_blocks_take_one_program_for_every_r() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_whole_compiled_model_keeps_its_answers_and_its_programs() -> None:
-    """On a CPU, with a program that answers in the same memory each time, as a CUDA graph does."""
+def test_a_whole_compiled_model_has_a_program_for_every_batch() -> None:
     programs: list[Any] = []
     limit = 8  # some libraries raise it to a million
 
-    def graph(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        memory: list[Tensor] = []
+    def keep(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
         programs.append(module)
-
-        def run(*args: Any) -> Any:
-            (answer,) = module(*args)
-            memory[:] = memory or [torch.empty_like(answer)]
-            return (memory[0].copy_(answer),)
-
-        return run
+        return module
 
     model = tiny(depth=1).eval().requires_grad_(False)
     fast = copy.deepcopy(model)
-    compile_whole(fast, mode=None, backend=graph)
-    first, second = images_for(model), images_for(model) + 1
+    assert not compile_whole(fast, backend=keep), "captured on a CPU"
+    images = images_for(model)
     with torch.inference_mode(), torch._dynamo.config.patch(cache_size_limit=limit):
-        one, two = fast(first), fast(second)
-        torch.testing.assert_close(one, model(first))
-        torch.testing.assert_close(two, model(second))
+        torch.testing.assert_close(fast(images), model(images))
         for batch in range(1, limit + 2):
-            fast(first[:1].expand(batch, -1, -1, -1).contiguous())
+            fast(images[:1].expand(batch, -1, -1, -1).contiguous())
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         assert len(programs) > limit, "torch gave up in silence"
     count = len(programs)
-    torch.testing.assert_close(copy.deepcopy(fast)(first), model(first))
+    torch.testing.assert_close(copy.deepcopy(fast)(images), model(images))
     assert len(programs) == count, "a copy is not compiled"
+
+
+def test_a_model_of_two_blocks_does_not_claim_to_be_compiled() -> None:
+    fast = tomevit.optimize(tiny(4, depth=2), compiled=True, packed=False)
+    assert fast.optimizations == ()
+    assert all(block._compiled_call_impl is None for block in fast.blocks)
+
+
+def test_freed_memory_is_kept_on_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    module = importlib.import_module("tomevit.deploy.optimize")
+    monkeypatch.setattr(module, "_keep_freed_memory", lambda: asked.append("mallopt") or True)
+    assert tomevit.optimize(tiny(), packed=False).optimizations == ()
+    assert not asked
+    assert tomevit.optimize(tiny(), packed=False, keep_memory=True).optimizations == (
+        "freed memory kept by the process",
+    )
+
+
+@pytest.mark.skipif(not can_pack(), reason="oneDNN on x86 processors")
+def test_a_flop_counter_counts_packed_layers() -> None:
+    model = tiny(4, depth=2)
+    fast, images = tomevit.optimize(model, packed=True), images_for(model)
+    counted = []
+    for each in (model, fast):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            each(images)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 @pytest.fixture

@@ -38,9 +38,11 @@ def load_batches(
         if workers:
             log.warning("images are read in one process, others cannot be started here: /dev/shm: %s", error)
         workers = 0
-    loader = DataLoader(dataset, num_workers=workers, collate_fn=partial(_collate_and_pack, collate), **options)
+    # Torch draws a seed for the workers, on its default device. Nothing is random, so its generator is left alone.
+    options |= {"generator": torch.Generator(), "collate_fn": partial(_collate_and_pack, collate)}
+    loader = DataLoader(dataset, num_workers=workers, **options)
     try:
-        with torch.device("cpu"):  # torch draws a seed for the workers, on its default device
+        with torch.device("cpu"):
             batches = iter(loader)
     except (OSError, RuntimeError) as error:  # RuntimeError: no thread, which each process needs
         if workers and (isinstance(error, OSError) or "new thread" in str(error)):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tomevit import private
+from tomevit.deploy.graphs import Driver, GraphedCalls, cuda_driver
 from tomevit.layers import Block, backends
 from tomevit.layers.mlp import LayerScale
 from tomevit.layers.packed import MOST_ROWS, PackedLinear, can_pack
@@ -40,6 +41,7 @@ WIDENED = {
     for dtype in (torch.bfloat16, torch.float16)
 }
 FUSED = "matching and merging in two Triton kernels"
+GRAPHS = "captured as one CUDA graph for each r and batch, into which smaller batches are padded"
 LASTING = {FOLDED, *WIDENED.values(), FUSED}  # what a copy of an optimized model still has
 
 
@@ -50,7 +52,7 @@ def optimize(
     compiled: bool | None = None,
     packed: bool | None = None,
     fused_merge: bool = False,
-    keep_memory: bool = True,
+    keep_memory: bool = False,
 ) -> VisionTransformer:
     """A copy for inference, as it runs fastest where the model is; its `optimizations` say what was done.
 
@@ -61,16 +63,18 @@ def optimize(
     Args:
         model: on the device and in the dtype that it is to run in, in a wrapper of torch's or not.
         compiled: through torch.compile; None: on a GPU. There the whole model, captured as a CUDA graph for each r and
-            batch (mode "reduce-overhead"); calls of the model alone, not of `forward_features`, and a copy of the copy
-            is not compiled. On a CPU all blocks but the first and the last, with shapes left open, so that one program
-            serves every r; the other two would be programs of their own.
+            batch, which any number of threads call (`tomevit.deploy.graphs`); calls of the model alone, not of
+            `forward_features`, and a copy of the copy is not compiled. Hooks must be there before. On a CPU all blocks
+            but the first and the last, with shapes left open, so that one program serves every r; the other two would
+            be programs of their own, and of a model of two blocks none is compiled.
         packed: keep a second copy of the blocks' weights in the order in which oneDNN multiplies by them. None: for
             products of as many rows as are faster so, timed on the spot with the model's own layers, if nothing is
             compiled. True: of fewer than 1024 rows, those of a small batch or of merged tokens. It rounds otherwise
             than torch's own product: say True or False where two runs must agree to the bit.
         fused_merge: match and merge in two Triton kernels (`tomevit.layers.triton_merge`), on a GPU.
         keep_memory: on a CPU under glibc, have the process keep the memory that it frees: large activations that go
-            back to the system are fetched again, page by page, in every call. Holds for the whole process.
+            back to the system are fetched again, page by page, in every call. It holds for the whole process, whatever
+            else runs in it, and for good: so it is done on request alone.
 
     Raises:
         ValueError: it is no VisionTransformer, or fused merges or packed weights were asked for where they cannot run.
@@ -88,10 +92,11 @@ def optimize(
     if fused_merge and FUSED not in done:
         _fuse_merge(model)
         done.append(FUSED)
-    if compiled or (compiled is None and device.type == "cuda"):
-        if packed:
-            raise ValueError("packed weights are not for compiled models: choose one of the two")
-        done.append(_compile(model))
+    compiled = device.type == "cuda" if compiled is None else compiled
+    if compiled and packed:
+        raise ValueError("packed weights are not for compiled models: choose one of the two")
+    if compiled and (programs := _compile(model)):
+        done.append(programs)
     elif packed is not False and (gain := _pack(model, required=packed is True)):
         done.append(f"weights packed: {gain}")
     if keep_memory and device.type == "cpu" and _keep_freed_memory():
@@ -204,28 +209,50 @@ def _fuse_merge(model: VisionTransformer) -> None:
 
 
 def _compile(model: VisionTransformer) -> str:
+    """Compile as suits the device, and say what was done; nothing, if nothing was."""
     if model.device.type != "cpu":
-        compile_whole(model)
-        return "compiled whole, one program and one CUDA graph for each r and batch"
-    compile_blocks(model)
-    return "compiled block by block, one program for every r"
+        captured = compile_whole(model)
+        return "compiled whole, " + (GRAPHS if captured else "one program for each r and batch")
+    return "compiled block by block, one program for every r" if compile_blocks(model) else ""
 
 
-def compile_whole(model: VisionTransformer, **how: Any) -> None:
-    """Compile calls of a model, in place, shapes fixed: on a GPU the most that compiling gives.
+def compile_whole(
+    model: VisionTransformer,
+    mode: str = "default",
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    driver: Callable[[torch.device], Driver | None] = cuda_driver,
+) -> bool:
+    """Compile calls of a model, in place, shapes fixed, and capture them as graphs where the device has such.
 
     Of its methods this is `__call__` alone: `forward_features` and the others run as they did.
+
+    Args:
+        model: in evaluation mode, on its device.
+        mode: of torch.compile, without graphs of torch's own: "default", or "max-autotune-no-cudagraphs", which
+            compiles for minutes.
+        backend: of torch.compile.
+        driver: of graphs.
+
+    Returns:
+        Whether calls are captured.
     """
-    asked = {"mode": "reduce-overhead", "dynamic": False} | how | _many_programs(isolate=True)
-    model.compile(**asked)
-    if not private.clone_compiled_answers(model):  # a CUDA graph answers each time in the same memory
-        model.compile(**asked | {"mode": "default"})
+    model.compile(mode=mode, backend=backend, dynamic=False, **_many_programs(isolate=True))
+    if driver(model.device) is None:
+        return False
+    return private.wrap_compiled_call(model, lambda program: GraphedCalls(model, program, driver))
 
 
-def compile_blocks(model: VisionTransformer) -> None:
-    """Compile, in place, the blocks between the first and the last: one program, or two where some calls have r = 0."""
-    for block in _blocks(model)[1:-1]:
+def compile_blocks(model: VisionTransformer) -> int:
+    """Compile, in place, the blocks between the first and the last: one program, or two where some calls have r = 0.
+
+    Returns:
+        How many those are.
+    """
+    between = _blocks(model)[1:-1]
+    for block in between:
         block.compile(dynamic=True, **_many_programs(isolate=False))  # isolated they would not share their program
+    return len(between)
 
 
 def _many_programs(*, isolate: bool) -> dict[str, Any]:

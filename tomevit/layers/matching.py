@@ -176,9 +176,9 @@ def check_merge(merge: Merge, matching: Matching, tokens: int, r: int, num_prefi
     if not backends.can_look_at(merge.keep):
         return
     everyone = torch.cat([merge.keep, merge.src], 1).sort(1).values
-    if not everyone.equal(torch.arange(tokens).expand(batch, -1)):
+    if not everyone.equal(torch.arange(tokens, device=everyone.device).expand(batch, -1)):
         raise ValueError(f"the matching {name} must name each of the {tokens} tokens once, in keep or in src")
-    if not merge.keep[:, :num_prefix].equal(torch.arange(num_prefix).expand(batch, -1)):
+    if not merge.keep[:, :num_prefix].equal(torch.arange(num_prefix, device=everyone.device).expand(batch, -1)):
         raise ValueError(
             f"the matching {name} must keep the first {num_prefix} tokens first: the prefix does not merge"
         )

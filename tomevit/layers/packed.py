@@ -33,8 +33,8 @@ class PackedLinear(nn.Linear):
     """A linear layer for inference, with a second copy of its weight in oneDNN's order.
 
     The copy serves where it is faster and can: up to `most_rows`, no gradient, no autocast, a device and a type that
-    have such products, and the very weight that it was made of. Everywhere else, and to whoever saves, copies or
-    compiles it, this is a plain layer. Only what is written through `weight.data` goes unnoticed.
+    have such products, and the very weight that it was made of. Everywhere else, and to whoever saves, copies, compiles
+    or counts its operators, this is a plain layer. Only what is written through `weight.data` goes unnoticed.
     """
 
     def __init__(self, layer: nn.Linear, most_rows: float = MOST_ROWS) -> None:
@@ -45,6 +45,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if (
             torch.compiler.is_compiling()
+            or private.is_watched()  # a FLOP counter knows torch's product alone
             or self._packed is None
             or x.numel() > self.most_rows * self.in_features
             or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.weight, self.bias)))

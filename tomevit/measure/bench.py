@@ -96,7 +96,7 @@ MODES = {
     "eager": Mode(lambda model: model, for_timm=True, eager=True),
     "compiled": Mode(_by_block, for_timm=True, eager=False),
     "whole": Mode(_whole, for_timm=True, eager=False),
-    "optimized": Mode(partial(optimize, keep_memory=False), for_timm=False, eager=False),
+    "optimized": Mode(optimize, for_timm=False, eager=False),
 }
 
 
@@ -267,7 +267,8 @@ def compare(
     note, interrupted = "", False
     try:
         with explain_out_of_memory(batch, device):
-            images = torch.randn(batch, config.in_chans, *config.img_size, device=device, dtype=kind)
+            shape, draw = (batch, config.in_chans, *config.img_size), torch.Generator(device).manual_seed(0)
+            images = torch.randn(shape, generator=draw, device=device, dtype=kind)
             calls: dict[int, Callable[[], object]] = {i: partial(each.forward, images) for i, each in enumerate(those)}
             with torch.inference_mode(), _many_programs(those), _precision(dtype):
                 for turn in turns(calls, rounds=rounds, device=device):

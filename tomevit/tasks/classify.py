@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,13 +14,13 @@ from torch import Tensor
 from tomevit import zoo
 from tomevit.config import Card
 from tomevit.data.class_names import ClassNames, class_names
-from tomevit.data.images import find, stream
+from tomevit.data.images import Batch, find, stream
 from tomevit.errors import join_with_or
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
-from tomevit.measure.timing import seconds
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, check_schedule, format_schedule, token_counts
+from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
 from tomevit.transform import transform
 from tomevit.weights.checkpoint import card_of
 
@@ -123,19 +124,33 @@ def answers(
     names, tokens = class_names(model.card), model.token_counts(r)[-1]
     values: list[Schedule] = [r, 0] if compare else [r]
     step = 0
-    for part in stream(images, transform(model), batch=batch, workers=workers, upright=upright):
-        found = {place: Answer(_name(images[place]), (), tokens, error=reason) for place, reason in part.unreadable}
-        if len(part.places):
-            prepared = part.images.to(model.device)
+
+    def launch(part: Batch) -> Callable[[], list[Answer]]:
+        nonlocal step
+        places, unreadable = part.places.tolist(), part.unreadable
+        runs: list[Callable[[], _Run]] = []
+        if places:
+            prepared = to_device(part.images, model.device)
             if step == 0:  # what the very first call sets up is not the time of an image
                 for value in values:
-                    _run(model, prepared[:1], value)
+                    _launch(model, prepared[:1], value)()
             step = -1 if step == 1 else 1  # first the one, then the other, so that a trend slows both alike
-            merged, *plain = [_run(model, prepared, value) for value in values[::step]][::step]
-            said = _answers(tokens, names, merged, plain[0] if plain else None, top)
-            for place, answer in zip(part.places.tolist(), said, strict=True):
-                found[place] = answer._replace(image=_name(images[place]))
-        yield from (found[place] for place in sorted(found))
+            runs = [_launch(model, prepared, value) for value in values[::step]][::step]
+
+        def read() -> list[Answer]:
+            found = {place: Answer(_name(images[place]), (), tokens, error=reason) for place, reason in unreadable}
+            if runs:
+                merged, *plain = (run() for run in runs)
+                said = _answers(tokens, names, merged, plain[0] if plain else None, top)
+                for place, answer in zip(places, said, strict=True):
+                    found[place] = answer._replace(image=_name(images[place]))
+            return [found[place] for place in sorted(found)]
+
+        return read
+
+    parts = stream(images, transform(model), batch=batch, workers=workers, upright=upright)
+    for said in launch_ahead(parts, launch, in_flight=batches_in_flight(model.device)):
+        yield from said
 
 
 def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Schedule:
@@ -253,21 +268,20 @@ class _Run(NamedTuple):
 
 
 @torch.inference_mode()
-def _run(model: VisionTransformer, images: Tensor, r: Schedule) -> _Run:
-    """What a model says of prepared images (B, C, H, W) at an r."""
-    logits = images
+def _launch(model: VisionTransformer, images: Tensor, r: Schedule) -> Callable[[], _Run]:
+    """What waits for what a model says of prepared images (B, C, H, W) at an r."""
+    count, dtype = len(images), str(model.dtype).removeprefix("torch.")
+    with explain_out_of_memory(count, images.device):
+        logits, taken = launch_timed(partial(model, images, r), images.device)
+        copied = read_back(logits)
 
-    def call() -> None:
-        nonlocal logits
-        logits = model(images, r)
+    def read() -> _Run:
+        logits = copied()[0].float()
+        if not logits.isfinite().all():
+            raise ValueError(f"the model's answers are not finite: its weights are damaged, or too large for {dtype}")
+        return _Run(logits, logits.softmax(1), taken() / count)
 
-    with explain_out_of_memory(len(images), images.device):
-        taken = seconds(call, images.device)
-    logits = logits.to("cpu", torch.float32)
-    if not logits.isfinite().all():
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise ValueError(f"the model's answers are not finite: its weights are damaged, or too large for {dtype}")
-    return _Run(logits, logits.softmax(1), taken / len(images))
+    return read
 
 
 def _answers(tokens: int, names: ClassNames, merged: _Run, plain: _Run | None, top: int) -> Iterator[Answer]:

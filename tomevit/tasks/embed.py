@@ -44,6 +44,7 @@ from tomevit.output import check_output, is_stream, new_file
 from tomevit.schedule import Schedule, schedule_to_json
 from tomevit.tasks import embedding_files
 from tomevit.tasks.embedding_files import DTYPES, SUFFIXES, Part
+from tomevit.tasks.launching import batches_in_flight, launch_ahead, read_back, to_device
 from tomevit.transform import Transform, transform
 from tomevit.weights import checkpoint
 
@@ -212,8 +213,8 @@ def embed(
 
     features, data, digests, settings = fail_together(check_all)
     require_same({**settings, "batch": batch})
-    vectors = partial(
-        _vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width(model.config, pool)
+    launch = partial(
+        _launch_vectors, features, device=device, r=r, normalize=normalize, dtype=dtype, width=width(model.config, pool)
     )
     with ExitStack() as lock:
         size = broadcast_from_rank0(lambda: _begin(out, parts, settings, data, digests, batch, overwrite, lock))
@@ -222,12 +223,12 @@ def embed(
         todo = _remaining(parts, data, size, *processes())
         pieces = _read_pieces(data, todo, transform(model), size=size, batch=batch, workers=workers, upright=upright)
         with images.reading(), explain_out_of_memory(batch, device):
-            _make_parts(parts, pieces, todo, vectors, progress)
+            _make_parts(parts, pieces, todo, launch, progress, batches_in_flight(device))
         wait_for_all()
         return broadcast_from_rank0(lambda: _join_parts(out, parts, settings, data, progress))
 
 
-def _vectors(
+def _launch_vectors(
     features: Callable[..., Tensor],
     prepared: Tensor,
     *,
@@ -236,12 +237,12 @@ def _vectors(
     normalize: bool,
     dtype: torch.dtype,
     width: int,
-) -> Tensor:
-    """The vectors (B, D) of a batch as they are stored; of no images, as a shard's last batch may have, none."""
+) -> Callable[[], list[Tensor]]:
+    """What waits for the vectors of a batch, one tensor (B, D) as it is stored; a shard's last batch may be empty."""
     if not len(prepared):
-        return torch.empty(0, width, dtype=dtype, device="cpu")
-    found = features(prepared.to(device), r=r).float()
-    return (F.normalize(found, dim=1) if normalize else found).to("cpu", dtype)
+        return read_back(torch.empty(0, width, dtype=dtype, device="cpu"))
+    found = features(to_device(prepared, device), r=r).float()
+    return read_back((F.normalize(found, dim=1) if normalize else found).to(dtype))
 
 
 def check_suffix(out: Path) -> None:
@@ -660,21 +661,27 @@ def _make_parts(
     parts: Path,
     pieces: Iterable[Piece],
     todo: Todo,
-    vectors: Callable[[Tensor], Tensor],
+    launch: Callable[[Tensor], Callable[[], list[Tensor]]],
     progress: Callable[[str, int, int | None], object],
+    in_flight: int,
 ) -> None:
     """Embed batches, and write each part as soon as it is whole: so many are in memory as processes read shards."""
     done = todo.done
     progress("embedding", done, todo.total)
     unfinished: dict[Place, list[tuple[Piece, Tensor]]] = {}
+
+    def launch_piece(piece: Piece) -> Callable[[], tuple[Piece, Tensor]]:
+        wait = launch(piece.images)
+        piece = piece._replace(images=torch.empty(0, device="cpu"))
+        return lambda: (piece, wait()[0])
+
     with torch.inference_mode():
-        for piece in pieces:
-            found = vectors(piece.images)
+        for piece, found in launch_ahead(pieces, launch_piece, in_flight=in_flight):
             if not found.isfinite().all():
                 key = piece.keys[int(found.isfinite().all(1).int().argmin())]
                 raise ValueError(f"{key}: its vector is not finite; compute or store in another dtype")
             group = unfinished.setdefault(piece.place, [])
-            group.append((piece._replace(images=torch.empty(0)), found))
+            group.append((piece, found))
             if piece.ends:
                 _write_part(_path(parts, *piece.place), unfinished.pop(piece.place))
             done += len(piece.keys) + len(piece.unreadable)

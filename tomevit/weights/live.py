@@ -113,12 +113,17 @@ def _name_act(module: nn.Module) -> str:
     Raises:
         ValueError: none of ours.
     """
-    x = torch.linspace(-4, 4, 65)
+    x = _arguments()
     y = module(x.clone())
     for name, act in _ACTS.items():
         if torch.allclose(y, act(x), atol=1e-6):
             return name
     raise ValueError(f"its activation {_class_name(module)} is none of {', '.join(_ACTS)}")
+
+
+def _arguments() -> Tensor:
+    """Where activations differ."""
+    return torch.linspace(-4, 4, 65, dtype=torch.float32, device="cpu")
 
 
 def _require(what: str, value: Any, wanted: tuple[Any, ...]) -> None:
@@ -171,7 +176,7 @@ def _read_timm(model: Any, tensors: Mapping[str, Tensor]) -> _Reading:
     def card(observed: Mapping[str, Any]) -> Card:
         if observed["mlp"] == "mlp":
             read["act"] = _name_act(block.mlp.act)
-        elif not torch.allclose(block.mlp.act(x := torch.linspace(-4, 4, 65)), F.silu(x), atol=1e-6):
+        elif not torch.allclose(block.mlp.act(x := _arguments()), F.silu(x), atol=1e-6):
             raise ValueError(f"the gate of its MLP is {_class_name(block.mlp.act)}, and must be a SiLU")
         config = _config(observed, **read, pos_embed_prefix=observed["positions"] != model.patch_embed.num_patches)
         return named_card(config, kin, preprocess=timm.images_of(cfg, config.in_chans))

@@ -8,6 +8,7 @@ In processes that torchrun started, with a process group, each does its share of
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -20,8 +21,7 @@ import torch
 from torch import Tensor
 
 from tomevit.data.distributed import processes
-from tomevit.data.images import reading, stream
-from tomevit.measure import timing
+from tomevit.data.images import Batch, reading, stream
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
@@ -51,6 +51,7 @@ from tomevit.tasks.evaluate.statistics import (
     published_accuracies,
     wilson,
 )
+from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
 from tomevit.transform import transform
 
 __all__ = [
@@ -241,13 +242,23 @@ def _fill_table(
     truth, device, resumed = torch.tensor(labels, device="cpu"), model.device, len(files) - len(waiting)
     done = unreadable = 0
     yield Step(done, len(mine), unreadable, resumed)
+    turns = itertools.count()
+
+    def launch(read: Batch) -> Callable[[], tuple[Batch, _BatchAnswers | None]]:
+        places, images, _ = read
+        turn, without_images = next(turns), read._replace(images=torch.empty(0, device="cpu"))
+        if not len(places):
+            return lambda: (without_images, None)
+        images = to_device(images, device)
+        if turn == 0:
+            _launch_batch(model, images, truth[places], r_values)()  # the first calls take longer than all others
+        wait = _launch_batch(model, images, truth[places], r_values, turn)
+        return lambda: (without_images, wait())
+
     with closing(stream(files, transform(model), batch=batch, workers=workers, indices=mine)) as batches:
-        for turn, (places, images, broken) in enumerate(batches):
-            if len(places):
-                images = images.to(device)
-                if turn == 0:
-                    _answer_batch(model, images, truth[places], r_values)  # the first calls take longer than all others
-                found = _answer_batch(model, images, truth[places], r_values, turn)
+        in_flight = batches_in_flight(device)
+        for (places, _, broken), found in launch_ahead(batches, launch, in_flight=in_flight):
+            if found is not None:
                 if len(places) == batch:
                     table.seconds[places[0] // batch] = found.seconds
                 table.among5[places] = found.among5
@@ -266,21 +277,24 @@ class _BatchAnswers(NamedTuple):
 
 
 @torch.inference_mode()
-def _answer_batch(
+def _launch_batch(
     model: VisionTransformer, images: Tensor, labels: Tensor, r_values: Sequence[Schedule], turn: int = 0
-) -> _BatchAnswers:
-    """Classify a batch at every r, in an order that shifts by one with each turn."""
-    found = _BatchAnswers(
-        torch.empty(len(images), len(r_values), dtype=torch.int32, device="cpu"),
-        torch.empty(len(images), len(r_values), dtype=torch.bool, device="cpu"),
-        torch.empty(len(r_values), dtype=torch.float32, device="cpu"),
-    )
+) -> Callable[[], _BatchAnswers]:
+    """Classify a batch at every r, in an order that shifts by one with each turn; what is returned waits for it."""
+    count = len(r_values)
+    five: dict[int, Tensor] = {}  # (B, 5) classes at each r; where they are not finite, no class
+    taken: dict[int, Callable[[], float]] = {}
     with explain_out_of_memory(len(images), images.device):
-        for step in range(len(r_values)):
-            i = (step + turn) % len(r_values)
-            logits, found.seconds[i] = timing.timed(partial(model, images, r_values[i]), images.device)
-            likeliest = logits.float().topk(min(5, logits.shape[1])).indices.cpu()
-            finite = logits.isfinite().all(1).cpu()
-            found.answers[:, i] = torch.where(finite, likeliest[:, 0], NOT_FINITE)
-            found.among5[:, i] = (likeliest == labels[:, None]).any(1) & finite
-    return found
+        for i in ((step + turn) % count for step in range(count)):
+            logits, taken[i] = launch_timed(partial(model, images, r_values[i]), images.device)
+            likeliest = logits.float().topk(min(5, logits.shape[1])).indices
+            five[i] = torch.where(logits.isfinite().all(1, keepdim=True), likeliest, NOT_FINITE)
+        copied = read_back(torch.stack([five[i] for i in range(count)], 1))
+
+    def read() -> _BatchAnswers:
+        (likeliest,) = copied()  # (B, R, 5)
+        among5 = (likeliest == labels[:, None, None]).any(-1)
+        seconds = torch.tensor([taken[i]() for i in range(count)], dtype=torch.float32, device="cpu")
+        return _BatchAnswers(likeliest[..., 0].to(torch.int32), among5, seconds)
+
+    return read
