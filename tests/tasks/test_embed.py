@@ -146,6 +146,13 @@ def test_an_extractor_leaves_the_model_as_it_is_and_shares_its_weights() -> None
     assert all(not torch.equal(call(images), before[pool]) for pool, call in features.items())
 
 
+def test_a_model_that_answers_with_vectors_runs_as_it_was_optimized() -> None:
+    model = tiny(num_classes=0)
+    assert extractor(model) is model
+    assert extractor(model, "mean") is not model
+    assert extractor(model.train()) is not model
+
+
 def test_wrong_poolings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"pool is 'max', and must be cls, mean, cls\+mean, map or proj"):
         extractor(tiny(), "max")

@@ -73,7 +73,8 @@ def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..
     """A function from images (B, C, H, W), and r if it is not to be the model's, to feature vectors (B, D).
 
     They are what a head would read: pooled, behind the final norm; D is `width(model.config, pool)`. The function
-    shares the model's weights, and runs in evaluation mode.
+    shares the model's weights, and runs in evaluation mode. Where the model, without a head, answers with these
+    vectors, the function is the model itself, as `tomevit.optimize` compiled it.
 
     Args:
         model: any; it stays as it is.
@@ -86,10 +87,13 @@ def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..
         ValueError: there is no such pooling, or not in this model.
     """
     check_pool(pool, model.config)
+    own = pool in (None, pooling(model.config))
+    if own and not (model.config.num_classes or model.training):
+        return model
     weights = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, weights).eval()
     twin.reset_classifier(0)
-    if pool in (None, pooling(model.config)):
+    if own:
         return twin
 
     def features(images: Tensor, r: Schedule | None = None) -> Tensor:
