@@ -2,8 +2,9 @@
 
     python -m benchmarks.kernels --tokens 197 --r 16 --store
 
-The first way of each step is the library's; the others are checked against it before they are timed. What came of it is
-in NOTES.md. "match and merge" starts from the keys of all heads; the fused kernels take part on CUDA only.
+The first way of each step is the library's; the others are checked against it before they are timed. Of attention, the
+error against float64 stands beside: whether sums are rounded to half precision on the way is no matter of taste. What
+came of it is in NOTES.md. "match and merge" starts from the keys of all heads; the fused kernels take part on CUDA only.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tomevit.measure.timing import environment, interleave
 
 RESULTS = Path(__file__).parent / "results"
 WITHOUT = "all sizes 1"
+ATTENTION = "attention"
 PRODUCT = "first MLP layer"
 Calls = dict[str, Callable[[], Tensor]]
 
@@ -51,7 +53,7 @@ def main() -> None:
     similarity = torch.rand(args.batch, (args.tokens - 1) // 2, device=args.device)
 
     groups = {
-        "attention": attentions(query, key, value, size),
+        ATTENTION: attentions(query, key, value, size),
         "metric": metrics(key),
         "select": selections(similarity, args.r),
         "merge": merges(x, size, key, args.r),
@@ -60,10 +62,12 @@ def main() -> None:
     }
     rows = []
     with torch.inference_mode():
+        exact = attend(query.double(), key.double(), value.double(), size)
         for what, calls in groups.items():
             expected = next(iter(calls.values()))().float()
+            errors = {way: relative_error(call(), exact) for way, call in calls.items() if what == ATTENTION}
             # Sums in another order, rounded to dtype once: their error grows with the root of how many are added.
-            added = {"attention": args.tokens, PRODUCT: dim}.get(what, 16)
+            added = {ATTENTION: args.tokens, PRODUCT: dim}.get(what, 16)
             tolerance = 2 * added**0.5 * torch.finfo(dtype).eps
             for way, call in calls.items():
                 if way == WITHOUT:
@@ -73,20 +77,26 @@ def main() -> None:
             first = seconds[next(iter(calls))]
             rows += [
                 {"what": what, "way": way, "microseconds": round(1e6 * time, 1), "over_ours": round(time / first, 3)}
+                | ({"error": errors[way]} if way in errors and way != WITHOUT else {})
                 for way, time in seconds.items()
             ]
 
     shape = {"batch": args.batch, "tokens": args.tokens, "channels": dim, "r": args.r}
     setting = shape | {"dtype": args.dtype, "rounds": args.rounds} | environment(args.device)
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    print(f"{'':54}{'µs':>10}{'over ours':>11}")
+    print(f"{'':54}{'µs':>10}{'over ours':>11}{'error':>11}")
     for row in rows:
-        print(f"{row['what']:18}{row['way']:36}{row['microseconds']:10.1f}{row['over_ours']:11.3f}")
+        error = f"{row['error']:11.1e}" if "error" in row else ""
+        print(f"{row['what']:18}{row['way']:36}{row['microseconds']:10.1f}{row['over_ours']:11.3f}{error}")
     if args.store:
         name = f"kernels_n{args.tokens}_d{dim}_r{args.r}_{args.dtype}_b{args.batch}_{args.device}.json"
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / name).write_text(json.dumps(setting | {"rows": rows}, indent=2) + "\n", encoding="utf-8")
         print(f"written to {RESULTS / name}")
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).norm() / exact.norm()).item()
 
 
 def attentions(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Calls:
@@ -108,6 +118,15 @@ def attentions(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Calls:
         wide_q, wide_k = torch.cat([q, more], -1), torch.cat([k, extra], -1)
         return F.scaled_dot_product_attention(wide_q, wide_k, wide, scale=head_dim**-0.5)[..., :head_dim]
 
+    def in_float32() -> Tensor:
+        wide_bias = log_size.mT[:, None]
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), wide_bias).to(q.dtype)
+
+    def written_out_in_float32() -> Tensor:
+        scores = (q.float() * head_dim**-0.5) @ k.float().mT
+        scores += log_size.mT[:, None]
+        return (torch.softmax(scores, -1, out=scores) @ v.float()).to(q.dtype)
+
     bias = log_size[..., 0].to(q.dtype)
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -119,6 +138,8 @@ def attentions(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Calls:
         "log size as a channel of the keys": channel,
         "FlexAttention": flex,
         "written out": written_out,
+        "fused, in float32": in_float32,
+        "written out, in float32": written_out_in_float32,
         WITHOUT: lambda: attend(q, k, v),
     }
 
