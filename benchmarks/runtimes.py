@@ -4,8 +4,8 @@
     python -m benchmarks.runtimes --model digits_p1.tome_r16 --batch 72
 
 Each r is exported once, as `tomevit export --batch` does it; all candidates then take turns in one process, with as
-many threads as torch has. A package that is missing is said, and its runtimes are left out. OpenVINO reads the file that
-onnxruntime does, and computes in float32, or in bfloat16 where the processor has instructions for it. "int8" is
+many threads as torch has. A package that is missing is said, and its runtimes are left out. OpenVINO reads the file
+that onnxruntime does, and computes in float32, or in bfloat16 where the processor has instructions for it. "int8" is
 onnxruntime with linear layers in 8 bits, quantised as they run; "int8_calibrated" the same by the ranges of calibration
 images; "openvino_int8" what NNCF quantised after training. "aoti" wants a C++ compiler.
 
