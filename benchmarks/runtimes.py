@@ -180,9 +180,9 @@ def candidate(
         assert runtime.load is not None
         run, images = runtime.load(path), compared
     seconds = time.perf_counter() - start if runtime.format else 0.0
-    parts = images.split(batch)
+    parts = torch.split(images, batch)
     found = torch.cat([torch.as_tensor(run(part)).float().clone() for part in parts])
-    expected = torch.cat([model(part, r) for part in compared.split(batch)])
+    expected = torch.cat([model(part, r) for part in torch.split(compared, batch)])
     about = {
         "export_seconds": round(seconds, 1),
         "difference": float((found - expected).abs().max()),

@@ -306,7 +306,7 @@ def _calibration(card: Card, calibrate: Tensor | Callable[[Transform], Tensor], 
         mean, std = _per_channel(preprocess)
         images = images.mul(std).add(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
     rows = torch.arange(-(-len(images) // size) * size, device="cpu") % len(images)
-    return list(images[rows].split(size))
+    return list(torch.split(images[rows], size))
 
 
 def _per_channel(preprocess: Preprocess) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 METADATA = "tomevit"  # the section of the file's rt_info
 
+#: By how much SmoothQuant moves the range of activations into weights, as in its paper (arXiv:2211.10438, section 4).
+#: With NNCF's 0.95 the logits of a ViT-S of fresh weights are 5.5 % off, in place of 2.2 %; without any, those of the
+#: digits' model at r = 16 are 2.4 %, in place of 1.9 %.
+SMOOTHING = 0.5
+
 
 def check_packages(opset: int | None, dtype: str) -> None:  # noqa: ARG001
     """Raises ValueError if a package is missing."""
@@ -118,8 +123,7 @@ def _round_weights(model: Any) -> None:
 def _quantise(model: Any, calibration: Sequence[Tensor]) -> Any:
     """Weights of linear layers and what they multiply to 8 bits, by its range over the images to calibrate with.
 
-    What onnxruntime's files have in 8 bits too: not the patch embedding, attention and matching. SmoothQuant, which
-    NNCF would use for transformers, doubled the error of a ViT-S and helped nowhere.
+    Not in the patch embedding, in attention and in matching, as in ONNX files.
     """
     nncf = _import_nncf()
     left_out = nncf.IgnoredScope(names=_products_without_weights(model), types=["Convolution"], validate=False)
@@ -135,7 +139,7 @@ def _quantise(model: Any, calibration: Sequence[Tensor]) -> Any:
                 subset_size=len(calibration),
                 ignored_scope=left_out,
                 advanced_parameters=nncf.AdvancedQuantizationParameters(
-                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=-1, convolution=-1)
+                    smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING)
                 ),
             )
     finally:
