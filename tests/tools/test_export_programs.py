@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ import onnxruntime
 import openvino
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import cli
+from tomevit.cli import export as export_command
 from tomevit.config import Preprocess
+from tomevit.deploy import programs
 from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, describe_program, export_program
 from tomevit.deploy.programs import onnx as onnx_programs
+from tomevit.deploy.programs import openvino as openvino_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
 from tomevit.weights import checkpoint
@@ -234,6 +239,183 @@ def test_int8_multiplies_in_8_bits(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert program.parity.difference > 0
 
 
+def inputs_of_products(path: Path) -> Counter[tuple[str, ...]]:
+    """What makes the inputs of each product: "" for the program's own images and weights."""
+    graph = onnx.load(path).graph
+    makers = {output: node.op_type for node in graph.node for output in node.output}
+    return Counter(
+        tuple(makers.get(name, "") for name in node.input) for node in graph.node if node.op_type == "MatMul"
+    )
+
+
+def test_int8_by_calibration_multiplies_linear_layers_in_8_bits_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny(8, depth=2, embed_dim=96, pool="avg")
+    path = tmp_path / "int8 [a]*.onnx"
+    images = images_for(model, 12)
+    program = export_program(model, path, dtype="int8", calibrate=images)
+    assert [record for record in caplog.records if record.name != "torch.__trace"] == []
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == [path]
+    found = inputs_of_products(path)
+    assert found["DequantizeLinear", "DequantizeLinear"] == 4 * 2  # every linear layer,
+    others = [key for key in found.elements() if "DequantizeLinear" in key]
+    assert len(others) == 4 * 2
+    assert found.total() >= 4 * 2 + 2 * 4  # and neither attention, nor matching, nor merging
+    stored = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in onnx.load(path).graph.initializer)
+    assert stored < 0.4 * sum(4 * parameter.numel() for parameter in model.parameters())
+    with torch.inference_mode():
+        expected = model(images)
+    for runtime, load in RUNTIMES.items():
+        assert 1e-4 < relative_error(load(path)(images), expected) < 0.1, runtime
+    about = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    assert about.items() >= program.metadata.items()
+    assert program.metadata["input"].startswith("images: float32 (batch, 3, 32, 32)")
+    assert program.parity is not None
+    assert (program.parity.images, program.parity.source) == (1 + 8, "calibration")
+
+
+def test_calibration_of_pixels_in_batches_of_a_fixed_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given as the model takes them, images come to the program as the pixels that they were."""
+    model = tiny(8, depth=1, pool="avg")
+    preprocess = Preprocess(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), crop_pct=1.0)
+    model.card = replace(model.card, preprocess=preprocess)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    seen: list[Tensor] = []
+    quantise = onnx_programs._quantise
+
+    def look(source: Path, out: Path, calibration: Any, *, large: bool) -> None:
+        seen.extend(calibration)
+        quantise(source, out, calibration, large=large)
+
+    def prepare(transform: tomevit.transform.Transform) -> Tensor:
+        return transform(pixels)
+
+    monkeypatch.setattr(onnx_programs, "_quantise", look)
+    path = tmp_path / "model.onnx"
+    export_program(model, path, dtype="int8", batch=3, raw=True, calibrate=prepare)
+    assert [len(batch) for batch in seen] == [3, 3]
+    assert torch.equal(torch.cat(seen), pixels[[0, 1, 2, 3, 0, 1]])  # the last is filled up
+    with torch.inference_mode():
+        expected = model(tomevit.transform(model)(pixels[:3]))
+    assert relative_error(in_onnxruntime(path)(pixels[:3]), expected) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------------- OpenVINO
+
+
+@pytest.mark.parametrize(
+    ("dtype", "share", "bound"), [("float32", 1.0, 1e-5), ("float16", 0.5, 5e-3), ("bfloat16", 0.5, 0.05)]
+)
+def test_openvinos_own_files(dtype: str, share: float, bound: float, tmp_path: Path) -> None:
+    model, path = tiny(8, depth=2, embed_dim=48), tmp_path / "model.xml"
+    program = export_program(model, path, "openvino", dtype=dtype, batch=None if dtype == "float32" else 3)
+    weights = tmp_path / "model.bin"
+    assert program.written == [path, weights]
+    assert sorted(tmp_path.iterdir()) == [weights, path]
+    matrices = sum(4 * parameter.numel() for parameter in model.parameters())
+    assert weights.stat().st_size == pytest.approx(share * matrices, rel=0.25)
+    read = openvino.Core().read_model(path)
+    about = {name: read.get_rt_info(["tomevit", name]).astype(str) for name in program.metadata}
+    assert about == program.metadata
+    assert about["dtype"] == dtype
+    assert "float32" in about["input"]
+    for batch in (1, 3) if dtype == "float32" else (3,):
+        images = images_for(model, batch, seed=batch)
+        with torch.inference_mode():
+            assert relative_error(in_openvino(path)(images), model(images)) < bound
+    assert program.parity is not None
+    assert program.parity.runtime.startswith("OpenVINO 20")
+    assert program.parity.difference < bound * program.parity.largest
+
+
+@pytest.mark.skipif(find_spec("nncf") is None, reason="nncf is not installed")
+@pytest.mark.parametrize("raw", [False, True])
+def test_openvinos_int8(raw: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, path = tiny(8, depth=2, embed_dim=96, pool="avg"), tmp_path / "model.xml"
+    model.card = replace(model.card, preprocess=Preprocess(crop_pct=1.0))
+    pixels = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    images = tomevit.transform(model)(pixels)
+    program = export_program(model, path, "openvino", dtype="int8", calibrate=images, raw=raw)
+    assert capfd.readouterr() == ("", "")
+    with torch.inference_mode():
+        expected = model(images)
+    found = in_openvino(path)(pixels if raw else images)
+    assert 1e-4 < relative_error(found, expected) < 0.1
+    alone = in_openvino(path)((pixels if raw else images)[:1])
+    assert relative_error(alone, found[:1]) < 1e-4  # whatever else is in the batch
+    assert (tmp_path / "model.bin").stat().st_size < 0.4 * sum(4 * p.numel() for p in model.parameters())
+    products = [node for node in openvino.Core().read_model(path).get_ops() if node.get_type_name() == "MatMul"]
+    makers = [[value.get_node().get_type_name() for value in node.input_values()] for node in products]
+    assert (
+        sum(inputs[1] == "Multiply" for inputs in makers) == 4 * 2 + 1
+    )  # of int8 weights: linear layers, and the head
+    assert len(makers) >= 4 * 2 + 1 + 2 * 3
+    assert program.parity is not None
+    assert program.parity.source == "calibration"
+
+
+@pytest.mark.skipif(find_spec("nncf") is None, reason="nncf is not installed")
+def test_quantising_reports_nothing_over_the_network() -> None:
+    code = (
+        "import os; from tomevit.deploy.programs.openvino import _import_nncf; _import_nncf();"
+        "from nncf.telemetry import wrapper;"
+        "assert not isinstance(wrapper.telemetry, wrapper.NNCFTelemetry); assert 'NNCF_CI' not in os.environ"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_lies_in_the_place_of_openvinos_weights(tmp_path: Path) -> None:
+    checkpoint.save(tiny(depth=1), tmp_path / "model.safetensors")
+    source = (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")
+    before = source.read_bytes()
+    with pytest.raises(ValueError, match="is what would be read"):
+        export_program(source, tmp_path / "model.xml", "openvino")
+    with pytest.raises(ValueError, match=r"model\.bin is there without model\.xml, and would be replaced"):
+        export_program(tiny(depth=1), tmp_path / "model.xml", "openvino")
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(source, before)]
+
+
+def test_files_that_belong_together_are_replaced_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("model.xml", "model.bin"):
+        (tmp_path / name).write_text("before")
+    shutil_move = programs.shutil.move
+    moved: list[str] = []
+
+    def fill_the_disk(file: Path, draft: Path) -> None:
+        if moved:
+            raise OSError(28, "No space left on device")
+        moved.append(str(shutil_move(file, draft)))
+
+    monkeypatch.setattr(programs.shutil, "move", fill_the_disk)
+    with pytest.raises(OSError, match="No space left"):
+        export_program(tiny(depth=1), tmp_path / "model.xml", "openvino", batch=1)
+    assert moved
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys(
+        ("model.xml", "model.bin"), "before"
+    )
+
+
+@pytest.mark.parametrize(("missing", "dtype"), [("openvino", "float32"), ("onnx", "float32"), ("nncf", "int8")])
+def test_without_openvinos_packages(missing: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_programs, "find_spec", lambda name: None if name == missing else True)
+    model = tiny(depth=1)
+    calibrate = images_for(model) if dtype == "int8" else None
+    says = rf"writing {dtype} for OpenVINO needs {missing}: pip install 'tomevit\[openvino\]'"
+    with pytest.raises(ValueError, match=says):
+        export_program(model, tmp_path / "model.xml", "openvino", dtype=dtype, calibrate=calibrate)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_that_openvino_does_not_run(tmp_path: Path) -> None:
+    (tmp_path / "model.xml").write_text("<net")
+    with pytest.raises(
+        ValueError, match=r"^OpenVINO [0-9.]+ cannot run this program, and nothing was written: [^\n]+$"
+    ):
+        openvino_programs.load_openvino(tmp_path / "model.xml")
+
+
 # ---------------------------------------------------------------------------------------------------------- torch's own
 
 
@@ -361,10 +543,18 @@ def test_torch_is_too_old(release: str, refused: bool, tmp_path: Path, monkeypat
     [
         ({"out": "model.pt2"}, "must end in .onnx"),
         ({"out": "missing/model.onnx"}, "there is no directory"),
-        ({"format": "tflite"}, "there are onnx, pt2, aoti"),
+        ({"format": "tflite"}, "there are onnx, openvino, pt2, aoti"),
         ({"dtype": "bfloat16"}, "float32, float16 or int8"),
         ({"format": "pt2", "out": "m.pt2", "dtype": "int8"}, "float32, float16 or bfloat16"),
         ({"batch": 0}, "batch is 0"),
+        ({"format": "openvino"}, "must end in .xml"),
+        ({"format": "openvino", "out": "m.xml", "opset": 18}, "opset is ONNX's"),
+        ({"format": "openvino", "out": "m.xml", "dtype": "int8"}, "int8 for openvino takes images to calibrate with"),
+        ({"calibrate": torch.zeros(3, 3, 32, 32)}, "are for int8, and dtype is 'float32'"),
+        ({"dtype": "int8", "calibrate": torch.zeros(0, 3, 32, 32)}, r"\(0, 3, 32, 32\), and must be"),
+        ({"dtype": "int8", "calibrate": torch.zeros(3, 1, 32, 32)}, r"must be floating point, \(N, 3, 32, 32\)"),
+        ({"dtype": "int8", "calibrate": torch.zeros(3, 3, 32, 32, dtype=torch.uint8)}, r"torch\.uint8 tensor"),
+        ({"dtype": "int8", "calibrate": torch.full((1, 3, 32, 32), torch.nan)}, "values that are not finite"),
         ({"opset": 17}, "from 18 to"),
         ({"opset": 99}, "from 18 to"),
         ({"format": "pt2", "out": "m.pt2", "opset": 18}, "opset is ONNX's"),
@@ -493,14 +683,19 @@ def test_json(vit: tuple[VisionTransformer, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--format onxn -o m.onnx", "there is no format 'onxn'; did you mean onnx?"),
+        ("--format onxn -o m.onnx", "there is no format 'onxn'; did you mean onnx or openvino?"),
         ("--format onnx -o m.pt2", "m.pt2 must end in .onnx"),
         ("--format onnx -o m.onnx --r eight", "8,-1"),
         ("--format onnx -o m.onnx --r [1,2,3]", "the model has 2"),
         ("--format onnx -o m.onnx --dtype int4", "int8"),
-        ("--format timm -o m.pth --r 8", "--r is for programs (onnx, pt2, aoti), and timm is of weights"),
+        ("--format timm -o m.pth --r 8", "--r is for programs (onnx, openvino, pt2, aoti), and timm is of weights"),
         ("--format timm -o m.pth --raw", "--raw is for programs"),
         ("--format aoti -o missing/m.pt2", "there is no directory missing"),
+        ("--format onnx -o m.onnx --calibrate .", "images to calibrate with are for int8"),
+        ("--format timm -o m.pth --calibrate .", "--calibrate is for programs"),
+        ("--format openvino -o m.xml --dtype int8", "--calibrate FOLDER"),
+        ("--format onnx -o m.onnx --dtype int8 --calibrate .", ".: no image in this folder"),
+        ("--format onnx -o m.onnx --dtype int8 --calibrate photos", "photos: there is no such file or folder"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(
@@ -515,6 +710,34 @@ def test_a_mistake_gets_one_clear_line(
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert says in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_a_folder_to_calibrate_with(
+    vit: tuple[VisionTransformer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = tmp_path / "photos", tmp_path / "model.onnx"
+    (folder / "more").mkdir(parents=True)
+    noise = np.random.default_rng(0)
+    for i in range(5):
+        pixels = noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / ("more" if i % 2 else "") / f"{i}.png")
+    monkeypatch.setattr(export_command, "MOST_IMAGES", 4)
+    seen = [export_command._sample(folder, tomevit.transform(vit[0])) for _ in range(2)]
+    assert torch.equal(*seen)
+    assert seen[0].shape == (4, 3, 32, 32)
+    assert len({tuple(image.flatten()[:9].tolist()) for image in seen[0]}) == 4
+    arguments = (str(vit[1]), "--format", "onnx", "--dtype", "int8", "-o", str(path), "--calibrate", str(folder))
+    status, out, err = run_cli(*arguments, "--batch", "2", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["parity"]["source"] == "calibration"
+    assert ("DequantizeLinear", "DequantizeLinear") in inputs_of_products(path)
+    path.unlink()
+    (folder / "0.png").write_bytes(b"no image")
+    monkeypatch.setattr(export_command, "MOST_IMAGES", 256)
+    status, out, err = run_cli(*arguments)
+    assert (status, out) == (2, "")
+    assert err == f"tomevit: {folder / '0.png'}: not an image of a known format\n"
+    assert not path.exists()
 
 
 def test_the_source_is_not_overwritten(tmp_path: Path) -> None:

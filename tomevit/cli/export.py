@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from torch import Tensor
 
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import BATCH, R
+from tomevit.data.images import find, prepare_image
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
-from tomevit.errors import join_with_or, nearest
+from tomevit.errors import ImageError, join_with_or, nearest
+from tomevit.transform import Transform
 from tomevit.weights.export import export as export_weights
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import MAIN_FORMATS
 
+MOST_IMAGES = 256  # to calibrate with
 FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORMATS)}."
 
 
@@ -33,11 +39,17 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES, "int8"]),
-    help="Of a program; default float32. int8 (onnx): weights in 8 bits, by onnxruntime.",
+    help="Of a program; default float32. int8 (onnx, openvino): linear layers in 8 bits.",
 )
 @click.option("--batch", type=BATCH, help="Of a program: images per call; default: any number.")
 @click.option("--opset", type=int, help="Of ONNX; default: what torch's exporter recommends.")
 @click.option("--raw", is_flag=True, default=None, help="Of a program: it takes pixels, uint8, and normalises within.")
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help=f"Of int8: images like those that it will see, of which up to {MOST_IMAGES} are drawn.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def export(
     source: str,
@@ -48,12 +60,15 @@ def export(
 ) -> None:
     """Write a model as a program that runs without tomevit, or its weights in another project's format.
 
-    SOURCE is a file that tomevit wrote, or a name of the zoo with its weights. A program is a file that ends in .onnx
-    or .pt2, and is run and compared with the model before it is put there. Of weights the suffix of OUT says what is
-    written: .safetensors, .npz, or .pth, .pt, .bin, .torch; a directory gets model.safetensors and its config.json.
+    SOURCE is a file that tomevit wrote, or a name of the zoo with its weights. A program is a file that ends in .onnx,
+    .xml (OpenVINO's, with a .bin beside it) or .pt2, and is run and compared with the model before it is put there. Of
+    weights the suffix of OUT says what is written: .safetensors, .npz, or .pth, .pt, .bin, .torch; a directory gets
+    model.safetensors and its config.json.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if format_name in PROGRAMS:
+        if "calibrate" in given:
+            given["calibrate"] = partial(_sample, given["calibrate"])
         program = export_program(source, out, format_name, **given)
         echo_json(_as_json(program)) if as_json else _print(program)
         return
@@ -73,6 +88,24 @@ def export(
         echo(f"written     {path}")
     for sentence in unsaid:
         echo(f"left out    {sentence}")
+
+
+def _sample(folder: Path, transform: Transform) -> Tensor:
+    """Images of a folder as a model takes them, (N, C, H, W): the same ones each time, and all if they are few.
+
+    Raises:
+        ValueError: there is no such folder, or no image in it.
+        ImageError: one of them cannot be read.
+    """
+    files = find([folder])
+    drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(0), device="cpu")[:MOST_IMAGES]
+    images = []
+    for i in sorted(drawn.tolist()):
+        image = prepare_image(files[i], transform)
+        if isinstance(image, str):
+            raise ImageError(files[i], image)
+        images.append(image)
+    return torch.stack(images)
 
 
 def _as_json(program: Program) -> dict[str, Any]:
@@ -96,6 +129,6 @@ def _print(program: Program) -> None:
     if parity.same_top1 is not None:
         alike = f"same top-1 {parity.same_top1} of {parity.images}"
     echo(
-        f"compared    {parity.runtime} with torch in float32, {parity.images} generated images: largest difference "
-        f"{parity.difference:.2g} of values up to {parity.largest:.2g}, {alike}"
+        f"compared    {parity.runtime} with torch in float32, {parity.images} {parity.source} images: largest "
+        f"difference {parity.difference:.2g} of values up to {parity.largest:.2g}, {alike}"
     )

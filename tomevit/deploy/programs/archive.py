@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tomevit import private
-from tomevit.deploy.programs.trace import quiet
+from tomevit.deploy.programs.trace import Settings, quiet
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -33,9 +33,7 @@ def write_exported(
     program: ExportedProgram,
     path: Path,
     metadata: dict[str, str],
-    *,
-    dtype: str,  # noqa: ARG001
-    opset: int | None,  # noqa: ARG001
+    settings: Settings,  # noqa: ARG001
 ) -> None:
     """An archive for `torch.export.load`, with the metadata as a file within."""
     with quiet():
@@ -52,9 +50,7 @@ def write_compiled(
     program: ExportedProgram,
     path: Path,
     metadata: dict[str, str],
-    *,
-    dtype: str,  # noqa: ARG001
-    opset: int | None,  # noqa: ARG001
+    settings: Settings,  # noqa: ARG001
 ) -> None:
     """A package for `torch._inductor.aoti_load_package`, whose `get_metadata()` has the metadata."""
     with quiet():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tomevit.deploy.programs.trace import quiet
+from tomevit.deploy.programs.trace import Settings, quiet
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -41,12 +41,22 @@ def check_packages(opset: int | None, dtype: str) -> None:
         raise ValueError(f"opset is {opset}, and must be from {LEAST_OPSET} to {onnx_opset_version()}")
 
 
-def write_onnx(
-    program: ExportedProgram, path: Path, metadata: dict[str, str], *, dtype: str, opset: int | None
-) -> None:
+def write_onnx(program: ExportedProgram, path: Path, metadata: dict[str, str], settings: Settings) -> None:
     """Write one ONNX file, with OUT.data beside it if it would be too large, and check it."""
     import onnx
 
+    if settings.dtype == "int8":
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder) / "whole.onnx"
+            save_converted(program, whole, metadata, settings.opset)
+            _quantise(whole, path, settings.calibration, large=is_large(program))
+    else:
+        save_converted(program, path, metadata, settings.opset)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def save_converted(program: ExportedProgram, path: Path, metadata: dict[str, str], opset: int | None) -> None:
+    """A program of torch's as an ONNX file, with its weights beside it in OUT.data if they do not fit."""
     output = metadata["output"].partition(":")[0]
     with quiet():
         converted = torch.onnx.export(
@@ -66,15 +76,12 @@ def write_onnx(
     _name_batch(model)
     model.producer_name, model.producer_version = "tomevit", metadata["tomevit"]
     model.metadata_props.update(metadata)
-    large = sum(tensor.nbytes for tensor in program.state_dict.values()) > ONE_FILE
-    if dtype == "int8":
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder) / "whole.onnx"
-            converted.save(whole, external_data=large)
-            _quantise(whole, path, large)
-    else:
-        converted.save(path, external_data=large)
-    onnx.checker.check_model(path, full_check=True)
+    converted.save(path, external_data=is_large(program))
+
+
+def is_large(program: ExportedProgram) -> bool:
+    """Whether its weights do not fit one file of protobuf's."""
+    return sum(tensor.nbytes for tensor in program.state_dict.values()) > ONE_FILE
 
 
 def load_onnx(path: Path) -> tuple[str, Callable[[Tensor], Tensor]] | None:
@@ -106,9 +113,13 @@ def _in_one_sentence(runtime: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime."):
             raise
-        # "[ONNXRuntimeError] : 1 : FAIL : why", with spaces and line breaks as they come
-        why = " ".join(str(error).rpartition(" : ")[2].split())
-        raise ValueError(f"{runtime} cannot run this program, and nothing was written: {why}") from error
+        # "[ONNXRuntimeError] : 1 : FAIL : why"
+        raise cannot_run(runtime, str(error).rpartition(" : ")[2]) from error
+
+
+def cannot_run(runtime: str, why: str) -> ValueError:
+    """What is raised of a program that a runtime refuses; `why` with spaces and line breaks as they come."""
+    return ValueError(f"{runtime} cannot run this program, and nothing was written: {' '.join(why.split())}")
 
 
 def version_of(module: Any) -> str:
@@ -168,18 +179,52 @@ def _name_batch(model: Any) -> None:
             )
 
 
-def _quantise(source: Path, out: Path, large: bool) -> None:
-    """Weights of matrix products to 8 bits, by channel; what they multiply is quantised as it comes."""
-    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
+def _quantise(source: Path, out: Path, calibration: Sequence[Tensor], *, large: bool) -> None:
+    """Weights of linear layers to 8 bits, by channel.
+
+    What they multiply is quantised as it comes, each time by its own range; or, with images to calibrate with, by the
+    range that it had for those. Attention and matching, where two values are multiplied, stay float32, and so do sums,
+    norms and the outputs of linear layers: of what is rounded there, nothing is multiplied in 8 bits.
+    """
+    from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic, quantize_static
 
     prepared = source.with_name(f"{source.name}.prepared")
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True, save_as_external_data=large)
-    quantize_dynamic(
-        prepared,
-        out,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        reduce_range=True,  # 7 bits: with 8, processors without VNNI would saturate sums
-        weight_type=QuantType.QInt8,
-        use_external_data_format=large,
-    )
+    how: dict[str, Any] = {
+        "op_types_to_quantize": ["MatMul"],
+        "per_channel": True,
+        "reduce_range": True,  # 7 bits: with 8, processors without VNNI would saturate sums
+        "weight_type": QuantType.QInt8,
+        "use_external_data_format": large,
+    }
+    if calibration:
+        how["nodes_to_quantize"] = _linear_layers(prepared)
+        options = {"OpTypesToExcludeOutputQuantization": ["MatMul"]}
+        reader = _reader_of(calibration)
+        quantize_static(prepared, out, reader, activation_type=QuantType.QUInt8, extra_options=options, **how)
+    else:
+        quantize_dynamic(prepared, out, **how)
+
+
+def _linear_layers(path: Path) -> list[str]:
+    """The products with weights: not those of attention and of matching."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+
+
+def _reader_of(batches: Sequence[Tensor]) -> Any:
+    """Batches of images as onnxruntime asks for them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, Any] | None:
+            batch = next(self.left, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    return Reader()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 _ONE_AT_A_TIME = threading.RLock()
 
 MOST_IMAGES = 2**16  # at a time: torch 2.6 wants a number
+
+
+class Settings(NamedTuple):
+    """How a program is written, besides what its graph and its metadata say."""
+
+    dtype: str
+    opset: int | None  # of ONNX; None: what torch's exporter recommends
+    calibration: Sequence[Tensor]  # batches as the program takes them, by which int8 is scaled; () if there are none
 
 
 class FromPixels(nn.Module):
