@@ -4,7 +4,7 @@
 
 The first way of each step is the library's; the others are checked against it before they are timed. Of attention, the
 error against float64 stands beside: whether sums are rounded to half precision on the way is no matter of taste. What
-came of it is in NOTES.md. "match and merge" starts from the keys of all heads; the fused kernels take part on CUDA only.
+came of it is in NOTES.md. "match and merge" starts from the keys of all heads; the fused kernels run on CUDA only.
 """
 
 from __future__ import annotations
