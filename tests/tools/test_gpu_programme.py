@@ -158,11 +158,12 @@ def test_a_row_that_fails_is_stored_and_the_others_are_measured(tmp_path: Path) 
 
 def test_only_a_row_that_fits_is_begun(tmp_path: Path) -> None:
     store = Store(tmp_path, SETTING)
-    rows = [Stand("a", 0.3, "long"), Stand("b", 0.3, "long"), Stand("c", None, "short")]
-    said = programme.run_rows(rows, store, CPU, later(0.5))
+    rows = [Stand("a", 1.0, "long"), Stand("b", 1.0, "long"), Stand("c", None, "short")]
+    programme.run_rows(rows[:1], store, CPU, later(60))
+    said = programme.run_rows(rows, store, CPU, later(1))
     assert statuses(store) == {"a": "done", "c": "done"}
     assert said == "2 of 3 rows are there; 1 would take longer than is left"
-    programme.run_rows(rows, store, CPU, later(5))
+    programme.run_rows(rows, store, CPU, later(60))
     assert statuses(store)["b"] == "done"
 
 
@@ -172,7 +173,7 @@ def test_time_that_ends_in_a_row_is_remembered(tmp_path: Path) -> None:
     assert statuses(store) == {"a": "unfinished"}
     programme.run_rows([row], store, CPU, later(0.3))
     assert row.calls == 1, "it is begun with more time only"
-    programme.run_rows([row], store, CPU, later(0.9))
+    programme.run_rows([row], store, CPU, later(2.5))
     assert statuses(store) == {"a": "failed"}
     assert re.fullmatch(r"not finished in \d s", store.rows["Stand a"]["reason"])
 
