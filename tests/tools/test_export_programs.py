@@ -276,6 +276,17 @@ def test_int8_by_calibration_multiplies_linear_layers_in_8_bits_and_nothing_else
     assert (program.parity.images, program.parity.source) == (1 + 8, "calibration")
 
 
+def test_calibrated_products_run_in_8_bits_at_a_fixed_batch_too(tmp_path: Path) -> None:
+    """Where shapes are fixed, onnxruntime takes a bias into the product, if it can, and multiplies in float32 then."""
+    path, run = tmp_path / "model.onnx", tmp_path / "run.onnx"
+    model = tiny(4, depth=2)
+    export_program(model, path, dtype="int8", batch=3, calibrate=images_for(model, 3))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(run), 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert [node.op_type for node in onnx.load(run).graph.node].count("MatMulIntegerToFloat") == 4 * 2
+
+
 def test_calibration_of_pixels_in_batches_of_a_fixed_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given as the model takes them, images come to the program as the pixels that they were."""
     model = tiny(8, depth=1, pool="avg")
