@@ -6,7 +6,7 @@ import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from benchmarks.reference import reference
 from tomevit import VisionTransformer, private
 from tomevit.data.images import stream
 from tomevit.deploy.optimize import optimize
-from tomevit.measure.bench import MODES, PRECISIONS, timm_twin
+from tomevit.measure.bench import MODES, PRECISIONS, precision, timm_twin
 from tomevit.measure.timing import seconds, turns
 from tomevit.tasks.embed import embed
 from tomevit.transform import transform
@@ -52,17 +52,6 @@ def take_turns(
         if turn.counts:
             times[turn.key].append(turn.seconds)
     return times
-
-
-@contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """The precision of float32 products that a name in PRECISIONS asks for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(PRECISIONS[dtype][1])
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @lru_cache(maxsize=1)

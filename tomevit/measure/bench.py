@@ -270,14 +270,14 @@ def compare(
             shape, draw = (batch, config.in_chans, *config.img_size), torch.Generator(device).manual_seed(0)
             images = torch.randn(shape, generator=draw, device=device, dtype=kind)
             calls: dict[int, Callable[[], object]] = {i: partial(each.forward, images) for i, each in enumerate(those)}
-            with torch.inference_mode(), _many_programs(those), _precision(dtype):
+            with torch.inference_mode(), _many_programs(those), precision(dtype):
                 for turn in turns(calls, rounds=rounds, device=device):
                     if turn.counts:
                         times[turn.key].append(turn.seconds)
                     if progress is not None:
                         progress(those[turn.key])
             if limits is not None:
-                with _precision(dtype):
+                with precision(dtype):
                     for i, each in enumerate(those):
                         found[i] = _bounds_of(each, calls[i], Quartiles.of(times[i]).median, model, batch, limits)
                     if faster := faster_dtype(limits, config, kind, min(256, batch * config.num_tokens)):
@@ -570,17 +570,18 @@ def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     return fields | {"hints": list(comparison.hints), "suggestion": suggestion, "rows": rows}
 
 
-# ------------------------------------------------------------------------------------------------------------- private
-
-
 @contextmanager
-def _precision(dtype: str) -> Iterator[None]:
+def precision(dtype: str) -> Iterator[None]:
+    """The precision of float32 products that a name in PRECISIONS asks for."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(PRECISIONS[dtype][1])
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+# ------------------------------------------------------------------------------------------------------------- private
 
 
 def _many_programs(those: Sequence[Candidate]) -> AbstractContextManager[Any]:
