@@ -16,7 +16,8 @@ import tomevit
 from docs import weights_table
 from tests.outcomes import KINDS
 from tomevit import cli, zoo
-from tomevit.config import Card, Figure
+from tomevit.cards import Card
+from tomevit.config import Figure
 from tomevit.measure.defaults import default_r
 from tomevit.models import build_meta
 from tomevit.schedule import Schedule

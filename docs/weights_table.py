@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 
 import tomevit
-from tomevit.config import Card, Figure, Source
+from tomevit.cards import Card
+from tomevit.config import Figure, Source
 
 LICENCES = {
     "apache-2.0": "Apache-2.0",

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from tomevit.cards import Header, encode_header
-from tomevit.config import Card, Source
+from tomevit.cards import Card, Header, encode_header
+from tomevit.config import Source
 from tomevit.weights.cache import Fetched, cached, home
 
 DATA = random.Random(0).randbytes(300_000)

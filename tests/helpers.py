@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 from tomevit.models import VisionTransformer, build, build_meta
 from tomevit.schedule import Schedule
 from tomevit.weights import rules

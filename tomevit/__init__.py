@@ -15,9 +15,10 @@ from tomevit.transform import transform as transform
 from tomevit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tomevit.config import Card as Card
+    from tomevit.cards import Card as Card
     from tomevit.config import Config as Config
     from tomevit.config import Preprocess as Preprocess
+    from tomevit.config import Preset as Preset
     from tomevit.data.class_names import class_names as class_names
     from tomevit.deploy.optimize import optimize as optimize
     from tomevit.deploy.programs import export_program as export_program
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 # The other public names, and the modules that are imported on their first use: torch comes with most.
 _MODULES = {
     "AmbiguousCheckpointError": "errors",
-    "Card": "config",
+    "Card": "cards",
     "CheckpointError": "errors",
     "Config": "config",
     "DistilledLogits": "models",
@@ -58,6 +59,7 @@ _MODULES = {
     "MaskedAutoencoder": "models",
     "Merge": "layers.merge",
     "Preprocess": "config",
+    "Preset": "config",
     "Recipe": "training.recipes",
     "Tokens": "layers.merge",
     "UploadError": "errors",

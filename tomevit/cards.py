@@ -1,6 +1,6 @@
-"""A card in a file: what a file of tomevit's own says of itself, in the metadata of its safetensors header.
+"""Cards: what there is to know about a model and its weights, and how a file says it.
 
-The metadata has one entry, `tomevit`, in JSON:
+A file of tomevit's own has it in the metadata of its safetensors header, in one entry, `tomevit`, in JSON:
 
     version   of this format
     card      the Card with the whole Config, so that nothing else is needed to build, feed and understand the model
@@ -15,19 +15,57 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tomevit.config import Card, Preprocess
+from tomevit.config import MOST_TEXT, Config, Figure, Preprocess, Preset, Source
 from tomevit.errors import CheckpointError
+from tomevit.flops import plain_schedule
 from tomevit.headers import MOST_BYTES, read_header
 from tomevit.opening import open_file
-from tomevit.schedule import schedule_from_json, schedule_to_json
+from tomevit.schedule import Schedule, schedule_from_json, schedule_to_json
 from tomevit.typed import conform, parse_json
 
 KEY = "tomevit"
 VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What there is to know about a model and its weights. It travels in every file that tomevit writes.
+
+    Its preprocessing has as many channels as its config: see `Preprocess.for_channels`.
+    """
+
+    name: str  # family_size[_resolution]
+    weights: str | None = None  # the tag of one set of weights
+    timm: str | None = None  # timm's name for the same architecture
+    title: str = ""
+    papers: tuple[str, ...] = ()  # where the architecture is defined
+    config: Config = Config()
+    preprocess: Preprocess = Preprocess()
+    r: Schedule = 0  # what the weights were trained with; words become plain numbers
+    licence: str | None = None
+    sources: tuple[Source, ...] = ()  # where these weights are published, the first preferred
+    origin: Source | None = None  # the very file that these tensors were read from, with its whole sha256
+    figures: tuple[Figure, ...] = ()
+    presets: tuple[Preset, ...] = ()  # published schedules, as r by name
+    class_names: tuple[str, ...] = ()
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "r", plain_schedule(self.r, self.config, self.presets))
+        object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
+        if len(self.class_names) > (classes := self.config.num_classes):
+            raise ValueError(f"class_names has {len(self.class_names)} names, and the model {classes} classes")
+        said = (self.name, self.weights or "", self.timm or "", self.title, self.licence or "", self.notes)
+        if (length := sum(map(len, (*said, *self.papers, *self.class_names)))) > MOST_TEXT:
+            raise ValueError(f"class_names, notes and the like have {length:,} characters, more than any model's")
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}.{self.weights}" if self.weights else self.name
 
 
 class Header(NamedTuple):

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from tomevit.schedule import Schedule, check_schedule
 from tomevit.typed import normalise_fields
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -271,7 +270,7 @@ class Figure:
 
     top1: float  # per cent
     by: Literal["head", "linear probe", "k-NN", "zero-shot"] = "head"  # how classes were told: by the model's own head
-    r: int = 0
+    r: int | str = 0  # as `model.r` takes it: an int, or the name of a preset
     source: str
 
     @property
@@ -281,36 +280,13 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """What there is to know about a model and its weights. It travels in every file that tomevit writes.
+class Preset:
+    """A published schedule for one architecture, as an r with a name."""
 
-    Its preprocessing has as many channels as its config: see `Preprocess.for_channels`.
-    """
-
-    name: str  # family_size[_resolution]
-    weights: str | None = None  # the tag of one set of weights
-    timm: str | None = None  # timm's name for the same architecture
-    title: str = ""
-    papers: tuple[str, ...] = ()  # where the architecture is defined
-    config: Config = Config()
-    preprocess: Preprocess = Preprocess()
-    r: Schedule = 0  # what the weights were trained with
-    licence: str | None = None
-    sources: tuple[Source, ...] = ()  # where these weights are published, the first preferred
-    origin: Source | None = None  # the very file that these tensors were read from, with its whole sha256
-    figures: tuple[Figure, ...] = ()
-    class_names: tuple[str, ...] = ()
-    notes: str = ""
+    name: str  # the method, and what the model costs then: "diffrate-2.9g" has 2.9 billion multiply-adds
+    r: tuple[int | str, ...]  # block by block, as a list that is an r
+    num_tokens: int  # that enter the first block: it was found for so many
+    source: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "r", check_schedule(self.r, self.config.depth))
-        object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
-        if len(self.class_names) > (classes := self.config.num_classes):
-            raise ValueError(f"class_names has {len(self.class_names)} names, and the model {classes} classes")
-        said = (self.name, self.weights or "", self.timm or "", self.title, self.licence or "", self.notes)
-        if (length := sum(map(len, (*said, *self.papers, *self.class_names)))) > MOST_TEXT:
-            raise ValueError(f"class_names, notes and the like have {length:,} characters, more than any model's")
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.name}.{self.weights}" if self.weights else self.name
+        normalise_fields(self)

@@ -1,11 +1,24 @@
-"""What a model costs, counted from its config: a forward pass, and parameters."""
+"""What a model costs, counted from its config, and which r makes it cost so much."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import pairwise
 
-from tomevit.config import Config
-from tomevit.schedule import Schedule, token_counts
+from tomevit.config import Config, Preset
+from tomevit.errors import join_with_or
+from tomevit.schedule import (
+    Schedule,
+    Step,
+    Words,
+    check_schedule,
+    format_words,
+    parse_words,
+    resolve_steps,
+    shaped,
+    token_counts,
+)
 
 
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
@@ -16,12 +29,12 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
 
     Args:
         config: the architecture.
-        r: as a model takes it.
+        r: as a model takes it, but for presets, which are a card's.
         computed: leave out of the last block what `VisionTransformer.forward` leaves out: where the head reads the
             class token, only that one has queries, a projection and an MLP there, and nothing merges. By the paper's
             count ViT-B/16 with r = 16 costs half of what it costs without merging; what is computed is 1.88 times
             less, since r = 0 saves more in its last block of 197 tokens than r = 16 in one of 21. A speed-up can only
-            be judged by what is computed.
+            be judged by what is computed, and so a budget ("2x") is.
     """
     return sum(flops_by_step(config, r, computed=computed))
 
@@ -29,7 +42,8 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
 def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) -> tuple[int, ...]:
     """What `flops` adds up: of the patch embedding, and of each block: depth + 1 numbers."""
     dim, mlp = config.embed_dim, config.embed_dim * config.mlp_hidden * (3 if config.mlp == "swiglu" else 2)
-    counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix)
+    plain = plain_schedule(r, config)
+    counts = token_counts(plain, config.depth, config.num_tokens, config.num_prefix, config.grid)
     blocks = [(entering, entering, leaving) for entering, leaving in pairwise(counts)]
     if computed and config.num_read is not None:
         blocks[-1] = (counts[-2], config.num_read, config.num_read)
@@ -40,6 +54,86 @@ def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) ->
             for keys, queries, leaving in blocks
         ),
     )
+
+
+def plain_schedule(r: object, config: Config, presets: Sequence[Preset] = ()) -> Schedule:
+    """An r in plain numbers, for whole images of the config's size.
+
+    Of "2x" it is the least int that needs at least so many times fewer FLOPs, as they are computed; of "60%" the least
+    that needs at most that share. ("2x", inflection) is the least such line. "2x late" and "2x deferred" merge the
+    fewest tokens of that shape, "1.5x grid" merges 2x2 neighbours once, as late as it can, and "2x pitome" is the least
+    constant r of that matching. A preset is what the card has by that name.
+
+    Args:
+        r: as a model takes it.
+        config: the architecture.
+        presets: those of its card.
+
+    Returns:
+        r itself where it has no words; else an int, (r, inflection), or a list with one entry per block.
+
+    Raises:
+        ValueError: r is of no known form, or cannot be reached, or is no preset of this model; the message says what
+            can be.
+    """
+    r = check_schedule(r, config.depth)
+    if not isinstance(r, str):
+        return r
+    words = parse_words(r)
+    if words.preset is not None:
+        return _find_preset(words.preset, config, presets)
+    if words.ratio is not None:
+        r = _least(r, words, config)
+    return _entries(r, config) if isinstance(r, str) else r
+
+
+def _entries(r: Schedule, config: Config) -> list[int | str]:
+    steps = resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
+    return [step.entry for step in steps]
+
+
+def _least(asked: str, words: Words, config: Config) -> Schedule:
+    """The least r of these words' kind that needs so many times fewer FLOPs."""
+    depth, whole = config.depth, flops(config, computed=True)
+    line = "" if words.inflection is None else f",{words.inflection!r}"
+    matching = "" if words.matching is None else f" {words.matching}"
+
+    def kind(n: int) -> Schedule:
+        if words.matching == "grid":
+            return [0] * (depth - 1 - n) + ["grid"]
+        if words.shape is not None:
+            counts = shaped(n, depth, words.shape, words.number)
+            return _entries([Step(count, matching=words.matching).entry for count in counts], config)
+        return check_schedule(f"{n}{line}{matching}", depth)
+
+    def saves(n: int) -> float:
+        return whole / flops(config, kind(n), computed=True)
+
+    # Beyond, all that can merge does so in the first block that may, and further ones change nothing.
+    most = depth - 1 if words.matching == "grid" else config.num_patches * (depth if words.shape else 1)
+    found = bisect_left(range(most + 1), words.ratio, key=saves)
+    if found <= most:
+        return kind(found)
+    height, width = config.img_size
+    best = int(100 * saves(most)) / 100
+    raise ValueError(
+        f"r = {asked!r} cannot be reached: at {height}x{width} pixels this model can have {best:.2f} times fewer FLOPs "
+        f"so, as they are computed: {format_words(words._replace(amount=f'{best:g}x'))!r} can be had"
+    )
+
+
+def _find_preset(name: str, config: Config, presets: Sequence[Preset]) -> Schedule:
+    for preset in presets:
+        if preset.name != name:
+            continue
+        if preset.num_tokens != config.num_tokens or len(preset.r) != config.depth:
+            raise ValueError(
+                f"r = {name!r} is for {preset.num_tokens} tokens and {len(preset.r)} blocks, and this model has "
+                f"{config.num_tokens} and {config.depth}: '2x diffrate' and the like fit any"
+            )
+        return list(preset.r)
+    known = join_with_or([repr(preset.name) for preset in presets])
+    raise ValueError(f"r = {name!r} is no preset of this model; it has {known if presets else 'none'}")
 
 
 def count_parameters(config: Config) -> int:

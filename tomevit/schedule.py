@@ -1,23 +1,66 @@
-"""From what a user calls r to the number of tokens that merge in each block: r checked, read, written, resolved."""
+"""From what a user calls r to what merges in each block: r checked, read, written, resolved.
+
+A budget ("2x") and a preset ("diffrate-2.9g") need to know the model: `tomevit.flops.plain_schedule` makes numbers of
+them.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
-#: What r may be: an int for every block, (r, inflection), a list with one int per block, or a share of the patches.
-Schedule = int | float | tuple[int, float] | list[int]
+#: What r may be: an int for every block, a share of the patches, (r, inflection), a list block by block, or words.
+Schedule = int | float | str | tuple[int, float] | list[int] | list[int | str]
+
+#: The names of `tomevit.layers.MATCHINGS`.
+MATCHING_NAMES = ("bipartite", "every_kth", "random", "importance", "diffrate", "pitome", "grid")
+SHAPES = ("late", "deferred")
 
 ALLOWED = (
     "an int (tokens per block), (r, inflection), a list with one int per block, "
-    "or a float up to 0.5 (share of the patches entering each block)"
+    "a float up to 0.5 (share of the patches entering each block), or words such as '2x' (half of the FLOPs), "
+    "'60%', '2x late' or '8 pitome'"
 )
 
 #: Beyond what any image has, and what every reader of JSON and TOML can hold.
 MOST = 2**63 - 1
+
+
+class Step(NamedTuple):
+    """What happens between attention and MLP in one block."""
+
+    merge: int = 0  # tokens that join another
+    drop: int = 0  # tokens that are left out
+    matching: str | None = None  # a name of MATCHING_NAMES; None: the model's own
+    grid: tuple[int, int] | None = None  # patches along height and width, for a matching of neighbours
+    depth: float = 0.0  # blocks before this one, as a share of all
+
+    @property
+    def total(self) -> int:
+        """Tokens that fewer leave than enter."""
+        return self.merge + self.drop
+
+    @property
+    def entry(self) -> int | str:
+        """As an entry of a list that is an r: 8, "8 pitome", or "8+3 diffrate" where 8 merge and 3 are dropped."""
+        if self.matching is None or not self.total:
+            return self.merge
+        dropped = f"+{self.drop}" if self.drop else ""
+        return self.matching if self.matching == "grid" else f"{self.merge}{dropped} {self.matching}"
+
+
+class Words(NamedTuple):
+    """An r in words, taken apart: how much, in which shape, by which matching."""
+
+    amount: int | float | str  # tokens per block on average, a share of the patches, or "" where ratio says how much
+    ratio: float | None = None  # at least so many times fewer FLOPs
+    inflection: float | None = None
+    shape: str | None = None  # one of SHAPES
+    number: float | None = None  # the power of "late", the first blocks that "deferred" leaves alone
+    matching: str | None = None
+    preset: str | None = None  # all else is in the card then
 
 
 def _count(value: object, what: str) -> int:
@@ -31,53 +74,187 @@ def _count(value: object, what: str) -> int:
     return count
 
 
+def _inflection(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
+        raise ValueError(f"the inflection is {value}, and must lie between -1 (early) and 1 (late)")
+    return float(value)
+
+
+def _share(value: float, what: str) -> float:
+    if value <= 0 or not value <= 0.5:
+        raise ValueError(
+            f"{what} is {value}; a float is the share of the patches that merge in each block, above 0 and at most "
+            f"0.5; for a number of tokens give an int"
+        )
+    return float(value)
+
+
 def check_schedule(r: object, depth: int) -> Schedule:
-    """The same r with plain Python numbers.
+    """The same r with plain Python numbers; words that say no more than a number become it.
 
     Raises:
-        ValueError: r is none of the four forms, negative, beyond 2**63, or a list longer than the model is deep.
+        ValueError: r has none of the forms, or is negative, beyond 2**63, or a list longer than the model is deep.
     """
+    if isinstance(r, str):
+        return _check_words(r, depth)
     if isinstance(r, list):
         if len(r) > depth:
             raise ValueError(f"r lists {len(r)} blocks, and the model has {depth}")
-        return [_count(value, f"r[{i}]") for i, value in enumerate(r)]
+        return [_check_entry(value, f"r[{i}]") for i, value in enumerate(r)]
     if isinstance(r, tuple):
+        if len(r) == 2 and isinstance(r[0], str):
+            return _check_words(f"{r[0]},{_inflection(r[1]):g}", depth)
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
             raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
-        if r[1] < -1 or not r[1] <= 1:
-            raise ValueError(f"the inflection is {r[1]}, and must lie between -1 (early) and 1 (late)")
-        return _count(r[0], "r[0]"), float(r[1])
+        return _count(r[0], "r[0]"), _inflection(r[1])
     if isinstance(r, Real) and not isinstance(r, Integral):
-        if r <= 0 or not r <= 0.5:
-            raise ValueError(
-                f"r is {r}; a float is the share of the patches that merge in each block, above 0 and at most "
-                f"0.5; for a number of tokens give an int"
-            )
-        return float(r)
+        return _share(float(r), "r")
     return _count(r, "r")
 
 
+def _check_entry(value: object, what: str) -> int | str:
+    if not isinstance(value, str):
+        return _count(value, what)
+    step = _parse_entry(value)
+    if step is None:
+        raise ValueError(
+            f"{what} is {value!r}; a block's entry is an int, 'grid', '8 pitome', or '8+3 diffrate' where 8 merge and "
+            f"3 are dropped; the matchings are {', '.join(MATCHING_NAMES)}"
+        )
+    return step.entry
+
+
+def _parse_entry(text: str) -> Step | None:
+    # Plain methods of str: torch.compile follows them, and no regular expression.
+    counts, _, matching = text.strip().partition(" ")
+    if counts == "grid" and not matching:
+        return Step(1, matching="grid")  # how many merge follows from the grid
+    merge, _, drop = counts.partition("+")
+    if not (merge.isdecimal() and (drop or "0").isdecimal()) or len(counts) > 40:
+        return None
+    if matching not in MATCHING_NAMES or matching == "grid" or (drop and matching != "diffrate"):
+        return None
+    return Step(int(merge), int(drop or 0), matching)
+
+
+def _check_words(text: str, depth: int) -> Schedule:
+    text = text.strip()
+    if text.startswith("["):
+        try:
+            return check_schedule(json.loads(text), depth)
+        except json.JSONDecodeError:
+            raise ValueError(f"{text!r} is no list as in [20,0,7]") from None
+    words = parse_words(text)
+    if words.ratio is None and words.shape is None and words.matching is None and words.preset is None:
+        assert not isinstance(words.amount, str)
+        if words.inflection is None:
+            return words.amount
+        return int(words.amount), words.inflection
+    return format_words(words)
+
+
+def parse_words(text: str) -> Words:
+    """An r in words, taken apart.
+
+    Raises:
+        ValueError: it is none; the message says what would be.
+    """
+    first, *others = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split() or [""]
+    unknown = ValueError(f"{text!r} is no r; give {ALLOWED}")
+    name, _, gflops = first.rpartition("-")
+    if name in MATCHING_NAMES and gflops.endswith("g") and _number(gflops[:-1]) is not None and not others:
+        return Words("", preset=first)
+    amount, comma, inflection = first.partition(",")
+    words = _parse_amount(amount, text, unknown)
+    if comma:
+        if isinstance(words.amount, float) or (at := _number(inflection)) is None:
+            raise unknown
+        words = words._replace(inflection=_inflection(at))
+    for word in others:
+        shape, colon, number = word.partition(":")
+        if shape in SHAPES and words.shape is None and words.matching is None:
+            words = words._replace(shape=shape, number=_shape_number(shape, number, text) if colon else None)
+        elif word in MATCHING_NAMES and words.matching is None:
+            words = words._replace(matching=word)
+        else:
+            raise ValueError(
+                f"{text!r}: {word!r} is neither a shape ({', '.join(SHAPES)}) nor a matching "
+                f"({', '.join(MATCHING_NAMES)}), or comes twice or too late: first how much, then the shape, then the "
+                f"matching, as in '2x late pitome'"
+            )
+    if words.shape is not None and (words.inflection is not None or isinstance(words.amount, float)):
+        raise ValueError(f"{text!r} asks for two shapes: {words.shape} goes with an int, '2x' or '60%'")
+    if words.matching == "grid" and (words.ratio is None or words.shape or words.inflection is not None):
+        raise ValueError(
+            f"{text!r}: grid merges every 2x2 neighbours once: say '1.5x grid', or name the block, as in [0, 0, 'grid']"
+        )
+    return words
+
+
+def _parse_amount(amount: str, text: str, unknown: ValueError) -> Words:
+    if amount.endswith(("x", "%")):
+        number = _number(amount[:-1])
+        if number is None:
+            raise unknown
+        ratio = number if amount.endswith("x") else 100 / number if number else 0.0
+        if not 1 <= ratio < float("inf"):
+            raise ValueError(
+                f"{text!r} is no budget: '2x' asks for at least twice fewer FLOPs, '60%' for at most that share of "
+                f"them; give 1x or more, or a share above 0% and up to 100%"
+            )
+        return Words(amount, ratio)
+    number = _number(amount)
+    if number is None:
+        raise unknown
+    if "." in amount or "e" in amount:
+        return Words(_share(number, "r"))
+    return Words(_count(int(amount), "r"))
+
+
+def _number(text: str) -> float | None:
+    if len(text) > 40 or not text.isascii() or not set(text) <= set("0123456789.+-e"):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _shape_number(shape: str, text: str, whole: str) -> float:
+    number = _number(text)
+    if shape == "late" and number is not None and 0 < number <= 100:
+        return number
+    if shape == "deferred" and number is not None and number == int(number) >= 0:
+        return int(number)
+    raise ValueError(
+        f"{whole!r}: late:2 grows with the square of the depth, the power above 0 and up to 100; deferred:3 merges "
+        f"nothing in the first 3 blocks"
+    )
+
+
+def format_words(words: Words) -> str:
+    """Words as `parse_words` reads them."""
+    if words.preset is not None:
+        return words.preset
+    first = str(words.amount) + ("" if words.inflection is None else f",{words.inflection:g}")
+    shape = [] if words.shape is None else [words.shape + ("" if words.number is None else f":{words.number:g}")]
+    return " ".join([first, *shape, *([] if words.matching is None else [words.matching])])
+
+
 def parse_schedule(text: str) -> Schedule:
-    """An r as it is typed: 8, or 8,-1 for (8, -1), or [20,0,7] for single blocks, or 0.08 for a share.
+    """An r as it is typed: 8, or 8,-1 for (8, -1), or [20,0,7] for single blocks, or 0.08 for a share, or words.
 
     Raises:
         ValueError: it is none of these.
     """
-    try:
-        if text.startswith("["):
-            r: object = json.loads(text)
-        else:
-            first, *others = text.split(",")
-            number = float(first) if re.search(r"[.e]", first) else int(first)
-            r = (number, *map(float, others)) if others else number
-    except ValueError:
-        raise ValueError(f"{text!r} is none of 8, 8,-1, [20,0,7] and 0.08") from None
-    return check_schedule(r, depth=10**6)
+    return _check_words(text, depth=10**6)
 
 
 def format_schedule(r: Schedule) -> str:
     """An r as `parse_schedule` reads it."""
-    return f"{r[0]},{r[1]:g}" if isinstance(r, tuple) else str(r).replace(" ", "")
+    if isinstance(r, list):
+        return json.dumps(r, separators=(",", ":"))
+    return f"{r[0]},{r[1]:g}" if isinstance(r, tuple) else str(r)
 
 
 def schedule_to_json(r: Schedule) -> Any:
@@ -101,50 +278,124 @@ def distinct_schedules(r_values: Iterable[Schedule]) -> list[Schedule]:
     return list({str(r): r for r in r_values}.values())
 
 
-def resolve_schedule(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:
-    """Tokens that merge in each block, as plain integers, so that a forward has static shapes.
+def resolve_steps(
+    r: Schedule, depth: int, num_tokens: int, num_prefix: int, grid: tuple[int, int] | None = None
+) -> tuple[Step, ...]:
+    """What happens in each block, in plain integers, so that a forward has static shapes.
 
-    Each entry is clamped to half of the unprotected tokens that enter its block.
+    In each block at most all patches but one are dropped, and of the others at most half merge; what goes beyond is
+    clamped. Neighbours merge 2 x 2, which is more, while the patches are a whole grid.
 
     Args:
         r: an int: that many in every block. (r, inflection): a line through the blocks with mean r, flat at 0, falling
             from 2r to 0 at -1, rising from 0 to 2r at 1 (`parse_r` in facebookresearch/ToMe). A list: block by block,
             0 for the blocks it does not reach. A float in (0, 0.5]: that share of the patches entering each block,
-            rounded down.
+            rounded down. Words without a budget: "8 late" has mean 8 and grows with the square of the depth, "8
+            deferred" has mean 8 and leaves the first quarter of the blocks alone, "8 pitome" is of that matching.
         depth: number of blocks.
         num_tokens: tokens that enter the first block, prefix included.
         num_prefix: tokens that are never merged.
+        grid: patches along height and width, where all are there.
 
     Raises:
-        ValueError: r has none of these forms.
+        ValueError: r has none of these forms, or is a budget or a preset, or asks for neighbours where there is no
+            whole grid.
     """
-    wanted = _per_block(check_schedule(r, depth), depth)
-    patches, merged = num_tokens - num_prefix, []
-    for want in wanted:
-        # What 0.29 lacks of 29/100 in binary does not cost a token.
-        count = min(int(want * patches + 1e-9) if isinstance(want, float) else want, patches // 2)
-        # torch.compile takes an r that it has seen change for a symbol, and a dozen merges in one symbol are hours of
-        # algebra. The length of a range is a constant to it.
-        count = len(range(count))
-        merged.append(count)
-        patches -= count
-    return tuple(merged)
+    patches, steps = num_tokens - num_prefix, []
+    for block, (want, drop, matching) in enumerate(_per_block(check_schedule(r, depth), depth)):
+        if matching == "grid":
+            if grid is None or grid[0] * grid[1] != patches or patches < 2:
+                raise ValueError(
+                    f"block {block} cannot merge neighbours 2x2: they need the whole grid of patches, and here "
+                    f"{patches} patches are left of it"
+                )
+            halved = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            step = Step(patches - halved[0] * halved[1], 0, matching, grid, block / depth)
+            grid = halved
+        else:
+            drop = min(drop, max(0, patches - 1))
+            # What 0.29 lacks of 29/100 in binary does not cost a token.
+            merge = min(int(want * patches + 1e-9) if isinstance(want, float) else want, (patches - drop) // 2)
+            # torch.compile takes an r that it has seen change for a symbol, and a dozen merges in one symbol are hours
+            # of algebra. The length of a range is a constant to it.
+            step = Step(len(range(merge)), len(range(drop)), matching, None, block / depth)
+            grid = None if step.total else grid
+        steps.append(step)
+        patches -= step.total
+    return tuple(steps)
 
 
-def token_counts(r: Schedule, depth: int, num_tokens: int, num_prefix: int) -> tuple[int, ...]:
-    """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `resolve_schedule`."""
+def resolve_schedule(
+    r: Schedule, depth: int, num_tokens: int, num_prefix: int, grid: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """By how many tokens fewer leave each block than enter it. Arguments as `resolve_steps`."""
+    return tuple(step.total for step in resolve_steps(r, depth, num_tokens, num_prefix, grid))
+
+
+def token_counts(
+    r: Schedule, depth: int, num_tokens: int, num_prefix: int, grid: tuple[int, int] | None = None
+) -> tuple[int, ...]:
+    """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `resolve_steps`."""
     counts = [num_tokens]
-    for merged in resolve_schedule(r, depth, num_tokens, num_prefix):
-        counts.append(counts[-1] - merged)
+    for fewer in resolve_schedule(r, depth, num_tokens, num_prefix, grid):
+        counts.append(counts[-1] - fewer)
     return tuple(counts)
 
 
-def _per_block(r: Schedule, depth: int) -> Sequence[int | float]:
+def shaped(total: int, depth: int, shape: str, number: float | None = None) -> list[int]:
+    """So many tokens in all, over the blocks.
+
+    "late" grows with a power of the depth, the block's number over the depth, 2 if none is given (cf. the schedules of
+    token merging that are concentrated late); "deferred" leaves the first blocks alone, a quarter if no number is
+    given, and is flat then. Sums up to each block are rounded, so that more in all is nowhere less so far.
+
+    Raises:
+        ValueError: no block is left to merge in.
+    """
+    if shape == "late":
+        power = 2.0 if number is None else number
+        weights = [((block + 1) / depth) ** power for block in range(depth)]
+    else:
+        first = depth // 4 if number is None else int(number)
+        if first >= depth:
+            raise ValueError(f"deferred:{first} leaves {first} blocks alone, and the model has {depth}")
+        weights = [float(block >= first) for block in range(depth)]
+    whole, so_far, done, out = sum(weights), 0.0, 0, []
+    for weight in weights:
+        so_far += weight
+        reached = int(total * (so_far / whole) + 0.5)
+        out.append(reached - done)
+        done = reached
+    return out
+
+
+#: Of a block: tokens or the share of the patches that merge, tokens that are dropped, and the matching.
+_Wanted = tuple[int | float, int, str | None]
+
+
+def _per_block(r: Schedule, depth: int) -> list[_Wanted]:
+    if isinstance(r, str):
+        return _words_per_block(r, depth)
     if isinstance(r, list):
-        return r + [0] * (depth - len(r))
+        entries = [_parse_entry(entry) or Step() if isinstance(entry, str) else Step(entry) for entry in r]
+        return [(step.merge, step.drop, step.matching) for step in entries] + [(0, 0, None)] * (depth - len(r))
     if isinstance(r, tuple) and depth > 1:
         mean, inflection = r
         first = int(mean * (1.0 - inflection))
         step = (2 * mean - 2 * first) / (depth - 1)
-        return [int(first + step * i) for i in range(depth)]
-    return [r[0] if isinstance(r, tuple) else r] * depth
+        return [(int(first + step * i), 0, None) for i in range(depth)]
+    return [(r[0] if isinstance(r, tuple) else r, 0, None)] * depth
+
+
+def _words_per_block(text: str, depth: int) -> list[_Wanted]:
+    words = parse_words(text)
+    if words.ratio is not None or words.preset is not None:
+        raise ValueError(f"{text!r} needs to know the model: tomevit.flops.plain_schedule makes a plain r of it")
+    assert not isinstance(words.amount, str)
+    r: Schedule = words.amount
+    if words.shape is not None:
+        # Beyond, all is clamped anyway, and a float would lose digits.
+        r = shaped(min(int(words.amount), 10**9) * depth, depth, words.shape, words.number)
+    elif words.inflection is not None:
+        r = int(words.amount), words.inflection
+    return [(amount, 0, words.matching) for amount, _, _ in _per_block(r, depth)]

@@ -25,7 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tomevit.config import Card, Config, Figure, Preprocess, Source
+from tomevit.cards import Card
+from tomevit.config import Config, Figure, Preprocess, Source
 from tomevit.errors import join_with_or, nearest
 
 #: How the names of checkpoints end.

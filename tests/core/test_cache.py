@@ -44,8 +44,8 @@ from tests.fetching import (
 )
 from tests.outcomes import survives
 from tests.server import Fault, Server
-from tomevit.cards import Header, encode_header
-from tomevit.config import Card, Source
+from tomevit.cards import Card, Header, encode_header
+from tomevit.config import Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, DownloadError, UnreadableError
 from tomevit.weights import cache, servers
 from tomevit.weights.cache import Fetched, cached, fetch, home

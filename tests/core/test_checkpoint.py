@@ -20,7 +20,8 @@ from safetensors import safe_open
 import tomevit
 from tests.helpers import images_for, tiny
 from tomevit import cards
-from tomevit.config import Card, Figure, Preprocess, Source
+from tomevit.cards import Card
+from tomevit.config import Figure, Preprocess, Source
 from tomevit.headers import read_header
 from tomevit.layers import bipartite_soft_matching
 from tomevit.schedule import Schedule

@@ -21,7 +21,7 @@ import tomevit
 from tests import foreign
 from tests.helpers import randomise, tiny
 from tomevit import CheckpointError, Config, cards
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.models import build
 from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS

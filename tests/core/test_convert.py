@@ -19,7 +19,8 @@ from benchmarks.peers import timm, torchvision
 from tests import foreign
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import AmbiguousCheckpointError, CheckpointError, Config
-from tomevit.config import Card, Source
+from tomevit.cards import Card
+from tomevit.config import Source
 from tomevit.weights import checkpoint
 from tomevit.weights.adapt import adapt, resample_positions
 from tomevit.weights.formats import BICUBIC, FORMATS

@@ -16,7 +16,7 @@ import tomevit
 from tests import foreign
 from tests.server import Fault, Server
 from tomevit import CheckpointError, Config, DownloadError
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.weights.convert import inspect
 from tomevit.weights.directories import find_checkpoint
 from tomevit.weights.sources import locate

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests import foreign
 from tests.helpers import images_for, randomise
 from tomevit import convert, load
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError
 from tomevit.models import build, build_meta
 from tomevit.weights import rules

@@ -21,7 +21,8 @@ from tests.outcomes import survives
 from tests.server import Fault, Server, objections
 from tests.tasks.test_cli import run
 from tomevit import zoo
-from tomevit.config import Card, Figure, Source
+from tomevit.cards import Card
+from tomevit.config import Figure, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
 from tomevit.weights import checkpoint

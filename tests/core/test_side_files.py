@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 import tomevit
 from benchmarks.peers import timm
 from tests.helpers import images_for, randomise, relative_error, tiny
-from tomevit.config import ARCHITECTURE, Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import ARCHITECTURE, Config, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.models import build_meta
 from tomevit.transform import Transform

@@ -35,7 +35,7 @@ import tomevit
 from tests import foreign, hostile
 from tests.helpers import tiny
 from tomevit import AmbiguousCheckpointError, CheckpointError, Config
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.errors import MissingOptionError
 from tomevit.weights.convert import weights_of
 from tomevit.weights.files import open_checkpoint

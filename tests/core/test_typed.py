@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import tomevit
 from tomevit import zoo
-from tomevit.cards import card_from_json, card_to_json
-from tomevit.config import Card, Config, Preprocess
+from tomevit.cards import Card, card_from_json, card_to_json
+from tomevit.config import Config, Preprocess
 from tomevit.errors import printable
 from tomevit.schedule import Schedule, format_schedule, parse_schedule, schedule_from_json, schedule_to_json
 from tomevit.typed import conform

@@ -16,7 +16,8 @@ import tomevit
 from benchmarks.peers import timm, torchvision
 from tests.helpers import format_of_timms, images_for, is_prepared_as_timm_does, timms_shapes
 from tomevit import zoo
-from tomevit.config import Card, Config, Source
+from tomevit.cards import Card
+from tomevit.config import Config, Source
 from tomevit.flops import count_parameters
 from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta

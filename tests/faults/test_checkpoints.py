@@ -20,7 +20,8 @@ from tests import hostile
 from tests.faults.special import SPECIAL, each_special
 from tests.outcomes import survives
 from tomevit import cards
-from tomevit.config import Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import Config, Preprocess
 from tomevit.errors import CheckpointError, NotRegularFileError
 from tomevit.models import VisionTransformer, build
 from tomevit.weights import files, shards, sources

@@ -25,7 +25,8 @@ from tests.faults.terminal import run_at_terminal
 from tests.helpers import tiny
 from tests.outcomes import survives
 from tests.tasks.test_cli import run
-from tomevit.config import Card, Figure, Source
+from tomevit.cards import Card
+from tomevit.config import Figure, Source
 from tomevit.tasks import plots
 from tomevit.tasks.demo import PLAIN, held_out
 from tomevit.weights.push import find_base, model_card

@@ -11,13 +11,13 @@ import click
 import torch
 from tqdm import tqdm
 
+from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
-from tomevit.config import Card
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.errors import printable

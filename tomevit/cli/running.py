@@ -7,8 +7,7 @@ import os
 import torch
 
 from tomevit import zoo
-from tomevit.cards import is_ours, read_contents
-from tomevit.config import Card
+from tomevit.cards import Card, is_ours, read_contents
 from tomevit.data.distributed import on_this_machine
 from tomevit.factory import create
 from tomevit.models import VisionTransformer

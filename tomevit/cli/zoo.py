@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from tomevit import zoo
-from tomevit.cards import Contents, is_ours, lines_left_out, read_contents
+from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
-from tomevit.config import POOLED, Card, Config, Figure, Source
+from tomevit.config import POOLED, Config, Figure, Source
 from tomevit.errors import printable
 from tomevit.flops import count_parameters, flops
 from tomevit.output import check_outputs, new_file

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple
 
-from tomevit.config import Card
+from tomevit.cards import Card
 
 #: The class lists that are known by their length alone.
 IMAGENET = {1000: "ImageNet-1k", 11821: "ImageNet-12k", 21843: "ImageNet-21k"}

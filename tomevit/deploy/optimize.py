@@ -205,7 +205,7 @@ def _fuse_merge(model: VisionTransformer) -> None:
     from tomevit.layers.triton_merge import match_and_merge_fused
 
     for block in _blocks(model):
-        block.match_and_merge = match_and_merge_fused
+        block.bipartite = match_and_merge_fused
 
 
 def _compile(model: VisionTransformer) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -28,11 +30,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, dropout:
     Returns:
         (B, H, Q, d)
     """
-    bias = None
-    if size is not None:
-        log_size = size.to(backends.at_least_float32(q.dtype)).log().to(q.dtype)
-        bias = rearrange(log_size, "b n 1 -> b 1 1 n")
+    bias = None if size is None else _log(size, backends.at_least_float32(q.dtype)).to(q.dtype)
     return backends.without_emulation(partial(F.scaled_dot_product_attention, dropout_p=dropout), q, k, v, bias)
+
+
+def importance(q: Tensor, k: Tensor, size: Tensor | None = None) -> Tensor:
+    """How much of one query's attention each token has, averaged over the heads: (B, N) float32 or float64.
+
+    One row of scores, computed beside the fused kernel, which does not show its own.
+
+    Args:
+        q: (B, H, 1, d).
+        k: (B, H, N, d).
+        size: as `attend`.
+    """
+    dtype = backends.at_least_float32(q.dtype)
+    q, k = q.detach().to(dtype), k.detach().to(dtype)
+    with backends.without_autocast(q):
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if size is not None:
+        scores = scores + _log(size, dtype)
+    return scores.softmax(-1).mean(1).squeeze(1)
+
+
+def _log(size: Tensor, dtype: torch.dtype) -> Tensor:
+    return rearrange(size.to(dtype).log(), "b n 1 -> b 1 1 n")
+
+
+class Attended(NamedTuple):
+    """What attention answers, and what matchings look at."""
+
+    x: Tensor  # (B, N or num_read, D)
+    key: Tensor  # (B, H, N, d), not rotated
+    importance: Tensor | None  # (B, N) float32 or float64, where it was asked for
 
 
 class Attention(nn.Module):
@@ -46,30 +76,39 @@ class Attention(nn.Module):
         self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.rotate = partial(rotate, kind=config.rope or "")
+        self.class_token = config.class_token
         self.norm = layer_norm(dim, config.norm_eps) if config.attn_norm else nn.Identity()
         self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.attn_dropout
 
     def forward(
-        self, x: Tensor, size: Tensor | None = None, num_read: int | None = None, rope: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        size: Tensor | None = None,
+        num_read: int | None = None,
+        rope: Tensor | None = None,
+        *,
+        with_importance: bool = False,
+    ) -> Attended:
         """
         Args:
             x: (B, N, D).
             size: (B, N, 1) float32 for proportional attention, None for the plain one.
             num_read: if only the first tokens of the result are wanted, how many.
             rope: (B or 1, N, d) float32, where the positions are rotations.
-
-        Returns:
-            (B, N or num_read, D), and the keys (B, H, N, d), which are not rotated.
+            with_importance: say how important each token is: to the class token, or to the mean query without one.
         """
         q, k, v = self._qkv(x) if num_read is None else self._qkv_read(x, num_read)
         q, k = self.q_norm(q), self.k_norm(k)
         turned, key = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
         x = attend(turned, key, v, size, self.attn_dropout if self.training else 0.0)
         x = self.norm(rearrange(x, "b h n d -> b n (h d)"))
-        return self.dropout(backends.call(self.proj, x)), k
+        row = None
+        if with_importance:
+            query = turned[:, :, :1] if self.class_token else turned.mean(2, keepdim=True)
+            row = importance(query, key, size)
+        return Attended(self.dropout(backends.call(self.proj, x)), k, row)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = backends.call(self.qkv, x)

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from tomevit.config import Config
-from tomevit.layers.attention import Attention
-from tomevit.layers.matching import MATCHINGS, Matching, check_merge, find_matching
+from tomevit.layers.attention import Attended, Attention
+from tomevit.layers.matching import MATCHINGS, Matching, bipartite_soft_matching, check_merge, find_matching, needs_of
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import MLPS, DropPath, LayerScale
 from tomevit.layers.uninitialised import layer_norm
+from tomevit.schedule import Step
 
 MatchAndMerge = Callable[[Tokens, Tensor, int, int], Tokens]
 
 
-def match_and_merge(matching: Matching, tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
-    """Merge r tokens, those that the matching finds similar in the keys (B, H, N, d), averaged over the heads.
+def match_and_merge(matching: Matching, tokens: Tokens, attended: Attended, step: Step, num_prefix: int) -> Tokens:
+    """Take away as many tokens as a step says, those that the matching finds in what it needs to look at.
 
     Raises:
-        ValueError: a matching of the user's own merges other tokens than r of those that it was given.
+        ValueError: a matching of the user's own takes away other tokens than so many of those that it was given.
     """
-    merge = matching(key.mean(1), r, num_prefix)
+    merge = matching(*(_look(need, tokens, attended, step) for need in needs_of(matching)), step.merge, num_prefix)
     if matching not in MATCHINGS.values():
-        check_merge(merge, matching, key.shape[2], r, num_prefix)
+        check_merge(merge, matching, tokens.x.shape[1], step.merge, num_prefix)
     return merge_tokens(tokens, merge)
+
+
+def _look(need: str, tokens: Tokens, attended: Attended, step: Step) -> object:
+    """What `tomevit.layers.NEEDS` has by that name."""
+    if need == "key":
+        return attended.key.mean(1)
+    if need == "importance":
+        return attended.importance
+    if need == "size" and tokens.size is None:
+        return torch.ones_like(tokens.x[:, :, :1], dtype=torch.float32)
+    return getattr(tokens if need in ("x", "size") else step, need)
 
 
 class Block(nn.Module):
@@ -36,7 +48,8 @@ class Block(nn.Module):
         super().__init__()
         self.num_prefix = config.num_prefix
         self.prop_attn = config.prop_attn
-        self.match_and_merge: MatchAndMerge = partial(match_and_merge, find_matching(config.matching))
+        self.matching = find_matching(config.matching)
+        self.bipartite: MatchAndMerge | None = None  # another implementation of bipartite matching and merging
         self.norm1 = layer_norm(config.embed_dim, config.norm_eps)
         self.attn = Attention(config)
         self.ls1 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
@@ -45,22 +58,28 @@ class Block(nn.Module):
         self.ls2 = LayerScale(config) if config.layer_scale is not None else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Tokens, r: int = 0, num_read: int | None = None) -> Tokens:
+    def forward(self, tokens: Tokens, r: int | Step = 0, num_read: int | None = None) -> Tokens:
         """
         Args:
             tokens: x (B, N, D).
-            r: how many tokens merge here.
+            r: how many tokens merge here, or a step, which may have another matching.
             num_read: if only the first tokens of the result will be read, how many: the rest is not computed.
 
         Returns:
             x (B, N - r, D), or (B, num_read, D).
         """
-        x, size, slots, rope = tokens
-        attended, key = self.attn(self.norm1(x), size if self.prop_attn else None, num_read, rope)
+        step = r if isinstance(r, Step) else Step(r)
+        matching = self.matching if step.matching is None else MATCHINGS[step.matching]
+        x, size, slots, rope, weight = tokens
+        counts = (size if self.prop_attn else None) if weight is None else weight
+        ranked = step.total > 0 and "importance" in needs_of(matching)
+        attended = self.attn(self.norm1(x), counts, num_read, rope, with_importance=ranked)
         x = x if num_read is None else x[:, :num_read]
-        tokens = Tokens(x + self.drop_path(self.ls1(attended)), size, slots, rope)
-        if r > 0:
-            tokens = self.match_and_merge(tokens, key, r, self.num_prefix)
-        del attended, key  # the keys hold all of qkv, which need not be there when memory peaks
+        tokens = Tokens(x + self.drop_path(self.ls1(attended.x)), size, slots, rope, weight)
+        if step.total > 0 and matching is bipartite_soft_matching and self.bipartite is not None and weight is None:
+            tokens = self.bipartite(tokens, attended.key, step.merge, self.num_prefix)
+        elif step.total > 0:
+            tokens = match_and_merge(matching, tokens, attended, step, self.num_prefix)
+        del attended  # the keys hold all of qkv, which need not be there when memory peaks
         x = tokens.x
         return tokens._replace(x=x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))))

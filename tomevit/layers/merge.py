@@ -19,29 +19,52 @@ class Tokens(NamedTuple):
 
     x: Tensor  # (B, N, D)
     size: Tensor | None = None  # (B, N, 1) float32: initial tokens per token; None while all are 1
-    slots: Tensor | None = None  # (B, N0) int64: where each initial token is now; only when traced
+    slots: Tensor | None = None  # (B, N0) int64: where each initial token is now, -1 if dropped; only when traced
     rope: Tensor | None = None  # (B or 1, N, d) float32: cosines and sines of its rotary position (rotary.py)
+    weight: Tensor | None = None  # (B, N, 1) float32: what it counts in attention and pooling; None: as its size says
 
 
 class Merge(NamedTuple):
-    """N tokens become M: each token that comes out starts from one that went in, and N - M join one of them."""
+    """N tokens become M: each token that comes out starts from one that went in, and S join one of them.
+
+    Tokens that are named neither in keep nor in src are dropped.
+    """
 
     keep: Tensor  # (B, M) int64: the token in that each token out starts from
-    src: Tensor  # (B, N - M) int64: the tokens in that join another
-    dst: Tensor  # (B, N - M) int64: the token out that each of them joins
+    src: Tensor  # (B, S) int64: the tokens in that join another
+    dst: Tensor  # (B, S) int64: the token out that each of them joins
+    #: (B, S) float32: what part of its weight each of them brings. Given, the mean is a plain one over the tokens.
+    similarity: Tensor | None = None
 
 
 def merge_tokens(tokens: Tokens, merge: Merge) -> Tokens:
-    """Average the tokens that a merge joins, weighted by size, and keep all else in step (ToMe, section 3)."""
-    x, size, slots, rope = tokens
-    if size is None:
-        size = torch.ones(x.shape[0], x.shape[1], 1, dtype=torch.float32, device=x.device)
+    """Average the tokens that a merge joins, and keep all else in step.
+
+    The mean is weighted by size (ToMe, section 3); where the merge has similarities it is plain, and attention weighs
+    the sum of what the members bring (OpenGVLab/DiffRate, DiffRate/patch/deit.py).
+    """
+    x, size, slots, rope, weight = tokens
+    ones = torch.ones(x.shape[0], x.shape[1], 1, dtype=torch.float32, device=x.device)
+    size = ones if size is None else size
+    counts = size if merge.similarity is None else ones
     if rope is not None:
-        rope, _ = merge_mean(rope.expand(x.shape[0], -1, -1), size, merge)
-    x, size = merge_mean(x, size, merge)
+        rope, _ = merge_mean(rope.expand(x.shape[0], -1, -1), counts, merge)
+    if weight is not None or merge.similarity is not None:
+        weight = merge_sum(size if weight is None else weight, merge, merge.similarity)
+    x, size_out = merge_mean(x, counts, merge)
     if slots is not None:
-        slots = compose(slots, slot_map(merge))
-    return Tokens(x, size, slots, rope)
+        slots = compose(slots, slot_map(merge, ones.shape[1]))
+    return Tokens(x, size_out if counts is size else merge_sum(size, merge), slots, rope, weight)
+
+
+def merge_sum(size: Tensor, merge: Merge, share: Tensor | None = None) -> Tensor:
+    """The sum over each group, (B, M, 1), of what its tokens have, (B, N, 1), and of joining ones a share, (B, S)."""
+    joining = rows(size, merge.src)
+    if share is not None:
+        joining = joining * share[:, :, None].to(size.dtype)
+    if backends.merges_by_index(size):
+        return rows(size, merge.keep).scatter_add(1, merge.dst[:, :, None], joining)
+    return rows(size, merge.keep) + (_joins(merge, size.dtype) * joining.transpose(1, 2)).sum(2, keepdim=True)
 
 
 def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
@@ -56,9 +79,9 @@ def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
     """
     if backends.merges_by_index(x):
         if backends.hides_merging(x):
-            return torch.ops.tomevit.merge_mean(x, size, *merge)
+            return torch.ops.tomevit.merge_mean(x, size, *merge[:3])
         if torch.is_grad_enabled() and x.requires_grad:
-            return _MeanByIndex.apply(x, size, *merge)  # type: ignore[no-untyped-call]
+            return _MeanByIndex.apply(x, size, *merge[:3])  # type: ignore[no-untyped-call]
         return mean_by_index(x, size, merge)
     return mean_by_product(x, size, merge)
 
@@ -68,17 +91,23 @@ def mean_by_product(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tens
 
     It needs no scatter, and so is deterministic on every device, compiles to few kernels and exports everywhere.
     """
-    keep, src, dst = merge
+    keep, src, *_ = merge
     dtype = backends.at_least_float32(x.dtype)
-    joins = (dst[:, None, :] == torch.arange(keep.shape[1], device=dst.device)[:, None]).to(size.dtype)  # (B, M, N - M)
+    joins = _joins(merge, size.dtype)
     size_keep, size_src = rows(size, keep), rows(size, src).transpose(1, 2)
     # Sums of integers below 2^24: exact in float32, in any order, on any device.
     size_out = size_keep + (joins * size_src).sum(2, keepdim=True)  # (B, M, 1)
     # Weights that sum to one: a sum over x itself could overflow float16.
-    weights = joins * (size_src.to(dtype) / size_out)  # (B, M, N - M)
+    weights = joins * (size_src.to(dtype) / size_out)  # (B, M, S)
     kept = rows(x, keep).to(dtype).mul_(size_keep.to(dtype) / size_out)
     with backends.without_autocast(x):
         return torch.baddbmm(kept, weights, rows(x, src).to(dtype)).to(x.dtype), size_out
+
+
+def _joins(merge: Merge, dtype: torch.dtype) -> Tensor:
+    """(B, M, S): 1 where that token joins that group."""
+    place = torch.arange(merge.keep.shape[1], device=merge.dst.device)
+    return (merge.dst[:, None, :] == place[:, None]).to(dtype)
 
 
 def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
@@ -139,9 +168,9 @@ class _MeanByIndex(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         size, size_out, *merge = ctx.saved_tensors
-        slots = slot_map(Merge(*merge))
-        share = size.to(backends.at_least_float32(grad.dtype)) / rows(size_out, slots)
-        return (rows(grad, slots) * share).to(grad.dtype), None, None, None, None
+        slots = slot_map(Merge(*merge), size.shape[1])
+        share = size.to(backends.at_least_float32(grad.dtype)) / rows(size_out, torch.where(slots < 0, 0, slots))
+        return (rows_or_zero(grad, slots) * share).to(grad.dtype), None, None, None, None
 
 
 @torch.library.custom_op("tomevit::merge_mean", mutates_args=())
@@ -172,17 +201,32 @@ def _flat(index: Tensor, tokens: int) -> Tensor:
     return row.gather(1, index).flatten()
 
 
-def slot_map(merge: Merge) -> Tensor:
-    """(B, N) int64: the token out that each token in ends in."""
-    keep, src, dst = merge
+def rows_or_zero(x: Tensor, slots: Tensor) -> Tensor:
+    """`rows`, and zeros where the index is -1."""
+    there = slots >= 0
+    return rows(x, torch.where(there, slots, 0)) * there[:, :, None].to(x.dtype)
+
+
+def slot_map(merge: Merge, tokens: int | None = None) -> Tensor:
+    """(B, N) int64: the token out that each token in ends in, -1 for those that are dropped.
+
+    Args:
+        merge: of N tokens.
+        tokens: N; None: none is dropped.
+    """
+    keep, src, dst, _ = merge
     stay = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
-    slots = keep.new_empty(keep.shape[0], keep.shape[1] + src.shape[1])
+    named = keep.shape[1] + src.shape[1]
+    tokens = named if tokens is None else tokens
+    shape = keep.shape[0], tokens
+    slots = keep.new_empty(shape) if tokens == named else keep.new_full(shape, -1)
     return slots.scatter(1, torch.cat([keep, src], 1), torch.cat([stay, dst], 1))
 
 
 def compose(first: Tensor, second: Tensor) -> Tensor:
     """The slot map (B, N0) of two steps, from those of the first (B, N0) and of the second (B, N1)."""
-    return second.gather(1, first)
+    there = first >= 0
+    return torch.where(there, second.gather(1, torch.where(there, first, 0)), -1)
 
 
 def unmerge(tokens: Tokens) -> Tensor:
@@ -192,13 +236,13 @@ def unmerge(tokens: Tokens) -> Tensor:
         tokens: what `forward_features` returned, with slots.
 
     Returns:
-        (B, N0, D) in the dtype of tokens.x.
+        (B, N0, D) in the dtype of tokens.x; zeros for tokens that were dropped (`tokens.slots` is -1 there).
 
     Raises:
         ValueError: tokens were merged without slots being recorded.
     """
     if tokens.slots is not None:
-        return rows(tokens.x, tokens.slots)
+        return rows_or_zero(tokens.x, tokens.slots)
     if tokens.size is None:
         return tokens.x
     raise ValueError("these tokens were merged without a record of where each went: call forward_features(trace=True)")

@@ -18,7 +18,7 @@ from tomevit.layers.uninitialised import layer_norm
 
 def mean_patch(tokens: Tokens, num_prefix: int) -> Tensor:
     """The mean over the initial patches, (B, D): each token counts as often as the patches it stands for."""
-    x, size = tokens.x, tokens.size
+    x, size = tokens.x, tokens.size if tokens.weight is None else tokens.weight
     if num_prefix:
         x, size = x[:, num_prefix:], None if size is None else size[:, num_prefix:]
     if size is None:
@@ -59,6 +59,6 @@ class AttentionPool(Attention):
     def forward(self, tokens: Tokens) -> Tensor:  # type: ignore[override]
         latent = self.latent.expand(tokens.x.shape[0], -1, -1)
         q, k, v = self._qkv_read(torch.cat([latent, tokens.x], 1), 1)
-        x = attend(q, k[:, :, 1:], v[:, :, 1:], tokens.size)
+        x = attend(q, k[:, :, 1:], v[:, :, 1:], tokens.size if tokens.weight is None else tokens.weight)
         x = backends.call(self.proj, rearrange(x, "b h n d -> b n (h d)"))
         return (x + self.mlp(self.norm(x)))[:, 0]

@@ -41,7 +41,8 @@ def match_and_merge_fused(tokens: Tokens, key: Tensor, r: int, num_prefix: int) 
     Raises:
         ValueError: a device, a dtype, a number of tokens or an r that the kernels do not take.
     """
-    x, size, slots, rope = tokens
+    x, size, slots, rope, weight = tokens
+    assert weight is None, "sizes are all that the kernels know"
     if size is None:
         size = x.new_ones((x.shape[0], x.shape[1], 1), dtype=torch.float32)
     x, size_out, step = _match_and_merge(x, size, key, r, num_prefix)

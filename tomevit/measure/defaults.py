@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.schedule import Schedule
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 
 
 def group_matcher(prefix: str = "") -> dict[str, Any]:

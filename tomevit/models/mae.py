@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.block import Block
-from tomevit.layers.merge import Tokens, rows
+from tomevit.layers.merge import Tokens, rows, rows_or_zero
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import group_matcher
 from tomevit.models.init import initial_weights
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
             (B, N, p * p * C)
         """
         assert tokens.slots is not None
-        x = rows(self.embed(tokens.x), tokens.slots)  # (B, P + M, D): embedded while merged, which is less work
+        x = rows_or_zero(self.embed(tokens.x), tokens.slots)  # (B, P + M, D): embedded while merged, which is less work
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
         hidden = self.mask_token.to(x.dtype).expand(x.shape[0], restore.shape[1] - patches.shape[1], -1)
         patches = rows(torch.cat([patches, hidden], 1), restore)

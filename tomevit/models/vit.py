@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
+from tomevit.flops import plain_schedule
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_images, check_visible
 from tomevit.layers.merge import Tokens, rows
@@ -19,7 +22,7 @@ from tomevit.layers.rotary import RotaryEmbedding
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
-from tomevit.schedule import Schedule, check_schedule, resolve_schedule, token_counts
+from tomevit.schedule import Schedule, Step, resolve_steps
 
 # What looks at values is no part of a graph of torch.fx, as create_feature_extractor makes it.
 torch.fx.wrap("check_images")
@@ -84,23 +87,31 @@ class VisionTransformer(TimmInterface):
 
     @r.setter
     def r(self, value: Schedule) -> None:
-        self._r = check_schedule(value, self.config.depth)
+        self._r = self.plain(value)
 
-    def schedule(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
-        """Tokens that merge in each block, for this r or the model's own.
+    def plain(self, r: Schedule) -> Schedule:
+        """An r in numbers: what "2x" or the name of a preset means for this model, and every other r as it is."""
+        return plain_schedule(r, self.config, self.card.presets)
+
+    def steps(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[Step, ...]:
+        """What happens in each block between attention and MLP, for this r or the model's own.
 
         Args:
             r: instead of the model's own.
             num_tokens: that enter the first block, prefix included; None: those of a whole image.
         """
-        return resolve_schedule(self.r if r is None else r, *self._shape(num_tokens))
+        config = self.config
+        count, grid = (config.num_tokens, config.grid) if num_tokens is None else (num_tokens, None)
+        return resolve_steps(self.r if r is None else self.plain(r), config.depth, count, config.num_prefix, grid)
+
+    def schedule(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
+        """By how many tokens fewer leave each block than enter it. Arguments as `steps`."""
+        return tuple(step.total for step in self.steps(r, num_tokens))
 
     def token_counts(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
-        """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `schedule`."""
-        return token_counts(self.r if r is None else r, *self._shape(num_tokens))
-
-    def _shape(self, num_tokens: int | None) -> tuple[int, int, int]:
-        return self.config.depth, self.config.num_tokens if num_tokens is None else num_tokens, self.config.num_prefix
+        """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `steps`."""
+        first = self.config.num_tokens if num_tokens is None else num_tokens
+        return tuple(accumulate(self.schedule(r, num_tokens), operator.sub, initial=first))
 
     def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
         """Classify.
@@ -139,8 +150,8 @@ class VisionTransformer(TimmInterface):
     ) -> list[Tokens]:
         """The tokens that leave each block, through the final norm if asked."""
         tokens, out = self._embed(images, trace), []
-        for block, merged in zip(self.blocks, self.schedule(r), strict=True):
-            tokens = self._run(block, tokens, merged)
+        for block, step in zip(self.blocks, self.steps(r), strict=True):
+            tokens = self._run(block, tokens, step)
             out.append(tokens._replace(x=self.norm(tokens.x)) if norm else tokens)
         return out
 
@@ -184,12 +195,12 @@ class VisionTransformer(TimmInterface):
         visible: Tensor | None = None,
     ) -> Tokens:
         tokens = self._embed(images, trace, visible)
-        *merged, last = self.schedule(r, None if visible is None else self.config.num_prefix + visible.shape[1])
-        for block, count in zip(self.blocks[:-1], merged, strict=True):
-            tokens = self._run(block, tokens, count)
+        *steps, last = self.steps(r, None if visible is None else self.config.num_prefix + visible.shape[1])
+        for block, step in zip(self.blocks[:-1], steps, strict=True):
+            tokens = self._run(block, tokens, step)
         # Where only prefix tokens are read, a merge in the last block would change nothing that is.
-        tokens = self._run(self.blocks[-1], tokens, last if num_read is None else 0, num_read)
-        return Tokens(self.norm(tokens.x), tokens.size, tokens.slots)
+        tokens = self._run(self.blocks[-1], tokens, last if num_read is None else Step(), num_read)
+        return tokens._replace(x=self.norm(tokens.x), rope=None)
 
     def _embed(self, images: Tensor, trace: bool, visible: Tensor | None = None) -> Tokens:
         config = self.config
@@ -207,12 +218,14 @@ class VisionTransformer(TimmInterface):
         slots = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1) if trace else None
         return Tokens(self.norm_pre(self.pos_drop(x)), None, slots, rope)
 
-    def _run(self, block: nn.Module, tokens: Tokens, r: int, num_read: int | None = None) -> Tokens:
-        return run(block, tokens, r, num_read, checkpointing=self.grad_checkpointing)
+    def _run(self, block: nn.Module, tokens: Tokens, step: Step, num_read: int | None = None) -> Tokens:
+        return run(block, tokens, step, num_read, checkpointing=self.grad_checkpointing)
 
 
-def run(block: nn.Module, tokens: Tokens, r: int = 0, num_read: int | None = None, *, checkpointing: bool) -> Tokens:
+def run(
+    block: nn.Module, tokens: Tokens, step: Step | int = 0, num_read: int | None = None, *, checkpointing: bool
+) -> Tokens:
     """A block, of which with checkpointing only what enters it is kept for the backward pass."""
     if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, tokens, r, num_read, use_reentrant=False)
-    return block(tokens, r, num_read)
+        return checkpoint(block, tokens, step, num_read, use_reentrant=False)
+    return block(tokens, step, num_read)

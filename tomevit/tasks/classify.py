@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import Batch, find, stream
 from tomevit.errors import join_with_or

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 from tomevit.models import initial_heads
 from tomevit.weights.rules import Resampling
 

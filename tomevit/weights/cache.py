@@ -39,8 +39,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from tomevit.cards import decode_header
-from tomevit.config import Card, Source
+from tomevit.cards import Card, decode_header
+from tomevit.config import Source
 from tomevit.errors import CheckpointError, DownloadError, UnreadableError, printable
 from tomevit.headers import read_header
 from tomevit.locks import hold_lock

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tomevit.cards import Header, decode_header, encode_header, first_line
-from tomevit.config import Card, Config
+from tomevit.cards import Card, Header, decode_header, encode_header, first_line
+from tomevit.config import Config
 from tomevit.errors import CheckpointError, NotRegularFileError
 from tomevit.headers import read_header
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import zoo
-from tomevit.cards import Contents, is_ours
-from tomevit.config import Card, Config, Source
+from tomevit.cards import Card, Contents, is_ours
+from tomevit.config import Config, Source
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, join_with_or
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output

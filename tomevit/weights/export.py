@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.weights import checkpoint, rules
 from tomevit.weights.convert import weights_of

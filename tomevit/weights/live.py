@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomevit.config import Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import Config, Preprocess
 from tomevit.errors import CheckpointError
 from tomevit.models import unwrap
 from tomevit.weights.formats import FORMATS

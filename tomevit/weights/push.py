@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tomevit import zoo
-from tomevit.cards import is_ours
-from tomevit.config import RUNTIME, Card, Figure, Source
+from tomevit.cards import Card, is_ours
+from tomevit.config import RUNTIME, Figure, Source
 from tomevit.errors import CheckpointError, UploadError, printable
 from tomevit.flops import flops
 from tomevit.schedule import token_counts

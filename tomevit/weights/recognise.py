@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tomevit import zoo
-from tomevit.config import Act, Card, Config
+from tomevit.cards import Card
+from tomevit.config import Act, Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names, without_wrappers

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tomevit import zoo
-from tomevit.cards import is_ours
-from tomevit.config import Card, Source
+from tomevit.cards import Card, is_ours
+from tomevit.config import Source
 from tomevit.errors import CheckpointError
 from tomevit.weights import cache, directories, shards
 from tomevit.weights.files import check_is_checkpoint

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 from tomevit.errors import AmbiguousCheckpointError, CheckpointError
 from tomevit.flops import count_parameters, flops
 from tomevit.schedule import Schedule

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tomevit.config import Card, Preprocess
+from tomevit.cards import Card
+from tomevit.config import Preprocess
 from tomevit.deploy.programs import archive, onnx, openvino
 from tomevit.deploy.programs.trace import Settings, from_pixels, trace
 from tomevit.errors import join_with_or

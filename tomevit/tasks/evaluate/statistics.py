@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.flops import flops
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from tomevit.config import Card, Config
+from tomevit.cards import Card
+from tomevit.config import Config
 from tomevit.data.class_names import class_names
 from tomevit.flops import flops_by_step
 from tomevit.layers.block import Block

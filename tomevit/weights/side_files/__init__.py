@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tomevit.config import Card
+from tomevit.cards import Card
 from tomevit.errors import CheckpointError, printable
 from tomevit.weights.side_files import open_clip, timm, transformers
 from tomevit.weights.side_files.common import JsonObject, check_unchanged

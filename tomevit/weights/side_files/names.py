@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, Card, Config
+from tomevit.cards import Card
+from tomevit.config import ARCHITECTURE, Config
 
 # Architectures differ in no other field from models of one name: these have each user's own values.
 _OPEN = ("img_size", "in_chans", "num_classes", "norm_eps", "pool", "pool_norm", "proj_dim")

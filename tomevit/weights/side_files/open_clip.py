@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tomevit import zoo
-from tomevit.config import Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import Config, Preprocess
 from tomevit.weights.side_files import timm
 from tomevit.weights.side_files.common import (
     OPENAI_MEAN,

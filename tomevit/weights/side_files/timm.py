@@ -9,7 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from tomevit import zoo
-from tomevit.config import ARCHITECTURE, CHOICES, Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import ARCHITECTURE, CHOICES, Config, Preprocess
 from tomevit.weights.side_files.common import PAIR, PER_CHANNEL, JsonObject, Row, check_fixed, write_rows
 from tomevit.weights.side_files.names import is_same_architecture, kin_of, named_card
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tomevit.config import ARCHITECTURE, Card, Config, Preprocess
+from tomevit.cards import Card
+from tomevit.config import ARCHITECTURE, Config, Preprocess
 from tomevit.typed import parse_json
 from tomevit.weights.side_files.common import (
     OPENAI_MEAN,
