@@ -15,8 +15,9 @@ from torch import nn
 from tomevit import zoo
 from tomevit.cards import lines_left_out
 from tomevit.config import Config, Pool
+from tomevit.flops import plain_schedule
 from tomevit.models import VisionTransformer, build
-from tomevit.schedule import Schedule, check_schedule
+from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
 from tomevit.weights.convert import Weights, adapt_weights, open_weights, published_weights
 
@@ -45,8 +46,10 @@ def create(
 
     Args:
         name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same.
-        r: tokens to merge in each block: an int, (r, inflection), a list with one int per block, or a float up to 0.5,
-            the share of the patches entering each block. None: what the weights were trained with, 0 for most.
+        r: tokens to merge in each block: an int, (r, inflection), a list with one entry per block, or a float up to
+            0.5, the share of the patches entering each block; or words: "2x", at least twice fewer FLOPs, "60%", at
+            most that share of them, "1.5x late", "8 pitome", the name of a preset on the card. Words become plain
+            numbers (docs, Choosing r). None: what the weights were trained with, 0 for most.
         pretrained: False: fresh weights from torch's default generator. True: the name's weights, downloaded and
             converted on first use. Else a checkpoint of any known format: a file, a URL, hf-hub:owner/repo[@revision],
             or a name of the zoo with its weights' tag; or a model, in a wrapper of torch's or not, whose weights and
@@ -62,7 +65,8 @@ def create(
         in_chans: image channels; a pretrained patch embedding is summed or repeated over them.
         prop_attn: proportional attention; None: as the weights ask.
         pool: what the head reads, the class token or the mean patch.
-        matching: a name in `tomevit.layers.MATCHINGS`, or a function (key, r, num_prefix) -> Merge.
+        matching: a name in `tomevit.layers.MATCHINGS`, or a function of the keys, r and the number of prefix tokens, or
+            of what it declares (`tomevit.layers.needs`), that returns a Merge. Where r names a matching, that one.
         drop_path, dropout, attn_dropout: probabilities, for training.
 
     Raises:
@@ -79,7 +83,7 @@ def create(
     run |= {"drop_path": drop_path, "dropout": dropout, "attn_dropout": attn_dropout}
     config = _with(chosen.config, shape | run)  # before any download: it says what is wrong
     if r is not None:
-        check_schedule(r, config.depth)
+        plain_schedule(r, config, chosen.presets)
 
     if isinstance(pretrained, bool) and (format or key or prefix):
         raise ValueError("format, key and prefix say what a checkpoint is: give it as pretrained=")
@@ -137,7 +141,7 @@ def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
         ValueError: it is of no such library, or r does not fit.
     """
     weights = open_weights(module)
-    check_schedule(r, weights.card.config.depth)
+    plain_schedule(r, weights.card.config, weights.card.presets)
     copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.tensors.items()}
     model = _assemble(weights._replace(tensors=copies))
     model.r = r
