@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 Schedule = int | float | str | tuple[int, float] | list[int] | list[int | str]
 
 #: The names of `tomevit.layers.MATCHINGS`.
-MATCHING_NAMES = ("bipartite", "every_kth", "random", "importance", "diffrate", "pitome", "grid")
+MATCHING_NAMES = ("bipartite", "every_kth", "random", "importance", "diffrate", "redundant", "pitome", "grid")
 SHAPES = ("late", "deferred")
 
 ALLOWED = (
