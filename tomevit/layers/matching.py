@@ -142,7 +142,7 @@ def _diffrate(
     src, keep = alive.gather(1, joining) + num_prefix, alive.gather(1, staying) + num_prefix
     similarity, nearest = _nearest(_normed(x), src, keep)
     prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
-    return _side_by_side(prefix, keep), src, nearest + num_prefix, similarity.clamp(min=0.0).to(torch.float32)
+    return _side_by_side(prefix, keep), src, nearest + num_prefix, similarity.clamp(min=0.0)
 
 
 @needs("key", "depth")
@@ -162,8 +162,8 @@ def _pitome(key: Tensor, depth: float, r: int, num_prefix: int) -> tuple[Tensor,
     with backends.without_autocast(patches):
         energy = F.elu(patches @ patches.transpose(1, 2) - 0.75 * (1 - depth)).mean(2)
     ranked, protected = _most(energy, 2 * r)
-    if backends.is_recorded():
-        ranked = energy.topk(2 * r).indices
+    if backends.is_recorded() and r:
+        ranked = ranked.gather(1, energy.gather(1, ranked).topk(2 * r).indices)
     src, dst = ranked[:, ::2] + num_prefix, ranked[:, 1::2].sort(1).values + num_prefix
     _, nearest = _nearest(normed, src, dst)
     prefix = torch.arange(num_prefix, device=key.device).expand(key.shape[0], -1)
@@ -253,7 +253,7 @@ def _(key: Tensor, _: float, r: int, __: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @diffrate_op.register_fake
 def _(x: Tensor, _: Tensor, drop: int, r: int, __: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=torch.float32)
+    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=backends.at_least_float32(x.dtype))
 
 
 def _join_most_similar(
