@@ -59,12 +59,13 @@ def merge_tokens(tokens: Tokens, merge: Merge) -> Tokens:
 
 def merge_sum(size: Tensor, merge: Merge, share: Tensor | None = None) -> Tensor:
     """The sum over each group, (B, M, 1), of what its tokens have, (B, N, 1), and of joining ones a share, (B, S)."""
+    joining = rows(size, merge.src)
     if share is not None:
-        size = size.to(torch.promote_types(size.dtype, share.dtype))
-    joining = rows(size, merge.src) if share is None else rows(size, merge.src) * share[:, :, None]
+        joining = joining * share[:, :, None]
+    staying = rows(size, merge.keep).to(joining.dtype)
     if backends.merges_by_index(size):
-        return rows(size, merge.keep).scatter_add(1, merge.dst[:, :, None], joining)
-    return rows(size, merge.keep) + (_joins(merge, size.dtype) * joining.transpose(1, 2)).sum(2, keepdim=True)
+        return staying.scatter_add(1, merge.dst[:, :, None], joining)
+    return staying + (_joins(merge, joining.dtype) * joining.transpose(1, 2)).sum(2, keepdim=True)
 
 
 def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:
