@@ -43,7 +43,7 @@ from tomevit.weights import checkpoint
 #: What TensorRT 10 has, without restrictions that could touch us (onnx/onnx-tensorrt, docs/operators.md, at 10.0), and
 #: onnxruntime and OpenVINO too. No scatter, no control flow, no sequences, nothing whose shape depends on values.
 EVERYWHERE = """
-    Add ArgMax Cast Clip Concat Conv Div Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
+    Add ArgMax Cast Clip Concat Conv Div Elu Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
     GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Pow Range ReduceL2
     ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
     Transpose Unsqueeze Where

@@ -34,9 +34,8 @@ class MaskedAutoencoder(nn.Module):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
     The encoder is a model of the zoo and learns in place; in training mode or not, as it was, and the decoder is on its
-    device, in its dtype. Its tokens may merge:
-    every visible patch still has a vector of its own when the decoder begins; one that was dropped is to the decoder
-    what a hidden one is. To fine-tune,
+    device, in its dtype. Its tokens may merge: every visible patch still has a vector of its own when the decoder
+    begins; one that was dropped is to the decoder what a hidden one is. To fine-tune,
     `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
 
     Args:
@@ -182,9 +181,9 @@ class MaskedAutoencoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A narrow transformer over all patches, which are their tokens where visible and not dropped, and else one learned token.
+    """A narrow transformer over all patches, which are their tokens where visible, and else one learned token.
 
-    Its blocks merge nothing: every patch is predicted.
+    So are visible patches that were dropped. Its blocks merge nothing: every patch is predicted.
     """
 
     def __init__(self, config: Config, encoder_dim: int) -> None:
