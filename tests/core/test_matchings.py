@@ -286,6 +286,10 @@ def test_an_image_does_not_depend_on_the_batch(fields: dict[str, Any], r: Schedu
             alone = model.forward_features(images[i : i + 1])
             torch.testing.assert_close(alone.x[0], together.x[i], rtol=0, atol=1e-12)
             assert torch.equal(alone.slots[0], together.slots[i])
+        images[0] = float("nan")
+        beside_nan = model.forward_features(images)
+        torch.testing.assert_close(beside_nan.x[1:], together.x[1:], rtol=0, atol=1e-12)
+        assert torch.equal(beside_nan.slots[1:], together.slots[1:])
 
 
 @each_model
