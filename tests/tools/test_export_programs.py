@@ -37,12 +37,13 @@ from tomevit.deploy.programs import onnx as onnx_programs
 from tomevit.deploy.programs import openvino as openvino_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
+from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
 
 #: What TensorRT 10 has, without restrictions that could touch us (onnx/onnx-tensorrt, docs/operators.md, at 10.0), and
 #: onnxruntime and OpenVINO too. No scatter, no control flow, no sequences, nothing whose shape depends on values.
 EVERYWHERE = """
-    Add ArgMax Cast Clip Concat Conv Div Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
+    Add ArgMax Cast Clip Concat Conv Div Elu Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
     GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Pow Range ReduceL2
     ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
     Transpose Unsqueeze Where
@@ -341,6 +342,20 @@ def test_openvinos_own_files(dtype: str, share: float, bound: float, tmp_path: P
     assert program.parity.difference < bound * program.parity.largest
 
 
+@pytest.mark.parametrize("r", [["6+5 diffrate", "6 importance"], ["grid", "4 pitome"]], ids=str)
+def test_ways_to_merge_answer_alike_everywhere(r: list[int | str], tmp_path: Path) -> None:
+    model, path = tiny(r, depth=2, pool="avg", reg_tokens=2), tmp_path / "model.onnx"
+    export_program(model, path)
+    assert set(operators(path)) <= set(EVERYWHERE.split())
+    for batch in (1, 3):
+        images = images_for(model, batch, seed=batch)
+        with torch.inference_mode():
+            assert_alike(path, images, model(images), 1e-5)
+    export_program(model, tmp_path / "model.xml", "openvino")
+    with torch.inference_mode():
+        assert relative_error(in_openvino(tmp_path / "model.xml")(images), model(images)) < 1e-5
+
+
 @pytest.mark.skipif(find_spec("nncf") is None, reason="nncf is not installed")
 @pytest.mark.parametrize("raw", [False, True])
 def test_openvinos_int8(raw: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -442,8 +457,9 @@ def test_torch_archives_answer_alike(tmp_path: Path) -> None:
             assert relative_error(loaded(images.half()).float(), model(images)) < 2e-2
 
 
-def test_compiled_packages_answer_alike(tmp_path: Path) -> None:
-    model = tiny(8, depth=1, pool="avg")
+@pytest.mark.parametrize("r", [8, "8+3 diffrate", "8 pitome"])
+def test_compiled_packages_answer_alike(r: Schedule, tmp_path: Path) -> None:
+    model = tiny(r if isinstance(r, int) else [r], depth=1, pool="avg")
     # Vector instructions and optimising what surrounds the kernels take half of the time, and are torch's to test.
     quick = {
         "cpp.simdlen": 1,

@@ -138,7 +138,7 @@ def _diffrate(
     x: Tensor, importance: Tensor, drop: int, r: int, num_prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     keep, src, dst, similarity = _join_least(x, importance, drop, r, num_prefix)
-    return keep, src, dst, similarity.clamp(min=0.0).to(torch.float32)
+    return keep, src, dst, similarity.clamp(min=0.0)
 
 
 def _join_least(
@@ -193,9 +193,9 @@ def _pitome(key: Tensor, depth: float, r: int, num_prefix: int) -> tuple[Tensor,
     with backends.without_autocast(patches):
         energy = F.elu(patches @ patches.transpose(1, 2) - 0.75 * (1 - depth)).mean(2)
     ranked, protected = _most(energy, 2 * r)
-    if backends.is_recorded():
-        ranked = energy.topk(2 * r).indices
-    src, dst = ranked[:, ::2] + num_prefix, ranked[:, 1::2].sort(1).values + num_prefix
+    if backends.is_recorded():  # where they are by position
+        ranked = ranked.gather(1, energy.gather(1, ranked).topk(2 * r).indices)
+    src, dst = ranked[:, ::2] + num_prefix, _ascending(ranked[:, 1::2]) + num_prefix
     _, nearest = _nearest(normed, src, dst)
     prefix = torch.arange(num_prefix, device=key.device).expand(key.shape[0], -1)
     return _side_by_side(prefix, protected + num_prefix, dst), src, nearest + key.shape[1] - 2 * r
@@ -291,7 +291,7 @@ def _(key: Tensor, _: float, r: int, __: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @diffrate_op.register_fake
 def _(x: Tensor, _: Tensor, drop: int, r: int, __: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=torch.float32)
+    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=backends.at_least_float32(x.dtype))
 
 
 def _join_most_similar(
@@ -345,6 +345,11 @@ def _most(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         everyone = torch.arange(values.shape[1], device=values.device).expand(values.shape[0], -1)
         return everyone[:, :0], everyone
     return (_largest_by_topk if backends.is_recorded() else _largest)(values, count)
+
+
+def _ascending(index: Tensor) -> Tensor:
+    """An index (B, n), sorted."""
+    return (-index).topk(index.shape[1]).values.neg() if backends.is_recorded() else index.sort(-1).values
 
 
 def _side_by_side(*indices: Tensor) -> Tensor:
