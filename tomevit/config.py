@@ -283,7 +283,7 @@ class Figure:
 class Preset:
     """A published schedule for one architecture, as an r with a name."""
 
-    name: str  # the method, and what the model costs then: "diffrate-2.9g" has 2.9 billion multiply-adds
+    name: str  # the matching, and the budget it was found for: "diffrate-2.9g" for 2.9 billion multiply-adds
     r: tuple[int | str, ...]  # block by block, as a list that is an r
     num_tokens: int  # that enter the first block: it was found for so many
     source: str

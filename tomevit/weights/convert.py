@@ -519,6 +519,7 @@ def adapt_weights(weights: Weights, wanted: Mapping[str, Any], model: Card | Non
     card, tensors, report = weights
     if model is not None and (model.config.pool_norm, card.config.pool_norm) == ("after", "before"):
         card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
+        card = replace(card, presets=model.presets)
         wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
     card, tensors, changes = adapt(card, tensors, config, resampling(card))
