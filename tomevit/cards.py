@@ -56,6 +56,8 @@ class Card:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", plain_schedule(self.r, self.config, self.presets))
+        for figure in self.figures:
+            plain_schedule(figure.r, self.config, self.presets)  # an error now, and not where it is looked up
         object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
         if len(self.class_names) > (classes := self.config.num_classes):
             raise ValueError(f"class_names has {len(self.class_names)} names, and the model {classes} classes")
