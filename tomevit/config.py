@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from tomevit.schedule import check_schedule
 from tomevit.typed import normalise_fields
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -290,3 +291,8 @@ class Preset:
 
     def __post_init__(self) -> None:
         normalise_fields(self)
+        check_schedule(list(self.r), len(self.r))
+
+    def fits(self, config: Config) -> bool:
+        """Whether as many tokens enter a model of that config, and it has as many blocks."""
+        return self.num_tokens == config.num_tokens and len(self.r) == config.depth

@@ -97,7 +97,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
     """The presets of a card that fit a config: their cost, and the accuracies published of these weights at them."""
     return [
         asdict(preset)
-        | _cost(preset.name, card, config)
+        | _cost(list(preset.r), card, config)
         | {
             "figures": [
                 {"weights": other.full_name, "top1": figure.top1, "source": figure.source}
@@ -107,7 +107,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
             ]
         }
         for preset in card.presets
-        if preset.num_tokens == config.num_tokens
+        if preset.fits(config)
     ]
 
 

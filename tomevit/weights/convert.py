@@ -548,6 +548,8 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
         )
     if isinstance(model, str) and "." in model and card.weights not in (None, named and named.weights):
         raise CheckpointError(f"{source} holds {card.full_name}, and not {model}")
+    if named is not None and card.name == named.name and not card.presets:
+        card = replace(card, presets=named.presets)  # files of earlier versions have none
     report = Report(
         source=source,
         sha256=card.origin.sha256 or "" if card.origin else "",

@@ -203,7 +203,7 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
             f"| {_plain(preset.name)} | {_tokens(list(preset.r), config)[1]} | "
             f"{flops(config, list(preset.r)) / 1e9:.4g} | {_plain(preset.source)} |"
             for preset in card.presets
-            if preset.num_tokens == config.num_tokens
+            if preset.fits(config)
         ],
         "papers": [f"- {_link_arxiv(_plain(paper))}" for paper in card.papers],
     }
