@@ -126,14 +126,14 @@ def _find_preset(name: str, config: Config, presets: Sequence[Preset]) -> Schedu
     for preset in presets:
         if preset.name != name:
             continue
-        if preset.num_tokens != config.num_tokens or len(preset.r) != config.depth:
+        if not preset.fits(config):
             raise ValueError(
                 f"r = {name!r} is for {preset.num_tokens} tokens and {len(preset.r)} blocks, and this model has "
                 f"{config.num_tokens} and {config.depth}: '2x diffrate' and the like fit any"
             )
         return list(preset.r)
-    known = join_with_or([repr(preset.name) for preset in presets])
-    raise ValueError(f"r = {name!r} is no preset of this model; it has {known if presets else 'none'}")
+    known = join_with_or([repr(preset.name) for preset in presets]) if presets else "none"
+    raise ValueError(f"r = {name!r} is no preset of this model; it has {known}")
 
 
 def count_parameters(config: Config) -> int:

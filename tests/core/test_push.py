@@ -22,7 +22,7 @@ from tests.server import Fault, Server, objections
 from tests.tasks.test_cli import run
 from tomevit import zoo
 from tomevit.cards import Card
-from tomevit.config import Figure, Source
+from tomevit.config import Figure, Preset, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
 from tomevit.weights import checkpoint
@@ -268,6 +268,7 @@ def test_no_text_of_a_card_starts_a_line_of_its_own() -> None:
             papers=(text,),
             class_names=(text,),
             figures=(Figure(top1=1, source=text),),
+            presets=(Preset(name=text, r=(8,) * 12, num_tokens=197, source=text),),
             origin=Source(format="timm", url=text, hub="a/b", sha256=text),
         )
         return ModelCard(model_card(card, REPO, find_base(card), dataset=text))
@@ -277,6 +278,16 @@ def test_no_text_of_a_card_starts_a_line_of_its_own() -> None:
     assert (card.data.license, card.data.base_model) == ("other", "a/b")
     assert [line[:2] for line in card.text.splitlines()] == [line[:2] for line in plain.text.splitlines()]
     assert r"a ## Claim --- license: mit --- \| 1 \| 2 \| {notes} ?card.notes {0}" in card.text
+
+
+def test_presets_are_listed_where_they_fit() -> None:
+    card = zoo.card("deit_s16")
+    text = model_card(card, REPO)
+    assert "| diffrate-2.9g | 3 | 2.905 | OpenGVLab/DiffRate@91ae3e3, compression_rate.json |" in text
+    assert "| diffrate-2.9g | 79.54 % | OpenGVLab/DiffRate@91ae3e3, README.md; crop 224 of 256 |" in text
+    assert not re.search(r"^\?|\n\n\n", text, re.MULTILINE)
+    larger = replace(card, config=replace(card.config, img_size=(384, 384)), figures=())
+    assert "diffrate" not in model_card(larger, REPO)
 
 
 def test_sections_without_content_are_left_out() -> None:
@@ -558,6 +569,7 @@ def test_the_command(server: Server, digits: VisionTransformer, tmp_path: Path, 
     [
         (("--top1", "97"), "'97' is not like 8=81.2"),
         (("--top1", "3=97"), "dataset"),
+        (("--dataset", "d", "--top1", "diffrate-9g=97"), "'diffrate-9g', which is none of the presets"),
         (("--licence", "mit", "--private", "extra"), "extra"),
     ],
 )

@@ -51,6 +51,28 @@ def test_info_says_what_r_does(capsys):
     assert "apache-2.0" in out
 
 
+def test_info_and_list_show_presets(capsys, tmp_path):
+    status, out, _ = run(capsys, "info", "deit_s16", "--r", "diffrate-2.9g")
+    assert status == 0
+    assert "197 197 194 176 156 141 133 121 107 88 64 56 3" in out
+    assert 'is r = [0,"2+1 diffrate",' in out
+    assert "diffrate-2.9g: 2.905 GFLOPs, 1.58 times fewer, 3 tokens leave the last block; top-1 79.54 % (deit" in out
+    assert "top-1 79.54 % at r = diffrate-2.9g (OpenGVLab/DiffRate@91ae3e3" in out
+    _, out, _ = run(capsys, "info", "deit_s16", "--json")
+    (preset,) = [preset for preset in json.loads(out)["presets"] if preset["name"] == "diffrate-2.3g"]
+    assert (preset["tokens"][-1], preset["num_tokens"], len(preset["r"])) == (3, 197, 12)
+    assert [figure["top1"] for figure in preset["figures"]] == [78.75]
+    _, out, _ = run(capsys, "list", "deit_s16", "--json")
+    assert preset in json.loads(out)[0]["presets"]
+    assert "diffrate" not in run(capsys, "info", "vit_s16")[1]
+    _, out, _ = run(capsys, "info", "deit_s16", "--img-size", "384", "--json")
+    assert json.loads(out)["presets"] == []
+    path = tmp_path / "model.safetensors"
+    tomevit.save(tomevit.create("deit_ti16", r="2x"), path)
+    _, out, _ = run(capsys, "info", str(path))
+    assert "diffrate-0.6g: 0.65" in out
+
+
 def test_info_json_at_another_size(capsys):
     _, out, _ = run(capsys, "info", "mae_l16.tome_r8", "--img-size", "224x320", "--json")
     card = json.loads(out)
@@ -62,7 +84,7 @@ def test_info_json_at_another_size(capsys):
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("8", 8), ("8,-1", (8, -1.0)), ("[20,0,7]", [20, 0, 7]), ("0.08", 0.08)],
+    [("8", 8), ("8,-1", (8, -1.0)), ("[20,0,7]", [20, 0, 7]), ("0.08", 0.08), ("2x", "2x"), ("1.5x grid", "1.5x grid")],
 )
 def test_every_form_of_r_can_be_written(capsys, written, meant):
     _, out, _ = run(capsys, "info", "deit_ti16", "--r", written, "--json")

@@ -29,6 +29,7 @@ from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compar
 from tomevit.measure.bounds import Limits, bounds
 from tomevit.measure.defaults import default_r
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
+from tomevit.models import build_meta
 
 
 @pytest.fixture(autouse=True)
@@ -225,11 +226,34 @@ def test_suggestions(
     assert says in found.why
 
 
+def test_a_published_accuracy_is_of_every_r_that_means_the_same() -> None:
+    card = tomevit.card("deit_s16")
+    model = build_meta(card.config)
+    model.card = card
+    preset = next(preset for preset in card.presets if preset.name == "diffrate-2.9g")
+    for r in (preset.name, list(preset.r)):
+        rows = [row(0, 1.0), row(8, 1.3)._replace(r=r), row(16, 1.9)]
+        found = suggest(rows, card.figures, None, model.steps)
+        assert found.r == r
+        assert "79.54 % top-1 against 79.82 % at r = 0" in found.why
+
+
+def test_words_are_plain_numbers_before_the_first_call_is_timed() -> None:
+    model = tiny(depth=2, pool="avg")
+    (unmerged, merged) = candidates(model, ["1.2x"])
+    assert isinstance(merged.forward, partial)
+    assert (merged.r, merged.forward.keywords["r"]) == ("1.2x", model.plain("1.2x"))
+    assert merged.flops * 1.2 <= unmerged.flops
+    result = compare([unmerged, merged], model, batch=1, rounds=1)
+    assert result.rows[1].tokens == model.token_counts("1.2x")[-1]
+
+
 def test_default_r_leaves_next_to_nothing_at_most_and_has_what_is_published() -> None:
     assert default_r(tomevit.card("vit_b16")) == [8, 13, 16]
     card = tomevit.card("vit_l16_384")
     assert {figure.r for figure in card.figures} - {0} <= set(default_r(card))
     assert max(default_r(tomevit.card("vit_h14"))) == 256 // 32
+    assert default_r(tomevit.card("deit_s16")) == [8, 13, 16]  # and none of its presets
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong

@@ -114,11 +114,13 @@ def verify(
     ctx.exit(0 if all(check.passed for check in checks) else 1)
 
 
-def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, float]]:
-    found = [re.fullmatch(r"(\d+)=(\d+(?:\.\d+)?)", value) for value in values]
+def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int | str, float]]:
+    found = [re.fullmatch(r"(\d+|[a-z].*)=(\d+(?:\.\d+)?)", value) for value in values]
     if None in found:
-        raise click.BadParameter(f"{values[found.index(None)]!r} is not like 8=81.2, for 81.2 % at r = 8", ctx, param)
-    return [(int(match[1]), float(match[2])) for match in found if match]
+        raise click.BadParameter(
+            f"{values[found.index(None)]!r} is not like 8=81.2, for 81.2 % at r = 8, or diffrate-2.9g=81.2", ctx, param
+        )
+    return [(int(match[1]) if match[1].isdecimal() else match[1], float(match[2])) for match in found if match]
 
 
 @click.command()
@@ -133,7 +135,7 @@ def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, .
 def push(
     file: Path,
     repo: str,
-    top1: list[tuple[int, float]],
+    top1: list[tuple[int | str, float]],
     dataset: str | None,
     licence: str | None,
     notes: str,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import platform
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import private
-from tomevit.config import Config, Figure
+from tomevit.config import Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import join_with_or
 from tomevit.flops import flops
@@ -31,7 +31,7 @@ from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
 from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_to_json
 from tomevit.version import __version__
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import from_native
@@ -124,8 +124,9 @@ def candidates(
             found.append(Candidate("timm", name, 0, mode.make(timm), flops(config), weights))
         ready = mode.make(model)
         for r in distinct_schedules([0, *r_values]):
-            cost = flops(config, r, computed=True)
-            found.append(Candidate("tomevit", name, r, partial(ready, r=r), cost, weights))
+            plain = model.plain(r)  # what words mean is found out here, and not in every timed call
+            cost = flops(config, plain, computed=True)
+            found.append(Candidate("tomevit", name, r, partial(ready, r=plain), cost, weights))
     return found
 
 
@@ -289,12 +290,12 @@ def compare(
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    rows = _rows(those, times, found, config, batch)
+    rows = _rows(those, times, found, model, batch)
     result = Comparison(dtype, batch, rows, min(map(len, times)), note, tuple(hints), None, interrupted)
     if result.best is None:
         return result._replace(rows=[])
     hints = [*_binding(rows), *hints]
-    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target))
+    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target, model.steps))
 
 
 def _bounds_of(
@@ -405,10 +406,14 @@ def sweep(
 
 
 def _rows(
-    those: Sequence[Candidate], times: Sequence[Sequence[float]], found: dict[int, Bounds], config: Config, batch: int
+    those: Sequence[Candidate],
+    times: Sequence[Sequence[float]],
+    found: dict[int, Bounds],
+    model: VisionTransformer,
+    batch: int,
 ) -> list[Row]:
-    medians = {i: statistics.median(found) for i, found in enumerate(times) if found}
-    counts = [token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1] for each in those]
+    config, medians = model.config, {i: statistics.median(found) for i, found in enumerate(times) if found}
+    counts = [model.token_counts(each.r)[-1] for each in those]
     merges = [tokens < config.num_tokens for tokens in counts]
     best = min((i for i in medians if not merges[i]), key=lambda i: medians[i], default=None)
     unmerged = [times[j] for j in medians if not merges[j]]
@@ -418,7 +423,8 @@ def _rows(
             continue
         over = times[i if best is None else best]
         spread = Quartiles.of(times[i])
-        paper, computed = flops(config, each.r), flops(config, each.r, computed=True)
+        plain = model.plain(each.r)
+        paper, computed = flops(config, plain), flops(config, plain, computed=True)
         rows.append(
             Row(
                 implementation=each.implementation,
@@ -455,7 +461,12 @@ def _binding(rows: Sequence[Row]) -> list[str]:
     return hints + [f"{kind}: {ADVICE[kind]}" for kind in kinds]
 
 
-def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float | None = None) -> Suggestion:
+def suggest(
+    rows: Sequence[Row],
+    figures: Collection[Figure] = (),
+    target: float | None = None,
+    steps: Callable[[Schedule], Hashable] = str,
+) -> Suggestion:
     """An r for what was measured.
 
     Args:
@@ -463,7 +474,11 @@ def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float
         figures: published accuracies of the weights.
         target: the speed-up to reach with as little merging as possible. None: an r with a published accuracy, if it
             pays, else the fastest.
+        steps: what an r means, `model.steps`: figures are of every r that means the same. By default they are of those
+            that are written alike.
     """
+    known = {steps(figure.r): figure.top1 for figure in figures}
+    cost = partial(_cost, known, steps)
     merged = sorted((row for row in rows if row.merges), key=lambda row: row.gflops, reverse=True)
     paying = [row for row in merged if row.speed_up > 1]
     if not merged:
@@ -479,29 +494,26 @@ def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float
         enough = next((row for row in merged if row.speed_up >= target), None)
         if enough is None:
             return Suggestion(
-                fastest.r, f"{target:g} times is not reached; the most is {_gain(fastest)}{_cost(fastest, figures)}"
+                fastest.r, f"{target:g} times is not reached; the most is {_gain(fastest)}{cost(fastest.r)}"
             )
-        return Suggestion(
-            enough.r, f"the least merging that reaches {target:g} times: {_gain(enough)}{_cost(enough, figures)}"
-        )
-    known = {figure.r for figure in figures}
-    published = [row for row in paying if row.r in known]
+        return Suggestion(enough.r, f"the least merging that reaches {target:g} times: {_gain(enough)}{cost(enough.r)}")
+    published = [row for row in paying if steps(row.r) in known]
     chosen = max(published or paying, key=lambda row: row.speed_up)
     why = "the r whose accuracy is published" if published else "the fastest measured"
-    return Suggestion(chosen.r, f"{why}: {_gain(chosen)}{_cost(chosen, figures)}")
+    return Suggestion(chosen.r, f"{why}: {_gain(chosen)}{cost(chosen.r)}")
 
 
 def _gain(row: Row) -> str:
     return f"{row.speed_up:.2f} times the best unmerged ({row.name})"
 
 
-def _cost(row: Row, figures: Collection[Figure]) -> str:
-    """The accuracy at this r as published, beside the one without merging."""
-    known = {str(figure.r): figure.top1 for figure in figures}
-    if str(row.r) not in known:
+def _cost(known: Mapping[Hashable, float], steps: Callable[[Schedule], Hashable], r: Schedule) -> str:
+    """The accuracy at an r as published, beside the one without merging."""
+    if (top1 := known.get(steps(r))) is None:
         return "; its accuracy is not published: measure it on your images"
-    beside = f" against {known['0']:.2f} % at r = 0" if "0" in known else ""
-    return f", for {known[str(row.r)]:.2f} % top-1{beside}, as published"
+    plain = known.get(steps(0))
+    beside = "" if plain is None else f" against {plain:.2f} % at r = 0"
+    return f", for {top1:.2f} % top-1{beside}, as published"
 
 
 # ------------------------------------------------------------------------------------------------------------- setting
