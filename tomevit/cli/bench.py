@@ -37,7 +37,11 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.command(cls=Many)
 @click.argument("model", metavar="NAME|FILE", default="vit_b16")
 @click.option(
-    "--r", "r_values", type=R(), multiple=True, help="Values to compare with r = 0; default: three that fit its depth."
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help=f"Values to compare with r = 0; default: three that fit its depth. {options.FORMS_OF_R}",
 )
 @click.option(
     "--batch",

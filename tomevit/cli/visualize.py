@@ -30,7 +30,8 @@ PAGE = (".html", ".htm")
     "r_values",
     type=R(),
     multiple=True,
-    help="Values to compare; default: 0, three that fit the depth, and those with published accuracies.",
+    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies. "
+    f"{options.FORMS_OF_R}",
 )
 @click.option(
     "-o",

@@ -80,7 +80,9 @@ def _accuracy(figure: Figure) -> str:
 
 @click.command(cls=Many)
 @click.argument("name", metavar="NAME|FILE")
-@click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
+@click.option(
+    "--r", "r_values", type=R(), multiple=True, help=f"Values to show; default: the model's own. {options.FORMS_OF_R}"
+)
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
