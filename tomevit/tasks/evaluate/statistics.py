@@ -102,7 +102,7 @@ def published_accuracies(card: Card) -> list[Expected]:
 
 
 def published_by_schedule(card: Card) -> list[tuple[tuple[int | str, ...], Expected]]:
-    """`published_accuracies`, each behind what happens in each block at its r; not those of presets it does not have."""
+    """`published_accuracies`, each behind what happens in each block at its r; none of presets that it lacks."""
     found = []
     for each in published_accuracies(card):
         with suppress(ValueError):
