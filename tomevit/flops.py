@@ -93,12 +93,15 @@ def plain_steps(r: object, config: Config, presets: Sequence[Preset] = ()) -> tu
 
     Arguments and errors as `plain_schedule`; neighbours that cannot merge are an error too.
     """
-    plain = plain_schedule(r, config, presets)
-    return resolve_steps(plain, config.depth, config.num_tokens, config.num_prefix, config.grid)
+    return _resolve(plain_schedule(r, config, presets), config)
 
 
 def _entries(r: Schedule, config: Config) -> list[int | str]:
-    return list(entries(plain_steps(r, config)))
+    return list(entries(_resolve(r, config)))
+
+
+def _resolve(r: Schedule, config: Config) -> tuple[Step, ...]:
+    return resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
 
 
 def _least(asked: str, words: Words, config: Config) -> Schedule:
@@ -141,8 +144,8 @@ def _find_preset(name: str, config: Config, presets: Sequence[Preset]) -> Schedu
                 f"{config.num_tokens} and {config.depth}: '2x diffrate' and the like fit any"
             )
         return list(preset.r)
-    known = join_with_or([repr(preset.name) for preset in presets])
-    raise ValueError(f"r = {name!r} is no preset of this model; it has {known if presets else 'none'}")
+    known = join_with_or([repr(preset.name) for preset in presets]) if presets else "none"
+    raise ValueError(f"r = {name!r} is no preset of this model; it has {known}")
 
 
 def count_parameters(config: Config) -> int:
