@@ -189,6 +189,8 @@ def row(r: int, speed_up: float) -> Row:
         "tomevit",
         "eager",
         r,
+        r,
+        (r,) * config.depth,
         1,
         cost,
         cost,

@@ -97,7 +97,7 @@ def embed(
         check_suffix(out)
         place, data = own_device(device), locate(sources)
         check_output(out, inputs=chain(data.names, [model]), writable=True)
-        check_pool(pool, card_of_argument(model).config)
+        check_pool(pool, card_of_argument(model, [r], img_size).config)
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
     with join_process_group():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
-from tomevit.config import POOLED, Config, Figure, Source
+from tomevit.config import POOLED, Config, Figure, Preset, Source
 from tomevit.errors import printable
-from tomevit.flops import count_parameters, flops
+from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json
 
 
 @click.command("list")
@@ -106,14 +108,7 @@ def info(
     contents = _contents(name)
     card = zoo.card_of_no_file(name) if contents is None else contents.card
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
-    schedules: list[dict[str, Any]] = [
-        {
-            "r": r,
-            "tokens": token_counts(r, config.depth, config.num_tokens, config.num_prefix),
-            "gflops": flops(config, r) / 1e9,
-        }
-        for r in r_values or (card.r,)
-    ]
+    schedules = [_at(r, config, card.presets) for r in r_values or (card.r,)]
     if picture is not None:
         _draw(picture, card, config, schedules)
     weights = []
@@ -126,6 +121,19 @@ def info(
     name = card.name if contents is None else card.full_name
     echo(*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config))
     echo(*(_weights(weights) if contents is None else _file(contents)))
+
+
+def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
+    """What an r means for a model, and what it costs then."""
+    plain, steps = plain_schedule(r, config, presets), plain_steps(r, config, presets)
+    return {
+        "r": r,
+        "plain": plain,
+        "schedule": entries(steps),
+        "tokens": tuple(accumulate((step.total for step in steps), operator.sub, initial=config.num_tokens)),
+        "gflops": flops(config, plain) / 1e9,
+        "gflops_computed": flops(config, plain, computed=True) / 1e9,
+    }
 
 
 def _contents(name: str) -> Contents | None:
@@ -164,7 +172,7 @@ def _draw(picture: Path, card: Card, config: Config, schedules: Sequence[dict[st
 def _as_json(
     card: Card, config: Config, schedules: list[dict[str, Any]], weights: Sequence[Card], contents: Contents | None
 ) -> dict[str, Any]:
-    schedules = [at | {"r": schedule_to_json(at["r"])} for at in schedules]
+    schedules = [at | {name: schedule_to_json(at[name]) for name in ("r", "plain")} for at in schedules]
     described = asdict(replace(card, config=config))
     described |= {"params": count_parameters(config), **schedules[0], "gflops_unmerged": flops(config) / 1e9}
     described["schedules"] = schedules
@@ -195,12 +203,18 @@ def _architecture(name: str, card: Card, config: Config) -> Iterator[str]:
 
 
 def _costs(config: Config, schedules: Sequence[dict[str, Any]]) -> Iterator[str]:
-    unmerged = flops(config) / 1e9
+    unmerged, computed = flops(config) / 1e9, flops(config, computed=True) / 1e9
     for at in schedules:
+        r = format_schedule(at["r"])
         yield (
-            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
+            f"r = {r:<10} {at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
             f"than the {unmerged:.4g} of r = 0"
         )
+        if isinstance(at["r"], str):
+            yield (
+                f"               as computed {at['gflops_computed']:.4g}, {computed / at['gflops_computed']:.2f} times "
+                f"fewer; here r = {format_schedule(at['plain'])}"
+            )
         yield f"               tokens {' '.join(map(str, at['tokens']))}"
 
 

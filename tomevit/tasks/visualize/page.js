@@ -298,8 +298,9 @@
       const largest = Math.max(...size);
       readout.replaceChildren(
         `${many(size.length + data.prefix.length, "token")}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
-          (dropped ? `; ${many(dropped, "patch")} dropped` : "") +
-          (largest === 1 ? "." : `, the largest for ${largest}. Point at one.`),
+          (largest === 1 ? "" : `, the largest for ${largest}`) +
+          (dropped ? `; ${many(dropped, "patch")} dropped.` : ".") +
+          (largest === 1 ? "" : " Point at one."),
       );
     } else {
       const [where, group, attention] = describe(patch);
