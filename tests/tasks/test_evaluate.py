@@ -497,7 +497,7 @@ def test_what_was_expected(
             ("--data", "DIGITS", "--model", "deit_s16", "--classes", "CLASSES"),
             "names 2 classes, and the model has 1000",
         ),
-        (("--data", "DIGITS", "--r", "eight"), "'eight' is no r; give an int"),
+        (("--data", "DIGITS", "--r", "eight"), "'eight' is no r; give 8, 8,-1, "),
         (("--data", "DIGITS", "--r", "[1,1,1,1,1]"), "the model has 4"),
         (("--data", "DIGITS", "--truth", "/nowhere/val.txt"), "/nowhere/val.txt"),
         (("--data", "DIGITS", "--truth", "CLASSES"), "CLASSES"),

@@ -41,7 +41,7 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
     "r_values",
     type=R(),
     multiple=True,
-    help=f"Values to compare with r = 0; default: three that fit its depth. {options.FORMS_OF_R}",
+    help=f"Values to compare with r = 0; default: three that fit its depth. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "--batch",

@@ -40,7 +40,7 @@ NAME = 34  # the widest column of classes, where each image has one line
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @options.model(default="vit_b16", show_default=True)
-@click.option("--r", type=R(), help=f"How much merges; default: the model's own. {options.FORMS_OF_R}")
+@click.option("--r", type=R(), help=f"How much merges; default: the model's own. An r: {options.FORMS_OF_R}.")
 @click.option("--compare", is_flag=True, help="Show r = 0 beside r, and whether the answer changed.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
 @click.option(

@@ -18,7 +18,7 @@ from tomevit.schedule import Schedule
     default=Path("demo"),
     help="Directory for the pictures.",
 )
-@click.option("--r", "r_values", type=R(), multiple=True, help=f"Values to compare with r = 0. {FORMS_OF_R}")
+@click.option("--r", "r_values", type=R(), multiple=True, help=f"Values to compare with r = 0. An r: {FORMS_OF_R}.")
 def demo(out: Path, r_values: tuple[Schedule, ...]) -> None:
     """Classify held-out images with a small model that ships with tomevit, at several r; needs no network."""
     from tomevit.tasks.demo import run

@@ -36,7 +36,9 @@ NAMED = 20  # files that could not be read; the metadata has more
     help="The .safetensors or .parquet file to write.",
 )
 @options.model(default="vit_b16", show_default=True)
-@click.option("--r", "--merge", "r", type=R(), help=f"How much merges; default: the model's own. {options.FORMS_OF_R}")
+@click.option(
+    "--r", "--merge", "r", type=R(), help=f"How much merges; default: the model's own. An r: {options.FORMS_OF_R}."
+)
 @click.option(
     "--pool",
     type=click.Choice(get_args(Pool)),

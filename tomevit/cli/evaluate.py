@@ -116,7 +116,7 @@ def _parse_expected(
     "r_values",
     type=R(),
     multiple=True,
-    help=f"Values to evaluate; default: 0 and what the weights were trained with. {options.FORMS_OF_R}",
+    help=f"Values to evaluate; default: 0 and what the weights were trained with. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "--truth",

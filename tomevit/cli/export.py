@@ -35,7 +35,7 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
     required=True,
     help="A file, or a directory for timm and transformers.",
 )
-@click.option("--r", type=R(), help=f"Of a program: how much merges; default: the model's own. {FORMS_OF_R}")
+@click.option("--r", type=R(), help=f"Of a program: how much merges; default: the model's own. An r: {FORMS_OF_R}.")
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES, "int8"]),

@@ -12,7 +12,13 @@ from typing import Any
 import click
 
 from tomevit.cli.console import echo
-from tomevit.schedule import Schedule, format_schedule, parse_schedule, parse_words
+from tomevit.schedule import ALLOWED, Schedule, format_schedule, parse_schedule, parse_words
+
+#: The forms of r as they are typed.
+FORMS_OF_R = (
+    "8, 8,-1, [20,0,7], 0.08, a budget of FLOPs such as 2x or 60%, also '2x late', '2x deferred', '2x diffrate', "
+    "'8 pitome', '1.5x grid', or a preset of the model"
+)
 
 
 class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
@@ -26,7 +32,7 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
         try:
             return parse_schedule(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(str(error).replace(ALLOWED, FORMS_OF_R), param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -42,12 +48,6 @@ class Size(click.ParamType):  # type: ignore[type-arg]
             self.fail(f"{value!r} is neither 224 nor 224x320 (height x width, up to 99999)", param, ctx)
         return int(found[1]), int(found[2] or found[1])
 
-
-#: The forms of r, for the help of every option that takes one.
-FORMS_OF_R = (
-    "An r: 8, 8,-1, [20,0,7], 0.08, a budget of FLOPs such as 2x or 60%, also '2x late', '2x deferred', '2x diffrate', "
-    "'8 pitome', '1.5x grid', or a preset of the model."
-)
 
 #: No machine reads faster with more processes or threads than this, and many fall over.
 MOST_AT_ONCE = max(64, 2 * (os.cpu_count() or 1))

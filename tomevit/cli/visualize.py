@@ -31,7 +31,7 @@ PAGE = (".html", ".htm")
     type=R(),
     multiple=True,
     help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies. "
-    f"{options.FORMS_OF_R}",
+    f"An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "-o",

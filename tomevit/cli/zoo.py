@@ -83,7 +83,11 @@ def _accuracy(figure: Figure) -> str:
 @click.command(cls=Many)
 @click.argument("name", metavar="NAME|FILE")
 @click.option(
-    "--r", "r_values", type=R(), multiple=True, help=f"Values to show; default: the model's own. {options.FORMS_OF_R}"
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help=f"Values to show; default: the model's own. An r: {options.FORMS_OF_R}.",
 )
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")

@@ -123,7 +123,7 @@ def as_json(setting: Mapping[str, Any], evaluation: Evaluation, verdicts: Iterab
 
 
 def _fields_as_json(found: Row | Verdict) -> dict[str, Any]:
-    fields = {
+    fields: dict[str, Any] = {
         name: value._asdict() if isinstance(value, Share | Quartiles) else value
         for name, value in found._asdict().items()
     }
