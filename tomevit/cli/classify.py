@@ -84,7 +84,7 @@ def classify(
     status is then 1 at the end, and 2 if none can be read.
     """
     place = device_of(device)
-    check_classifiable(card_of_argument(model, [r], img_size), compare=compare)  # before a download
+    check_classifiable(card_of_argument(model, img_size=img_size), r, compare=compare)  # before a download
     sources = _sources(images)
     check_outputs(out, inputs=[model, *(source for source in sources if isinstance(source, str))])
     form = FORMS[report_form(out, flag, FORMS)]

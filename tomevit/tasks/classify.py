@@ -171,7 +171,8 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
     if config.in_chans not in (1, 3):
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
     r = card.r if r is None else r
-    if not any(entries(plain_steps(r, config, card.presets))) and compare:
+    merges = any(entries(plain_steps(r, config, card.presets)))
+    if compare and not merges:
         others = join_with_or(map(format_schedule, default_r(card)))
         raise ValueError(
             f"r = {format_schedule(r)} merges nothing, and would be compared with itself: give an r such as {others}"
