@@ -309,6 +309,18 @@ def _fresh_compiler() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_model_follows_an_r_that_names_matchings() -> None:
+    plain, driver = tiny(depth=2, pool="avg"), FakeDriver()
+    model = copy.deepcopy(plain).eval().requires_grad_(False)
+    assert compile_whole(model, backend="eager", driver=lambda _: driver)
+    images, schedules = images_for(plain), [["4+3 diffrate", "4 pitome"], ["grid"], "1.2x late", "1.2x pitome"]
+    with torch.inference_mode():
+        for r in schedules * 2:
+            assert relative_error(model(images, r=r), plain(images, r)) < 1e-5
+    assert driver.captured == [len(images)] * len(schedules)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
 def test_a_compiled_model_is_replayed_and_its_copies_are_plain() -> None:
     plain, drivers = tiny(4, depth=2), []
     model = copy.deepcopy(plain).eval().requires_grad_(False)

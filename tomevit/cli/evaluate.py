@@ -43,8 +43,8 @@ from tomevit.tasks.evaluate import (
     published_by_schedule,
 )
 
-RIGHT = ("top-1 %", "95 %", "published", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
-COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "GFLOPs", "FLOP ratio")
+RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
+COLUMNS = ("r", "tokens", *RIGHT, "published", "images/s", "speed-up", "GFLOPs", "FLOP ratio")
 LEGEND = (
     "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
     "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read. "
@@ -419,11 +419,11 @@ def _cells(row: Row) -> list[str]:
         str(row.tokens),
         f"{row.top1.value:.2f}",
         between(row.top1),
-        rounded(row.published, 2),
         f"{row.top5.value:.2f}",
         between(row.top5),
         *difference,
         "" if row.agreement is None else f"{row.agreement.value:.2f}",
+        rounded(row.published, 2),
         rounded(row.images_per_second, 1),
         rounded(row.speed_up, 2),
         f"{row.gflops_computed:.3g}",
