@@ -13,6 +13,7 @@ from tomevit.schedule import (
     Step,
     Words,
     check_schedule,
+    entries,
     format_words,
     parse_words,
     resolve_steps,
@@ -87,9 +88,20 @@ def plain_schedule(r: object, config: Config, presets: Sequence[Preset] = ()) ->
     return _entries(r, config) if isinstance(r, str) else r
 
 
+def plain_steps(r: object, config: Config, presets: Sequence[Preset] = ()) -> tuple[Step, ...]:
+    """What happens in each block at an r of any form, for whole images of the config's size.
+
+    Arguments and errors as `plain_schedule`; neighbours that cannot merge are an error too.
+    """
+    return _resolve(plain_schedule(r, config, presets), config)
+
+
 def _entries(r: Schedule, config: Config) -> list[int | str]:
-    steps = resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
-    return [step.entry for step in steps]
+    return list(entries(_resolve(r, config)))
+
+
+def _resolve(r: Schedule, config: Config) -> tuple[Step, ...]:
+    return resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
 
 
 def _least(asked: str, words: Words, config: Config) -> Schedule:

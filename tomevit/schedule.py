@@ -273,6 +273,11 @@ def schedule_from_json(value: Any, depth: int = 10**6) -> Schedule:
     return check_schedule(value, depth)
 
 
+def entries(steps: Iterable[Step]) -> tuple[int | str, ...]:
+    """What happens in each block, as the entries of a list that is an r. Two r that mean the same have the same."""
+    return tuple(step.entry for step in steps)
+
+
 def distinct_schedules(r_values: Iterable[Schedule]) -> list[Schedule]:
     """Each r once, in the order in which they first come."""
     return list({str(r): r for r in r_values}.values())

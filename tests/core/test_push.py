@@ -22,6 +22,7 @@ from tests.server import Fault, Server, objections
 from tests.tasks.test_cli import run
 from tomevit import zoo
 from tomevit.cards import Card
+from tomevit.cli.weights import push as push_command
 from tomevit.config import Figure, Preset, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
@@ -568,6 +569,8 @@ def test_the_command(server: Server, digits: VisionTransformer, tmp_path: Path, 
     ("arguments", "says"),
     [
         (("--top1", "97"), "'97' is not like 8=81.2"),
+        (("--top1", "8,-1=97"), "'8,-1=97' is not like 8=81.2"),
+        (("--top1", "fast=97"), "'fast' is no r"),
         (("--top1", "3=97"), "dataset"),
         (("--dataset", "d", "--top1", "diffrate-9g=97"), "'diffrate-9g', which is none of the presets"),
         (("--licence", "mit", "--private", "extra"), "extra"),
@@ -580,6 +583,11 @@ def test_mistakes_on_the_command_line(server: Server, tmp_path: Path, capsys, ar
     assert says in err
     assert len(err.splitlines()) == 1
     assert server.requests == []
+
+
+def test_accuracies_may_be_of_presets() -> None:
+    arguments = ["mine.safetensors", REPO, "--top1", "8=97", "--top1", "diffrate-2.9g=79.5"]
+    assert push_command.make_context("push", arguments).params["top1"] == [(8, 97.0), ("diffrate-2.9g", 79.5)]
 
 
 # What hf-hub: says of repositories that it cannot read.

@@ -11,7 +11,7 @@ import click
 
 from tomevit.cards import by_pattern, lines_left_out
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import Size
+from tomevit.cli.options import R, Size
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
@@ -115,12 +115,14 @@ def verify(
 
 
 def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int | str, float]]:
-    found = [re.fullmatch(r"(\d+|[a-z].*)=(\d+(?:\.\d+)?)", value) for value in values]
-    if None in found:
-        raise click.BadParameter(
-            f"{values[found.index(None)]!r} is not like 8=81.2, for 81.2 % at r = 8, or diffrate-2.9g=81.2", ctx, param
-        )
-    return [(int(match[1]) if match[1].isdecimal() else match[1], float(match[2])) for match in found if match]
+    found = []
+    for value in values:
+        match = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", value)
+        r = None if match is None else R().convert(match[1], param, ctx)
+        if match is None or not isinstance(r, int | str):
+            raise click.BadParameter(f"{value!r} is not like 8=81.2, for 81.2 % at r = 8", ctx, param)
+        found.append((r, float(match[2])))
+    return found
 
 
 @click.command()

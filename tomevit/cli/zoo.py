@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
-from tomevit.config import POOLED, Config, Figure, Source
+from tomevit.config import POOLED, Config, Figure, Preset, Source
 from tomevit.errors import printable
-from tomevit.flops import count_parameters, flops, plain_schedule
+from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json
 
 
 @click.command("list")
@@ -83,13 +85,16 @@ def _accuracy(figure: Figure) -> str:
     return f"{figure.top1:.2f}" if figure.by == "head" else f"{figure.top1:.2f} ({figure.by})"
 
 
-def _cost(r: Schedule, card: Card, config: Config) -> dict[str, Any]:
-    """What an r is in numbers, the tokens that enter each block and leave the last, and FLOPs."""
-    plain = plain_schedule(r, config, card.presets)
+def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
+    """What an r means for a model, and what it costs then."""
+    plain, steps = plain_schedule(r, config, presets), plain_steps(r, config, presets)
     return {
+        "r": r,
         "plain": plain,
-        "tokens": token_counts(plain, config.depth, config.num_tokens, config.num_prefix, config.grid),
+        "schedule": entries(steps),
+        "tokens": tuple(accumulate((step.total for step in steps), operator.sub, initial=config.num_tokens)),
         "gflops": flops(config, plain) / 1e9,
+        "gflops_computed": flops(config, plain, computed=True) / 1e9,
     }
 
 
@@ -97,7 +102,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
     """The presets of a card that fit a config: their cost, and the accuracies published of these weights at them."""
     return [
         asdict(preset)
-        | _cost(list(preset.r), card, config)
+        | _at(list(preset.r), config, card.presets)
         | {
             "figures": [
                 {"weights": other.full_name, "top1": figure.top1, "source": figure.source}
@@ -113,7 +118,13 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
 
 @click.command(cls=Many)
 @click.argument("name", metavar="NAME|FILE")
-@click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
+@click.option(
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help=f"Values to show; default: the model's own. An r: {options.FORMS_OF_R}.",
+)
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
@@ -137,7 +148,7 @@ def info(
     contents = _contents(name)
     card = zoo.card_of_no_file(name) if contents is None else contents.card
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
-    schedules: list[dict[str, Any]] = [{"r": r} | _cost(r, card, config) for r in r_values or (card.r,)]
+    schedules = [_at(r, config, card.presets) for r in r_values or (card.r,)]
     if picture is not None:
         _draw(picture, card, config, schedules)
     weights = []
@@ -226,14 +237,18 @@ def _architecture(name: str, card: Card, config: Config) -> Iterator[str]:
 
 
 def _costs(config: Config, schedules: Sequence[dict[str, Any]]) -> Iterator[str]:
-    unmerged = flops(config) / 1e9
+    unmerged, computed = flops(config) / 1e9, flops(config, computed=True) / 1e9
     for at in schedules:
+        r = format_schedule(at["r"])
         yield (
-            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
+            f"r = {r:<10} {at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
             f"than the {unmerged:.4g} of r = 0"
         )
         if at["plain"] != at["r"]:
-            yield f"               is r = {format_schedule(at['plain'])}"
+            yield (
+                f"               as computed {at['gflops_computed']:.4g}, {computed / at['gflops_computed']:.2f} times "
+                f"fewer; here r = {format_schedule(at['plain'])}"
+            )
         yield f"               tokens {' '.join(map(str, at['tokens']))}"
 
 
