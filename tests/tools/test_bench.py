@@ -237,7 +237,7 @@ def test_suggestions_know_figures_by_the_name_of_a_preset_and_by_what_words_mean
     found = suggest([row(0, 1.0), row(13, 1.5)._replace(r="1.9x"), named], figures)
     assert (found.r, found.plain) == ("1.9x", 13)
     assert "83.00 % top-1, as published" in found.why
-    card = tomevit.card("vit_b16")
+    card = tomevit.card("deit_s16")
     assert default_r(replace(card, figures=tuple(figures))) == [8, 13, 16, "diffrate-2.9g"]
 
 
