@@ -206,7 +206,7 @@ def test_what_follows_an_r_is_one_more_or_the_model(capsys, tmp_path, monkeypatc
     tomevit.save(model, "diffrate-0.1g.safetensors", card=replace(model.card, presets=(preset,)))
     (tmp_path / "diffrate-0.1g.safetensors").rename("diffrate-0.1g")
     _, out, _ = run(capsys, "info", "--r", "8", "diffrate-0.1g")
-    assert [line for line in out.splitlines() if line.startswith("r = ")][0].startswith("r = 8 ")
+    assert next(line for line in out.splitlines() if line.startswith("r = ")).startswith("r = 8 ")
     assert out.count("\nr = ") == 1
 
 
