@@ -138,9 +138,10 @@ def test_exported_features_trace_alike() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("matching", [*MATCHINGS, "diffrate with drops"])
 def test_every_matching_compiles_and_exports(matching: str) -> None:
-    model = tiny(7, depth=2, matching=matching)
+    entries = {"grid": ["grid", 7], "diffrate with drops": ["7+3 diffrate", "2+7 diffrate"]}.get(matching)
+    model = tiny(entries, depth=2) if entries else tiny(7, depth=2, matching=matching)
     images = images_for(model, 2)
     with torch.no_grad():
         program = torch.export.export(model, (images,), strict=False).module()

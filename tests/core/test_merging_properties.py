@@ -140,7 +140,7 @@ def test_tokens_join_the_most_similar_and_the_most_similar_join(matching: str, c
         joinable = (torch.arange(keep.shape[1]) >= keep.shape[1] - case.r).expand_as(keep)
     else:
         joinable = torch.ones_like(keep, dtype=torch.bool)
-    joinable &= keep >= case.prefix
+    joinable = joinable & (keep >= case.prefix)
     for b in range(len(key)):
         similarity = key[b] @ key[b, keep[b]].T
         similarity[:, ~joinable[b]] = -2
