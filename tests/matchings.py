@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -41,10 +42,12 @@ class Case:
     def drops(self, matching: str) -> int:
         return self.drop if "drop" in needs_of(matching) else 0
 
+    def arguments(self, matching: str) -> list[Any]:
+        return [*(getattr(self, need) for need in needs_of(matching)), self.merges(matching), self.prefix]
+
     def find(self, matching: str) -> Merge:
         """What it finds, being given what it needs."""
-        given = [getattr(self, need) for need in needs_of(matching)]
-        return MATCHINGS[matching](*given, self.merges(matching), self.prefix)
+        return MATCHINGS[matching](*self.arguments(matching))
 
     def images(self, which: slice | list[int]) -> Case:
         """The same of other images only, or in another order."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.layers import MATCHINGS, Block, PatchEmbed, Tokens, bipartite_soft_matching
-from tomevit.layers.matching import find_matching
+from tests.matchings import DETERMINISTIC, case_of
+from tomevit.layers import MATCHINGS, Block, PatchEmbed, Tokens
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 
@@ -253,13 +253,13 @@ def test_autocast(fields: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_autocast_measures_similarity_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("matching", DETERMINISTIC)
+def test_autocast_measures_similarity_in_float32(matching: str, dtype: torch.dtype) -> None:
     """The same keys merge alike with and without autocast: similarities in half precision would be full of ties."""
-    matching = find_matching(tiny().config.matching)
-    key = torch.randn(2, 101, 16).to(dtype)
+    case = case_of(torch.randn(2, 101, 16).to(dtype), 40, 1, drop=9)
     with torch.autocast("cpu", dtype):
-        merge = matching(key, 40, 1)
-    assert all(torch.equal(a, b) for a, b in zip(merge, matching(key, 40, 1), strict=True))
+        merge = case.find(matching)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(merge, case.find(matching), strict=True))  # None is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -481,12 +481,14 @@ def test_shapes_without_values(fields: dict[str, Any]) -> None:
     assert features.x.shape[1] == model.token_counts()[-1]
 
 
-def test_a_matching_compiles_where_nothing_merges(fresh_compiler: None) -> None:
-    compiled = torch.compile(bipartite_soft_matching, fullgraph=True, backend="aot_eager")
-    key = torch.randn(2, 9, 4)
-    for r in (0, 3):
-        for ours, theirs in zip(compiled(key, r, 1), bipartite_soft_matching(key, r, 1), strict=True):
-            assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("matching", [name for name in DETERMINISTIC if name != "grid"])
+def test_a_matching_compiles_where_nothing_merges(matching: str, fresh_compiler: None) -> None:
+    find = MATCHINGS[matching]
+    compiled = torch.compile(find, fullgraph=True, backend="aot_eager")
+    for r, drop in ((0, 0), (3, 0), (0, 2), (3, 2)) if matching == "diffrate" else ((0, 0), (3, 0)):
+        arguments = case_of(torch.randn(2, 9, 4), r, 1, drop=drop).arguments(matching)
+        for ours, theirs in zip(compiled(*arguments), find(*arguments), strict=True):
+            assert ours is theirs or torch.equal(ours, theirs)  # None is None
 
 
 @pytest.mark.parametrize("r", [0, 4])
