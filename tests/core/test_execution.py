@@ -87,8 +87,34 @@ def test_a_compiled_model_takes_any_r_with_the_call() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     images = images_for(model)
     with torch.no_grad():
-        for r in (4, 3, 0.05, 0.07, [4, 0, 2]):
+        for r in (4, 3, 0.05, 0.07, [4, 0, 2], ["4+1 diffrate", 3]):
             torch.testing.assert_close(compiled(images, r), model(images, r))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_takes_budgets_with_the_call() -> None:
+    model = tiny(depth=3, pool="avg")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = images_for(model)
+    with torch.no_grad():
+        for r in ("1.3x", "1.4x late", ("1.3x", -0.5), "1.3x"):
+            torch.testing.assert_close(compiled(images, r), model(images, model.plain(r)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*jit.*is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("r", "strict"), [("1.3x", True), ("1.3x late", False), ("1.2x grid", True), ("8 pitome", False)]
+)
+def test_budgets_are_exported_and_traced(r: str, strict: bool) -> None:
+    model = tiny(depth=3, pool="avg")
+    images = images_for(model, 2)
+    with torch.no_grad():
+        expected = model(images, model.plain(r))
+        program = torch.export.export(model, (images, r), strict=strict).module()
+        torch.testing.assert_close(program(images, r), expected, rtol=0, atol=1e-5)
+        model.r = r
+        torch.testing.assert_close(torch.jit.trace(model, images)(images), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
