@@ -7,9 +7,12 @@ them.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
+
+from tomevit.typed import parse_json
 
 #: What r may be: an int for every block, a share of the patches, (r, inflection), a list block by block, or words.
 Schedule = int | float | str | tuple[int, float] | list[int] | list[int | str]
@@ -26,6 +29,7 @@ ALLOWED = (
 
 #: Beyond what any image has, and what every reader of JSON and TOML can hold.
 MOST = 2**63 - 1
+MOST_DIGITS = 18  # of numbers within it
 
 
 class Step(NamedTuple):
@@ -65,7 +69,7 @@ class Words(NamedTuple):
 
 def _count(value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{what} is {value!r}; give {ALLOWED}")
+        raise ValueError(f"{what} is {reprlib.repr(value)}; give {ALLOWED}")
     count = int(value)
     if abs(count) > MOST:
         raise ValueError(f"{what} is beyond 2**63, and no image has so many tokens; give {ALLOWED}")
@@ -80,8 +84,8 @@ def _inflection(value: object) -> float:
     return float(value)
 
 
-def _share(value: float, what: str) -> float:
-    if value <= 0 or not value <= 0.5:
+def _share(value: Any, what: str) -> float:
+    if value <= 0 or not value <= 0.5:  # before it is made a float, which a large fraction cannot be
         raise ValueError(
             f"{what} is {value}; a float is the share of the patches that merge in each block, above 0 and at most "
             f"0.5; for a number of tokens give an int"
@@ -103,12 +107,12 @@ def check_schedule(r: object, depth: int) -> Schedule:
         return [_check_entry(value, f"r[{i}]") for i, value in enumerate(r)]
     if isinstance(r, tuple):
         if len(r) == 2 and isinstance(r[0], str):
-            return _check_words(f"{r[0]},{_inflection(r[1]):g}", depth)
+            return _check_words(f"{r[0]},{_number_text(_inflection(r[1]))}", depth)
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
-            raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
+            raise ValueError(f"r is {reprlib.repr(r)}; a tuple is (r, inflection); one int per block goes into a list")
         return _count(r[0], "r[0]"), _inflection(r[1])
     if isinstance(r, Real) and not isinstance(r, Integral):
-        return _share(float(r), "r")
+        return _share(r, "r")
     return _count(r, "r")
 
 
@@ -118,32 +122,35 @@ def _check_entry(value: object, what: str) -> int | str:
     step = _parse_entry(value)
     if step is None:
         raise ValueError(
-            f"{what} is {value!r}; a block's entry is an int, 'grid', '8 pitome', or '8+3 diffrate' where 8 merge and "
-            f"3 are dropped; the matchings are {', '.join(MATCHING_NAMES)}"
+            f"{what} is {reprlib.repr(value)}; a block's entry is an int, 'grid', '8 pitome', or '8+3 diffrate' where "
+            f"8 merge and 3 are dropped; the matchings are {', '.join(MATCHING_NAMES)}"
         )
     return step.entry
 
 
 def _parse_entry(text: str) -> Step | None:
     # Plain methods of str: torch.compile follows them, and no regular expression.
-    counts, _, matching = text.strip().partition(" ")
-    if counts == "grid" and not matching:
+    counts, *others = text.lower().split() or [""]
+    if counts == "grid" and not others:
         return Step(1, matching="grid")  # how many merge follows from the grid
     merge, _, drop = counts.partition("+")
-    if not (merge.isdecimal() and (drop or "0").isdecimal()) or len(counts) > 40:
+    if not (merge.isdecimal() and (drop or "0").isdecimal()) or max(len(merge), len(drop)) > MOST_DIGITS:
         return None
-    if matching not in MATCHING_NAMES or matching == "grid" or (drop and matching != "diffrate"):
+    if len(others) != 1 or others[0] not in MATCHING_NAMES or others[0] == "grid":
         return None
-    return Step(int(merge), int(drop or 0), matching)
+    if drop and others[0] != "diffrate":
+        return None
+    return Step(int(merge), int(drop or 0), others[0])
 
 
 def _check_words(text: str, depth: int) -> Schedule:
     text = text.strip()
     if text.startswith("["):
         try:
-            return check_schedule(json.loads(text), depth)
-        except json.JSONDecodeError:
-            raise ValueError(f"{text!r} is no list as in [20,0,7]") from None
+            entries = parse_json(text)
+        except ValueError:
+            raise ValueError(f"{_quoted(text)} is no list as in r = [20,0,7]") from None
+        return check_schedule(entries, depth)
     words = parse_words(text)
     if words.ratio is None and words.shape is None and words.matching is None and words.preset is None:
         assert not isinstance(words.amount, str)
@@ -159,16 +166,15 @@ def parse_words(text: str) -> Words:
     Raises:
         ValueError: it is none; the message says what would be.
     """
-    first, *others = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split() or [""]
-    unknown = ValueError(f"{text!r} is no r; give {ALLOWED}")
+    first, *others = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").replace(", ", ",").split() or [""]
     name, _, gflops = first.rpartition("-")
     if name in MATCHING_NAMES and gflops.endswith("g") and _number(gflops[:-1]) is not None and not others:
         return Words("", preset=first)
     amount, comma, inflection = first.partition(",")
-    words = _parse_amount(amount, text, unknown)
+    words = _parse_amount(amount, text)
     if comma:
         if isinstance(words.amount, float) or (at := _number(inflection)) is None:
-            raise unknown
+            raise _no_r(text)
         words = words._replace(inflection=_inflection(at))
     for word in others:
         shape, colon, number = word.partition(":")
@@ -178,34 +184,35 @@ def parse_words(text: str) -> Words:
             words = words._replace(matching=word)
         else:
             raise ValueError(
-                f"{text!r}: {word!r} is neither a shape ({', '.join(SHAPES)}) nor a matching "
+                f"r = {_quoted(text)}: {_quoted(word)} is neither a shape ({', '.join(SHAPES)}) nor a matching "
                 f"({', '.join(MATCHING_NAMES)}), or comes twice or too late: first how much, then the shape, then the "
                 f"matching, as in '2x late pitome'"
             )
     if words.shape is not None and (words.inflection is not None or isinstance(words.amount, float)):
-        raise ValueError(f"{text!r} asks for two shapes: {words.shape} goes with an int, '2x' or '60%'")
+        raise ValueError(f"r = {_quoted(text)} asks for two shapes: {words.shape} goes with an int, '2x' or '60%'")
     if words.matching == "grid" and (words.ratio is None or words.shape or words.inflection is not None):
         raise ValueError(
-            f"{text!r}: grid merges every 2x2 neighbours once: say '1.5x grid', or name the block, as in [0, 0, 'grid']"
+            f"r = {_quoted(text)}: grid merges every 2x2 neighbours once: say '1.5x grid', or name the block, as in "
+            f"[0, 0, 'grid']"
         )
     return words
 
 
-def _parse_amount(amount: str, text: str, unknown: ValueError) -> Words:
+def _parse_amount(amount: str, text: str) -> Words:
     if amount.endswith(("x", "%")):
         number = _number(amount[:-1])
         if number is None:
-            raise unknown
+            raise _no_r(text)
         ratio = number if amount.endswith("x") else 100 / number if number else 0.0
         if not 1 <= ratio < float("inf"):
             raise ValueError(
-                f"{text!r} is no budget: '2x' asks for at least twice fewer FLOPs, '60%' for at most that share of "
-                f"them; give 1x or more, or a share above 0% and up to 100%"
+                f"r = {_quoted(text)} is no budget: '2x' asks for at least twice fewer FLOPs, '60%' for at most that "
+                f"share of them; give 1x or more, or a share above 0% and up to 100%"
             )
         return Words(amount, ratio)
     number = _number(amount)
     if number is None:
-        raise unknown
+        raise _no_r(text)
     if "." in amount or "e" in amount:
         return Words(_share(number, "r"))
     return Words(_count(int(amount), "r"))
@@ -224,21 +231,36 @@ def _shape_number(shape: str, text: str, whole: str) -> float:
     number = _number(text)
     if shape == "late" and number is not None and 0 < number <= 100:
         return number
-    if shape == "deferred" and number is not None and number == int(number) >= 0:
+    if shape == "deferred" and number is not None and 0 <= number <= MOST and number == int(number):
         return int(number)
     raise ValueError(
-        f"{whole!r}: late:2 grows with the square of the depth, the power above 0 and up to 100; deferred:3 merges "
-        f"nothing in the first 3 blocks"
+        f"r = {_quoted(whole)}: late:2 grows with the square of the depth, the power above 0 and up to 100; deferred:3 "
+        f"merges nothing in the first 3 blocks"
     )
+
+
+def _no_r(text: str) -> ValueError:
+    return ValueError(f"r = {_quoted(text)} is none; give {ALLOWED}")
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:50]}...")
 
 
 def format_words(words: Words) -> str:
     """Words as `parse_words` reads them."""
     if words.preset is not None:
         return words.preset
-    first = str(words.amount) + ("" if words.inflection is None else f",{words.inflection:g}")
-    shape = [] if words.shape is None else [words.shape + ("" if words.number is None else f":{words.number:g}")]
+    first = str(words.amount) + ("" if words.inflection is None else f",{_number_text(words.inflection)}")
+    number = "" if words.number is None else f":{_number_text(words.number)}"
+    shape = [] if words.shape is None else [words.shape + number]
     return " ".join([first, *shape, *([] if words.matching is None else [words.matching])])
+
+
+def _number_text(number: float) -> str:
+    """As short as `_number` reads the same from it."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -254,7 +276,7 @@ def format_schedule(r: Schedule) -> str:
     """An r as `parse_schedule` reads it."""
     if isinstance(r, list):
         return json.dumps(r, separators=(",", ":"))
-    return f"{r[0]},{r[1]:g}" if isinstance(r, tuple) else str(r)
+    return f"{r[0]},{_number_text(r[1])}" if isinstance(r, tuple) else str(r)
 
 
 def schedule_to_json(r: Schedule) -> Any:

@@ -17,11 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import tomevit
 from benchmarks.peers import timm, torchvision
 from tests.helpers import format_of_timms, images_for, is_prepared_as_timm_does, timms_shapes
+from tests.matchings import OWN
 from tomevit import zoo
 from tomevit.cards import Card
 from tomevit.config import Config, Figure, Source
 from tomevit.flops import count_parameters, plain_schedule
-from tomevit.layers import MATCHINGS, bipartite_soft_matching, resolve_schedule
+from tomevit.layers import bipartite_soft_matching, resolve_schedule
 from tomevit.models import VisionTransformer, build, build_meta
 from tomevit.schedule import Schedule, resolve_steps, token_counts
 from tomevit.transform import Transform
@@ -440,7 +441,7 @@ def test_pooling_proportional_attention_and_matching_can_be_chosen() -> None:
     assert not tomevit.create("deit_ti16", prop_attn=False).config.prop_attn
     assert tomevit.create("mae_b16", prop_attn=True).config.prop_attn
     assert tomevit.create("deit_ti16", pool="avg").config.pool == "avg"
-    for matching in (*MATCHINGS, bipartite_soft_matching):
+    for matching in (*OWN, bipartite_soft_matching):
         model = tomevit.create("deit_ti16", matching=matching, img_size=64, r=3)
         with torch.inference_mode():
             assert model(images_for(model, 1)).isfinite().all()

@@ -188,6 +188,9 @@ def pitome_matching(key: Tensor, depth: float, r: int, num_prefix: int) -> Merge
 
 
 def _pitome(key: Tensor, depth: float, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    if r == 0:
+        keep = torch.arange(key.shape[1], device=key.device).expand(key.shape[0], -1)
+        return keep, keep[:, :0], keep[:, :0]
     normed = _normed(key)
     patches = normed[:, num_prefix:]
     with backends.without_autocast(patches):
