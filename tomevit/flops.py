@@ -8,18 +8,8 @@ from itertools import pairwise
 
 from tomevit.config import Config, Preset
 from tomevit.errors import join_with_or
-from tomevit.schedule import (
-    Schedule,
-    Step,
-    Words,
-    check_schedule,
-    entries,
-    format_words,
-    parse_words,
-    resolve_steps,
-    shaped,
-    token_counts,
-)
+from tomevit.schedule import Schedule, Step, check_schedule, entries, resolve_steps, token_counts
+from tomevit.words import Words, format_words, parse_words, shaped
 
 
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
@@ -84,7 +74,7 @@ def plain_schedule(r: object, config: Config, presets: Sequence[Preset] = ()) ->
     if words.preset is not None:
         return _find_preset(words.preset, config, presets)
     if words.ratio is not None:
-        r = _least(r, words, config)
+        r = _least(r, words, words.ratio, config)
     return _entries(r, config) if isinstance(r, str) else r
 
 
@@ -104,7 +94,7 @@ def _resolve(r: Schedule, config: Config) -> tuple[Step, ...]:
     return resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
 
 
-def _least(asked: str, words: Words, config: Config) -> Schedule:
+def _least(asked: str, words: Words, ratio: float, config: Config) -> Schedule:
     """The least r of these words' kind that needs so many times fewer FLOPs."""
     depth, whole = config.depth, flops(config, computed=True)
     line = "" if words.inflection is None else f",{words.inflection!r}"
@@ -123,7 +113,7 @@ def _least(asked: str, words: Words, config: Config) -> Schedule:
 
     # Beyond, all that can merge does so in the first block that may, and further ones change nothing.
     most = depth - 1 if words.matching == "grid" else config.num_patches * (depth if words.shape else 1)
-    found = bisect_left(range(most + 1), words.ratio, key=saves)
+    found = bisect_left(range(most + 1), ratio, key=saves)
     if found <= most:
         return kind(found)
     height, width = config.img_size

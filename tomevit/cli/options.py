@@ -12,7 +12,8 @@ from typing import Any
 import click
 
 from tomevit.cli.console import echo
-from tomevit.schedule import ALLOWED, Schedule, format_schedule, parse_schedule, parse_words
+from tomevit.schedule import Schedule, format_schedule, parse_schedule
+from tomevit.words import ALLOWED, parse_words
 
 #: The forms of r as they are typed.
 FORMS_OF_R = (

@@ -96,7 +96,8 @@ class VisionTransformer(TimmInterface):
             return self._plain_words(r)
         return plain_schedule(r, self.config, self.card.presets)
 
-    @torch.compiler.assume_constant_result  # compilers need not follow the search for the least r
+    # Compilers need not follow the search for the least r.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _plain_words(self, r: Schedule) -> Schedule:
         return plain_schedule(r, self.config, self.card.presets)
 
