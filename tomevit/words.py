@@ -45,7 +45,7 @@ def check_count(value: object, what: str) -> int:
 
 
 def check_inflection(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or value < -1 or not value <= 1:
         raise ValueError(f"the inflection is {value}, and must lie between -1 (early) and 1 (late)")
     return float(value)
 
