@@ -100,7 +100,7 @@ def _least(asked: str, words: Words, config: Config) -> Schedule:
 
     def kind(n: int) -> Schedule:
         if words.matching == "grid":
-            return [0] * (depth - 1 - n) + ["grid"]
+            return [0] * (depth - 1 - n) + ["grid"] + [0] * n
         if words.shape is not None:
             counts = shaped(n, depth, words.shape, words.number)
             return _entries([Step(count, matching=words.matching).entry for count in counts], config)
@@ -109,8 +109,9 @@ def _least(asked: str, words: Words, config: Config) -> Schedule:
     def saves(n: int) -> float:
         return whole / flops(config, kind(n), computed=True)
 
-    # Beyond, all that can merge does so in the first block that may, and further ones change nothing.
-    most = depth - 1 if words.matching == "grid" else config.num_patches * (depth if words.shape else 1)
+    # Beyond, every block that may merges all that it can, and further ones change nothing.
+    most = config.num_patches if words.shape is None and words.inflection is None else 10**9
+    most = depth - 1 if words.matching == "grid" else most
     found = bisect_left(range(most + 1), words.ratio, key=saves)
     if found <= most:
         return kind(found)
@@ -132,8 +133,8 @@ def _find_preset(name: str, config: Config, presets: Sequence[Preset]) -> Schedu
                 f"{config.num_tokens} and {config.depth}: '2x diffrate' and the like fit any"
             )
         return list(preset.r)
-    known = join_with_or([repr(preset.name) for preset in presets])
-    raise ValueError(f"r = {name!r} is no preset of this model; it has {known if presets else 'none'}")
+    known = join_with_or([repr(preset.name) for preset in presets]) if presets else "none"
+    raise ValueError(f"r = {name!r} is no preset of this model; it has {known}")
 
 
 def count_parameters(config: Config) -> int:
