@@ -102,7 +102,7 @@ def _least(asked: str, words: Words, ratio: float, config: Config) -> Schedule:
 
     def kind(n: int) -> Schedule:
         if words.matching == "grid":
-            return [0] * (depth - 1 - n) + ["grid"]
+            return [0] * (depth - 1 - n) + ["grid"] + [0] * n
         if words.shape is not None:
             counts = shaped(n, depth, words.shape, words.number)
             return _entries([Step(count, matching=words.matching).entry for count in counts], config)
@@ -111,8 +111,9 @@ def _least(asked: str, words: Words, ratio: float, config: Config) -> Schedule:
     def saves(n: int) -> float:
         return whole / flops(config, kind(n), computed=True)
 
-    # Beyond, all that can merge does so in the first block that may, and further ones change nothing.
-    most = depth - 1 if words.matching == "grid" else config.num_patches * (depth if words.shape else 1)
+    # Beyond, every block that may merges all that it can, and further ones change nothing.
+    most = config.num_patches if words.shape is None and words.inflection is None else 10**9
+    most = depth - 1 if words.matching == "grid" else most
     found = bisect_left(range(most + 1), ratio, key=saves)
     if found <= most:
         return kind(found)
