@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import images_for, relative_error, tiny
-from tests.matchings import DETERMINISTIC, OWN, Case, case_of, cases
+from tests.matchings import DETERMINISTIC, OWN, Case, case_of, cases, needs_of
 from tomevit import flops
 from tomevit.config import Config
 from tomevit.layers import (
@@ -39,7 +39,12 @@ from tomevit.schedule import Schedule
 
 
 def equal(first: Merge, second: Merge) -> bool:
-    return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))  # None is None
+    """The same tokens; similarities are products, which round by where an image lies in memory."""
+    if first.similarity is None or second.similarity is None:
+        alike = first.similarity is second.similarity
+    else:
+        alike = torch.allclose(first.similarity, second.similarity, rtol=0, atol=1e-6)
+    return alike and all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
 
 def images_of(merge: Merge, which: Any) -> Merge:
@@ -131,7 +136,7 @@ def test_pitome_order_is_prefix_protected_joined(case: Case) -> None:
 @given(case=cases())
 def test_tokens_join_the_most_similar_and_the_most_similar_join(matching: str, case: Case) -> None:
     keep, src, dst, _ = case.find(matching)
-    key = torch.nn.functional.normalize((case.x if matching == "diffrate" else case.key).double(), dim=-1)
+    key = torch.nn.functional.normalize((case.x if "x" in needs_of(matching) else case.key).double(), dim=-1)
     if matching in ("bipartite", "importance"):
         joinable = keep % 2 == 1
     elif matching == "every_kth":
@@ -285,7 +290,7 @@ def test_with_similarities_the_mean_is_plain_and_weights_are_no_counts(case: Cas
         plain = group_means(case.x, torch.ones_like(case.size), slots, count)
         torch.testing.assert_close(tokens.x, plain, rtol=0, atol=1e-13)
         assert torch.equal(tokens.size, group_sums(case.size, slots, count))  # still counts patches
-        brings = torch.ones_like(case.size[..., 0]).scatter(1, merge.src, merge.similarity)[..., None]
+        brings = torch.ones_like(case.x[..., 0]).scatter(1, merge.src, merge.similarity)[..., None]
         weighed = group_sums((case.size if weight is None else weight) * brings, slots, count)
         torch.testing.assert_close(tokens.weight, weighed, rtol=1e-6, atol=0)
     # What merges by another matching later is weighed in step.
