@@ -94,6 +94,7 @@ def _entries(r: Schedule, config: Config) -> list[int | str]:
 
 def _least(asked: str, words: Words, config: Config) -> Schedule:
     """The least r of these words' kind that needs so many times fewer FLOPs."""
+    assert words.ratio is not None
     depth, whole = config.depth, flops(config, computed=True)
     line = "" if words.inflection is None else f",{words.inflection!r}"
     matching = "" if words.matching is None else f" {words.matching}"

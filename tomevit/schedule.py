@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -78,8 +78,9 @@ def _count(value: object, what: str) -> int:
     return count
 
 
-def _inflection(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
+def _inflection(value: Any) -> float:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not -1 <= value <= 1:
         raise ValueError(f"the inflection is {value}, and must lie between -1 (early) and 1 (late)")
     return float(value)
 
@@ -395,7 +396,7 @@ def shaped(total: int, depth: int, shape: str, number: float | None = None) -> l
 _Wanted = tuple[int | float, int, str | None]
 
 
-def _per_block(r: Schedule, depth: int) -> list[_Wanted]:
+def _per_block(r: Schedule, depth: int) -> Sequence[_Wanted]:
     if isinstance(r, str):
         return _words_per_block(r, depth)
     if isinstance(r, list):
@@ -409,7 +410,7 @@ def _per_block(r: Schedule, depth: int) -> list[_Wanted]:
     return [(r[0] if isinstance(r, tuple) else r, 0, None)] * depth
 
 
-def _words_per_block(text: str, depth: int) -> list[_Wanted]:
+def _words_per_block(text: str, depth: int) -> Sequence[_Wanted]:
     words = parse_words(text)
     if words.ratio is not None or words.preset is not None:
         raise ValueError(f"{text!r} needs to know the model: tomevit.flops.plain_schedule makes a plain r of it")

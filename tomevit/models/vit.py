@@ -96,8 +96,9 @@ class VisionTransformer(TimmInterface):
             return self._plain_words(r)
         return plain_schedule(r, self.config, self.card.presets)
 
-    @torch.compiler.assume_constant_result  # compilers need not follow the search for the least r
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _plain_words(self, r: Schedule) -> Schedule:
+        # Compilers need not follow the search for the least r, and could not.
         return plain_schedule(r, self.config, self.card.presets)
 
     def steps(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[Step, ...]:
