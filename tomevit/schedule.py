@@ -241,7 +241,10 @@ def _shape_number(shape: str, text: str, whole: str) -> float:
 
 
 def _no_r(text: str) -> ValueError:
-    return ValueError(f"r = {_quoted(text)} is none; give {ALLOWED}")
+    return ValueError(
+        f"r = {_quoted(text)} is none of 8, 8,-1, [20,0,7], 0.08, and words such as '2x' (half of the FLOPs), '60%', "
+        f"'2x late' or '8 pitome'"
+    )
 
 
 def _quoted(text: str) -> str:

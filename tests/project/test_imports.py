@@ -25,12 +25,12 @@ FIRST = (
         "opening",
         "locks",
         "output",
-        "schedule",
         "typed",
+        "schedule",
         "config",
+        "flops",
         "headers",
         "cards",
-        "flops",
         "zoo",
     ),
     *("layers", "models", "weights", "transform", "factory"),
@@ -95,7 +95,7 @@ def loaded(code: str) -> set[str]:
 
 def test_the_package_loads_nothing_before_it_is_used() -> None:
     parts = {part(name) for name in loaded("import tomevit")}
-    assert parts == {"", "version", "schedule", "typed", "config", "flops", "transform"}
+    assert parts == {"", "version", "errors", "typed", "schedule", "config", "flops", "transform"}
 
 
 def test_a_model_needs_the_first_ring_alone() -> None:
