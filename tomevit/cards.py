@@ -178,6 +178,8 @@ def card_from_json(data: Any) -> Card:
         )
     if callable(card.config.matching):
         raise ValueError(f"card.config.matching is {card.config.matching!r}, and must be a name")
+    if isinstance(data["r"], str):
+        raise ValueError(f"card.r is {reprlib.repr(data['r'])}, and files hold plain numbers")
     return replace(card, r=schedule_from_json(data["r"], card.config.depth))
 
 

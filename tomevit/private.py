@@ -10,13 +10,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 #: Where torch's wrappers keep what they wrap: torch.compile, and data parallelism and averaged models.
 WRAPPED = ("_orig_mod", "module")
@@ -184,6 +186,15 @@ def watch_operators(see: Callable[[Any, list[Tensor]], None]) -> AbstractContext
             return out
 
     return Watch()  # type: ignore[no-untyped-call]
+
+
+def constant_to_compilers(function: F) -> F:
+    """A function of which torch.compile takes the answer for a constant; without the name, it follows its steps.
+
+    It is `torch.compiler.assume_constant_result`, but that loads torch.compile where a function is declared.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def missing_compiler() -> bool:

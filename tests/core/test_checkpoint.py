@@ -319,6 +319,7 @@ def test_undamaged_metadata_load(path: Path) -> None:
         damaged(r={"mean": 1}),
         damaged(r=-1),
         damaged(r="8"),
+        damaged(r="2x"),
         damaged(r=None),
         damaged(flavour="sweet"),
         damaged(config=asdict(tiny().config) | {"depth": 10**9}),

@@ -56,6 +56,12 @@ def test_what_modules_and_tensors_have() -> None:
     assert hasattr(torch.compile(layer), "_orig_mod")
 
 
+def test_a_constant_is_marked_as_torch_does_it() -> None:
+    assert (
+        vars(private.constant_to_compilers(lambda: 1)) == vars(torch.compiler.assume_constant_result(lambda: 1)) != {}
+    )
+
+
 def without(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As in a torch that has renamed it."""
     module, _, attribute = name.rpartition(".")

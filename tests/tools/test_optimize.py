@@ -96,9 +96,13 @@ def test_the_gradient_is_that_of_the_product() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_the_operators_for_compilers_keep_their_promises() -> None:
     x, size = tokens(torch.float32, 1, dim=4)
-    torch.library.opcheck(torch.ops.tomevit.bipartite_soft_matching.default, (x, 9, 1))
-    merge = bipartite_soft_matching(x, 9, 1)
-    torch.library.opcheck(torch.ops.tomevit.merge_mean.default, (x.requires_grad_(), size, *merge))
+    case = case_of(x, 9, 1, drop=5)
+    for name in ("bipartite", "importance", "pitome", "diffrate"):
+        operator = getattr(torch.ops.tomevit, MATCHINGS[name].__name__)
+        torch.library.opcheck(operator.default, tuple(case.arguments(name)))
+        merge = case.find(name)
+        arguments = x.detach().clone().requires_grad_(), size, *merge[:3]
+        torch.library.opcheck(torch.ops.tomevit.merge_mean.default, arguments)
 
 
 def test_exported_programs_hold_operators_of_torch_alone() -> None:

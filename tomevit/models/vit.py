@@ -22,6 +22,7 @@ from tomevit.layers.rotary import RotaryEmbedding
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
+from tomevit.private import constant_to_compilers
 from tomevit.schedule import Schedule, Step, resolve_steps
 
 # What looks at values is no part of a graph of torch.fx, as create_feature_extractor makes it.
@@ -96,8 +97,7 @@ class VisionTransformer(TimmInterface):
             return self._plain_words(r)
         return plain_schedule(r, self.config, self.card.presets)
 
-    # Compilers need not follow the search for the least r.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @constant_to_compilers  # which could not follow the search for the least r
     def _plain_words(self, r: Schedule) -> Schedule:
         return plain_schedule(r, self.config, self.card.presets)
 
