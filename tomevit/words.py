@@ -139,7 +139,7 @@ def _shape_number(shape: str, text: str, whole: str) -> float:
 
 
 def _no_r(text: str) -> ValueError:
-    return ValueError(f"r = {quoted(text)} is none; give {ALLOWED}")
+    return ValueError(f"{quoted(text)} is no r; give {ALLOWED}")
 
 
 def quoted(text: str) -> str:

@@ -215,7 +215,7 @@ def test_info_says_what_words_mean(capsys, tmp_path):
     status, out, _ = run(capsys, "info", "deit_s16", "--r", "2x", "2x late", "1.5x grid", "--plot", str(picture))
     assert status == 0
     assert "as computed 2.05, 2.09 times fewer; here r = 18\n" in out
-    assert '[0,0,0,0,0,"grid"]' in out
+    assert '[0,0,0,0,0,"grid",0,' in out
     assert "tokens 197 197 197 197 197 197 50 50 50 50 50 50 50\n" in out
     assert "r = 2x late: 2.143 GFLOPs" in picture.read_text(encoding="utf-8")
 
