@@ -57,12 +57,15 @@ EXPORTS = "takes long; tests/tools/test_export_programs.py does it for every for
 TRAINS = (
     "takes a data set and hours; tests/project/test_finetune.py and tests/project/test_torchrun.py run it on digits"
 )
+COMPARES = "takes ImageNet and the published weights; tests/tasks/test_evaluate.py runs it on digits"
 NOT_RUN = {
     "make demo": INSTALLS,
     "make check": INSTALLS,
     "make clean && make test CONSTRAINTS=constraints-lowest.txt": INSTALLS,
     "make gpu": "takes a GPU, and minutes; tests/tools/test_gpu_programme.py runs it small, on a CPU",
     "tomevit demo": "takes half a minute; tests/tasks/test_demo.py runs it",
+    "tomevit eval --data imagenet --model deit_s16 --r 0 13 2x '2x late' '2x redundant' diffrate-2.3g diffrate-2.9g "
+    "--expect": COMPARES,
     "tomevit bench vit_b16 --batch 1 8": MEASURES,
     "tomevit bench vit_b16 --batch 1 8 --mode eager optimized --markdown --plot speed.png": MEASURES,
     "tomevit bench mine.safetensors --dtype float32 bfloat16 --target 1.5 --json": MEASURES,
