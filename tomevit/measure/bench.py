@@ -68,14 +68,14 @@ class Mode(NamedTuple):
     eager: bool  # operators run one by one
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """The same model on the same weights, of which modules can be compiled without touching the first."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _by_block(model: nn.Module) -> nn.Module:
     """Compiled block by block; with dynamic shapes where tokens merge, so that an r does not cost a program each."""
-    model = _twin(model)
+    model = twin(model)
     if isinstance(model, VisionTransformer):
         compile_blocks(model)
     else:
@@ -87,7 +87,7 @@ def _by_block(model: nn.Module) -> nn.Module:
 
 def _whole(model: nn.Module) -> nn.Module:
     """A program with fixed shapes for each r and batch, on CUDA captured as a graph: the most that compiling gives."""
-    compiled: Any = torch.compile(_twin(model), fullgraph=True, dynamic=False, mode="reduce-overhead")
+    compiled: Any = torch.compile(twin(model), fullgraph=True, dynamic=False, mode="reduce-overhead")
     return compiled
 
 
@@ -129,7 +129,7 @@ def candidates(
     return found
 
 
-def timm_twin(model: VisionTransformer) -> nn.Module:
+def timmtwin(model: VisionTransformer) -> nn.Module:
     """The model of timm's with the same architecture, on the very weights of ours.
 
     Raises:
@@ -343,7 +343,7 @@ def bench(
     Raises:
         ValueError: an r of no known form, timm's model cannot be had, or the batch does not fit into memory.
     """
-    those = candidates(model, r_values, modes=modes, timm=timm_twin(model) if timm else None)
+    those = candidates(model, r_values, modes=modes, timm=timmtwin(model) if timm else None)
     tell = None if progress is None else (lambda _, progress=progress: progress())
     result = compare(those, model, batch=batch, rounds=rounds, progress=tell)
     if result.interrupted:
@@ -388,7 +388,7 @@ def sweep(
         model.schedule(r)  # before the first minute is spent
     for dtype in dtypes:
         ours = copy.deepcopy(model).to(device, PRECISIONS[dtype][0])
-        those = candidates(ours, r_values, modes=modes, timm=timm_twin(ours) if timm else None)
+        those = candidates(ours, r_values, modes=modes, timm=timmtwin(ours) if timm else None)
         work = len(dtypes) * sum(batches) * (rounds + WARMUP) * sum(each.flops for each in those)
         for batch in batches:
 
