@@ -129,7 +129,7 @@ def candidates(
     return found
 
 
-def timmtwin(model: VisionTransformer) -> nn.Module:
+def timm_twin(model: VisionTransformer) -> nn.Module:
     """The model of timm's with the same architecture, on the very weights of ours.
 
     Raises:
@@ -343,7 +343,7 @@ def bench(
     Raises:
         ValueError: an r of no known form, timm's model cannot be had, or the batch does not fit into memory.
     """
-    those = candidates(model, r_values, modes=modes, timm=timmtwin(model) if timm else None)
+    those = candidates(model, r_values, modes=modes, timm=timm_twin(model) if timm else None)
     tell = None if progress is None else (lambda _, progress=progress: progress())
     result = compare(those, model, batch=batch, rounds=rounds, progress=tell)
     if result.interrupted:
@@ -388,7 +388,7 @@ def sweep(
         model.schedule(r)  # before the first minute is spent
     for dtype in dtypes:
         ours = copy.deepcopy(model).to(device, PRECISIONS[dtype][0])
-        those = candidates(ours, r_values, modes=modes, timm=timmtwin(ours) if timm else None)
+        those = candidates(ours, r_values, modes=modes, timm=timm_twin(ours) if timm else None)
         work = len(dtypes) * sum(batches) * (rounds + WARMUP) * sum(each.flops for each in those)
         for batch in batches:
 

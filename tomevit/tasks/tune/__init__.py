@@ -50,6 +50,8 @@ CONSTANTS = 6
 PATHS = 12
 #: So many schedules are improved by exchanges, and each by so many trials.
 IMPROVED, TRIALS = 6, 8
+#: A schedule must be so many times as fast as r = 0, by the times of a block, to be worth a trial more.
+LEAST_SPEED_UP = 1.03
 #: So many that the search found are measured on the images held back.
 FINALISTS = 10
 #: What beside paths and constant r is tried, for every matching.
@@ -117,9 +119,9 @@ def tune(
             those = _finalists(model, own, found)
             right = None if labels is None else labels.to(images.device)[held_back].cpu()
             faithful = Faithfulness(model, images[held_back], right, batch, record.held_back)
-            for i, r in enumerate(those.values()):
+            for i, (r, _) in enumerate(those.values(), 1):
+                faithful(r)
                 tell("comparing answers", i, len(those))
-                faithful(r[0])
             record.write()
             _time_forwards(model, record, [r for r, _ in those.values()], images[held_back], batch, mode, rounds, tell)
         points = _points(model, record, own, those)
@@ -310,36 +312,38 @@ def _search(
     config = model.config
     wanted = [(matching, probe) for matching in searched for probe in probes(config, matching)]
     moved: dict[str | None, dict[tuple[int, int], float]] = {}
-    for i, (matching, probe) in enumerate(wanted):
-        tell("trying single merges", i, len(wanted))
+    for i, (matching, probe) in enumerate(wanted, 1):
         moved.setdefault(matching, {})[probe.block, probe.merged] = trial(_entries(probe.steps, config)).drift
+        tell("trying single merges", i, len(wanted))
     record.write()
     drift = Drift(config, moved)
 
     paths = spread(shortest_paths(config, seconds, drift, searched), seconds.forward, PATHS)
     known: dict[tuple[Step, ...], float] = {}
     first = list(dict.fromkeys([*paths, *(_plain_steps(model, r) for r in _shapes(model, searched))]))
-    for i, steps in enumerate(first):
-        tell("trying schedules", i, len(first))
+    for i, steps in enumerate(first, 1):
         known[steps] = trial(_entries(steps, config)).drift
+        tell("trying schedules", i, len(first))
     record.write()
 
+    limit = seconds.forward([Step()] * config.depth) / LEAST_SPEED_UP
+
     def ranked() -> list[tuple[Step, ...]]:
-        fast = [steps for steps in known if any(step.total for step in steps)]
+        fast = [steps for steps in known if seconds.forward(steps) <= limit]
         return undominated(fast, lambda steps: (seconds.forward(steps), known[steps]))
 
-    start, done = spread(ranked(), seconds.forward, IMPROVED), 0
-    for steps in start:
+    start = spread(ranked(), seconds.forward, IMPROVED)
+    for i, steps in enumerate(start):
         best, tried = steps, {steps}
-        for _ in range(TRIALS):
+        for done in range(TRIALS):
             near = [each for each in exchanges(best, config, seconds, searched) if each not in tried]
             if not near:
                 break
-            tell("exchanging", done, len(start) * TRIALS)
-            new, done = min(near, key=drift.of), done + 1
+            new = min(near, key=drift.of)
             tried.add(new)
             known[new] = trial(_entries(new, config)).drift
             best = new if known[new] < known[best] else best
+            tell("exchanging", i * TRIALS + done + 1, len(start) * TRIALS)
     record.write()
     return [_entries(steps, config) for steps in spread(ranked(), seconds.forward, FINALISTS)]
 

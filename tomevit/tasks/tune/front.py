@@ -48,9 +48,9 @@ class Point:
         return self.kl if self.kl is not None else 1 - (self.cosine or 0.0)
 
     @property
-    def images_lost(self) -> float:
-        """Minus what counts as good of the classes, in per cent: accuracy where there are labels, else agreement."""
-        return -(self.agreement if self.top1 is None else self.top1)
+    def kept(self) -> float:
+        """What may drop, in per cent: the accuracy where there are labels, else the agreement."""
+        return self.agreement if self.top1 is None else self.top1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +90,11 @@ class Front:
             raise ValueError(f"give one of {join_with_or(asked)}, and not {' and '.join(given) or 'none'}")
         ((name, value),) = given.items()
         if not math.isfinite(value) or value < 0 or (value == 0 and name != "max_drop"):
-            raise ValueError(f"{name} is {value}, and must be a number {'of at least' if name == 'max_drop' else 'above'} 0")
+            least_of_all = "of at least" if name == "max_drop" else "above"
+            raise ValueError(f"{name} is {value}, and must be a number {least_of_all} 0")
         if name == "max_drop":
-            least = self.points[0].images_lost + value + 1e-9  # a difference of two per cents may be off by a digit
-            return min((p for p in self.points if p.images_lost <= least), key=lambda p: (p.seconds, p.drift))
+            least = self.points[0].kept - value - 1e-9  # a difference of two per cents may be off by a digit
+            return min((p for p in self.points if p.kept >= least), key=lambda p: (p.seconds, p.drift))
         kept: Callable[[Point], bool] = is_fast_enough(value) if name == "speed_up" else lambda p: p.seconds <= value
         fit = [point for point in self.points if kept(point)]
         if fit:
@@ -232,7 +233,7 @@ class Front:
             plots.check_suffix(path)
         where, measured = self.setting, (*self.points, *self.others)
         lines = {
-            label: [plots.Measured(-p.images_lost, p.speed_up, p.speed_up_range) for p in sorted(those, key=_speed_up)]
+            label: [plots.Measured(p.kept, p.speed_up, p.speed_up_range) for p in sorted(those, key=_speed_up)]
             for label, those in {
                 "front": self.points,
                 "constant r": [p for p in measured if p.kind in ("unmerged", "constant")],
@@ -295,7 +296,10 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
     # What no constant r is fast enough for can be compared with none.
     gain, best = max(gains, key=lambda pair: (pair[0] < math.inf, pair[0]), default=(0.0, None))
     if best is None or gain < LEAST_GAIN:
-        return plain, "The search found nothing better than constant r at any speed: these are the points of constant r."
+        return (
+            plain,
+            "The search found nothing better than constant r at any speed: these are the points of constant r.",
+        )
     named = f"r = {format_schedule(best.r)}, {best.speed_up:.2f} times as fast as r = 0"
     if math.isinf(gain):
         return front, f"The search found what is faster than any constant r: {named}."
@@ -318,7 +322,7 @@ def drift_at(constant: Sequence[Point], seconds: float) -> float:
 
 
 def _measures(point: Point) -> tuple[float, ...]:
-    return point.seconds, point.drift, -point.agreement, point.images_lost
+    return point.seconds, point.drift, -point.agreement, -point.kept
 
 
 def matchings_of(steps: Sequence[Step], own: str) -> tuple[str, ...]:

@@ -46,7 +46,9 @@ class Record:
             return cls(setting)
         path = check_output(path, endings=(".json",), writable=True)
         if is_stream(path):
-            raise ValueError(f"{path} is a pipe or device, and a search goes on from a file: name one, as in front.json")
+            raise ValueError(
+                f"{path} is a pipe or device, and a search goes on from a file: name one, as in front.json"
+            )
         if not path.exists():
             return cls(setting, path)
         data = read_json(path)

@@ -87,11 +87,13 @@ def exchanges(
     many by another matching.
     """
     limit, blocks = seconds.forward(steps), range(num_merging(config))
+    first = None if None in matchings else matchings[0]  # of a block where nothing merges yet
 
     def changed(i: int, more: int, j: int, fewer: int) -> tuple[Step, ...]:
         new = list(steps)
-        new[i] = new[i]._replace(merge=new[i].merge + more)
-        new[j] = new[j]._replace(merge=new[j].merge - fewer)
+        new[i] = new[i]._replace(merge=new[i].merge + more) if new[i].total else Step(more, 0, first)
+        left = new[j]._replace(merge=new[j].merge - fewer)
+        new[j] = left if left.total else Step()
         return tuple(new)
 
     for more in sorted({max(1, config.num_patches // part) for part in (48, 12)}):
@@ -133,8 +135,7 @@ def undominated(those: Sequence[T], measures: Callable[[T], Sequence[float]]) ->
     for i, (each, ours) in enumerate(found):
         others = ((k, theirs) for k, (_, theirs) in enumerate(found) if k != i)
         if not any(
-            all(b <= a for a, b in zip(ours, theirs, strict=True)) and (theirs != ours or k < i)
-            for k, theirs in others
+            all(b <= a for a, b in zip(ours, theirs, strict=True)) and (theirs != ours or k < i) for k, theirs in others
         ):
             kept.append(each)
     return kept
