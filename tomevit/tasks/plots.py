@@ -453,8 +453,8 @@ def faithfulness(
     for i, (label, points) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         across, up = [point.speed_up for point in points], [point.kept for point in points]
-        style = {"linewidth": 1.8} if i == 0 else {"linewidth": 1.2, "alpha": 0.8}
-        axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=5.5, label=label, **style)
+        width = 1.2 if i else 1.8
+        axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=5.5, linewidth=width, label=label)
         for point in points:
             if point.interval is not None:
                 axis.hlines(point.kept, *point.interval, color=colour, linewidth=1, alpha=0.6)

@@ -7,43 +7,35 @@ between two blocks, measured, correct it. What is left is measured on images hel
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tomevit import private
 from tomevit.cards import Card
 from tomevit.config import Config
-from tomevit.errors import join_with_or
 from tomevit.flops import flops
-from tomevit.layers.embed import check_images
-from tomevit.measure.bench import MODES, subject, twin
+from tomevit.measure.bench import MODES, twin
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import Quartiles, ratio_interval
 from tomevit.models import VisionTransformer, unwrap_transformer
-from tomevit.schedule import MATCHING_NAMES, SHAPES, Schedule, Step, schedule_to_json
+from tomevit.schedule import SHAPES, Schedule, Step
 from tomevit.tasks.tune import costs
-from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, num_merging, outputs, probes
+from tomevit.tasks.tune.answers import Faithfulness, name_of
+from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, num_merging, probes
 from tomevit.tasks.tune.front import Front, Point, best_of, matchings_of
-from tomevit.tasks.tune.record import Moved, Record
+from tomevit.tasks.tune.record import Record
 from tomevit.tasks.tune.search import exchanges, shortest_paths, spread, undominated
-from tomevit.weights.checkpoint import digest_of
+from tomevit.tasks.tune.setting import check_arguments, choices, describe
 
-__all__ = ["LEAST_IMAGES", "Front", "Point", "tune"]
+__all__ = ["Front", "Point", "tune"]
 
-#: Images that a search takes at least; it halves them.
-LEAST_IMAGES = 32
-#: Images per call where only the answers count, at least.
-BATCH = 32
 #: Values of a constant r that are measured.
 CONSTANTS = 6
 #: Of the paths so many are tried on the images.
@@ -57,6 +49,7 @@ FINALISTS = 10
 #: What beside paths and constant r is tried, for every matching.
 BUDGETS = ("1.25x", "1.5x", "2x")
 
+T = TypeVar("T")
 Tell = Callable[[str, int, int], object]
 
 
@@ -94,37 +87,38 @@ def tune(
         seed: of the split.
         file: JSON where the front goes, and where what was measured is kept when something ends the search before: the
             same call goes on from there.
-        progress: told what is being done, how many steps of it are done, and of how many.
+        progress: told what is being done, how many steps of it are done, and of how many, at the start and after each.
 
     Raises:
         ValueError: fewer than 32 images, or of another shape; nothing can merge; a matching or mode of no known name;
             the batch does not fit into memory; answers that are not finite; or the file is of another setting.
         OSError: the file cannot be read or written.
     """
-    model = twin(unwrap_transformer(model)).eval()
-    own, searched = _searched(model.config, matchings)
-    _check(model, images, labels, batch, mode, rounds)
+    subject = unwrap_transformer(twin(unwrap_transformer(model))).eval()
+    own, searched = choices(subject.config, matchings)
+    check_arguments(subject, images, labels, batch, mode, rounds)
     tell = progress or (lambda *_: None)
-    setting = _setting(model, images, labels, batch, mode, matchings, rounds, seed)
+    setting = describe(subject, images, labels, batch, mode, matchings, rounds, seed)
     record = Record.open(file, setting)
     if record.front is not None:
         return record.front
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
     search, held_back = order[: len(order) // 2], order[len(order) // 2 :]
     try:
-        with explain_out_of_memory(batch, model.device), _programs(mode):
-            seconds = _time_blocks(model, record, images, searched, batch, mode, tell)
-            trial = Faithfulness(model, images[search], None, batch, record.search)
-            found = _search(model, seconds, searched, trial, record, tell)
-            those = _finalists(model, own, found)
+        with explain_out_of_memory(batch, subject.device), _programs(mode):
+            seconds = _time_blocks(subject, record, images[search], searched, batch, mode, tell)
+            trial = Faithfulness(subject, images[search], None, batch, record.search)
+            found = _search(subject, seconds, searched, trial, record, tell)
+            those = _finalists(subject, found)
             right = None if labels is None else labels.to(images.device)[held_back].cpu()
-            faithful = Faithfulness(model, images[held_back], right, batch, record.held_back)
-            for i, (r, _) in enumerate(those.values(), 1):
+            faithful = Faithfulness(subject, images[held_back], right, batch, record.held_back)
+            for r, _ in _telling(those.values(), tell, "comparing answers"):
                 faithful(r)
-                tell("comparing answers", i, len(those))
             record.write()
-            _time_forwards(model, record, [r for r, _ in those.values()], images[held_back], batch, mode, rounds, tell)
-        points = _points(model, record, own, those)
+            _time_forwards(
+                subject, record, [r for r, _ in those.values()], images[held_back], batch, mode, rounds, tell
+            )
+        points = _points(subject, record, own, those)
         best, note = best_of(points)
         record.front = Front(
             setting=setting, points=tuple(best), others=tuple(p for p in points if p not in best), note=note
@@ -134,143 +128,17 @@ def tune(
     return record.front
 
 
-def _searched(config: Config, matchings: Sequence[str]) -> tuple[str, tuple[str | None, ...]]:
-    """What the model's own matching is called, and those to choose from, None for the model's own."""
-    own = config.matching if isinstance(config.matching, str) else getattr(config.matching, "__name__", "own")
-    known = [name for name in MATCHING_NAMES if name not in ("grid", "random")]
-    if isinstance(matchings, str) or not (matchings or callable(config.matching)):
-        raise ValueError(f"matchings is {matchings!r}, and must list some of {', '.join(known)}")
-    if wrong := [name for name in matchings if name not in known]:
-        raise ValueError(f"matchings has {wrong[0]!r}, which cannot be searched; there is {join_with_or(known)}")
-    names: list[str | None] = [None] if callable(config.matching) else []
-    return own, tuple(dict.fromkeys(names + [None if name == config.matching else name for name in matchings]))
+def _telling(those: Collection[T], tell: Tell, what: str) -> Iterator[T]:
+    """Each of these, told of at the start and when it is done."""
+    tell(what, 0, len(those))
+    for done, each in enumerate(those, 1):
+        yield each
+        tell(what, done, len(those))
 
 
-def _check(model: VisionTransformer, images: Tensor, labels: Tensor | None, batch: int, mode: str, rounds: int) -> None:
-    """Raises ValueError where an argument is wrong, before anything is measured."""
-    config = model.config
-    check_images(images, (config.in_chans, *config.img_size))
-    if len(images) < LEAST_IMAGES:
-        raise ValueError(f"{len(images)} images are too few to tell schedules apart: give {LEAST_IMAGES} at least")
-    if labels is not None:
-        if not config.num_classes:
-            raise ValueError("labels are for a model with a head, and this one has none")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(
-                f"labels are {labels.dtype} of shape {tuple(labels.shape)}, and must be torch.int64 of "
-                f"{(len(images),)}: one class for each image"
-            )
-        if labels.min() < 0 or labels.max() >= config.num_classes:
-            raise ValueError(f"labels must lie between 0 and {config.num_classes - 1}: the model's classes")
-    if mode not in MODES:
-        raise ValueError(f"there is no mode {mode!r}; there is {join_with_or(MODES)}")
-    for name, value in (("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, and must be at least 1")
-    if config.num_patches < 2 or num_merging(config) < 1:
-        raise ValueError("nothing can merge in this model, of one patch or of one block whose class token is read")
-
-
-def _setting(
-    model: VisionTransformer,
-    images: Tensor,
-    labels: Tensor | None,
-    batch: int,
-    mode: str,
-    matchings: Sequence[str],
-    rounds: int,
-    seed: int,
-) -> dict[str, Any]:
-    """What the figures must be read with, and a search goes on under: as `Front.to_json` has it."""
-    config = model.config
-    own = config.matching
-    return subject(model, model.device) | {
-        "tokens": config.num_tokens,
-        "prefix": config.num_prefix,
-        "depth": config.depth,
-        "matching": own if isinstance(own, str) else getattr(own, "__qualname__", type(own).__name__),
-        "prop_attn": config.prop_attn,
-        "weights": digest_of(model.state_dict()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "precision": torch.get_float32_matmul_precision(),
-        "batch": batch,
-        "mode": mode,
-        "rounds": rounds,
-        "matchings": list(matchings),
-        "seed": seed,
-        "images": {
-            "count": len(images),
-            "search": len(images) // 2,
-            "held_back": len(images) - len(images) // 2,
-            "sha256": _digest(images),
-            "labels": None if labels is None else _digest(labels),
-        },
-    }
-
-
-def _digest(values: Tensor) -> str:
-    """The sha256 of a tensor's shape, dtype and values."""
-    sha = hashlib.sha256(f"{list(values.shape)} {values.dtype}".encode())
-    for part in values.split(256):
-        sha.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
-
-
-def _programs(mode: str) -> Any:
+def _programs(mode: str) -> AbstractContextManager[Any]:
     """So that torch's compiler does not give up after eight token counts; it takes seconds to import."""
     return nullcontext() if MODES[mode].eager else private.allow_many_programs()
-
-
-# ------------------------------------------------------------------------------------------------------------- answers
-
-
-class Faithfulness:
-    """How the answers to some images differ from those at r = 0; each schedule is tried once.
-
-    Args:
-        images: (N, C, H, W).
-        labels: (N,) on the CPU, or None.
-        batch: images per call, or BATCH if that is more.
-        known: by r in JSON, what was found before; what is found is added.
-    """
-
-    def __init__(
-        self, model: VisionTransformer, images: Tensor, labels: Tensor | None, batch: int, known: dict[str, Moved]
-    ) -> None:
-        self.model, self.images, self.labels, self.known = model, images, labels, known
-        self.batch = max(batch, BATCH)
-        self._plain: Tensor | None = None
-
-    def __call__(self, r: Schedule) -> Moved:
-        key = name_of(r)
-        if key not in self.known:
-            self.known[key] = self._compare(r)
-        return self.known[key]
-
-    def _compare(self, r: Schedule) -> Moved:
-        if self._plain is None:
-            self._plain = self._answers(0)
-        plain, merged = self._plain, self._answers(r)
-        if not self.model.config.num_classes:
-            cosine = F.cosine_similarity(plain, merged, dim=1).mean().item()
-            return Moved(max(0.0, 1 - cosine), 100 * cosine, None)
-        kl = F.kl_div(merged.log_softmax(1), plain.log_softmax(1), reduction="batchmean", log_target=True).item()
-        classes = merged.argmax(1)
-        agreement = 100 * (classes == plain.argmax(1)).double().mean().item()
-        top1 = None if self.labels is None else 100 * (classes == self.labels).double().mean().item()
-        return Moved(max(0.0, kl), agreement, top1)
-
-    def _answers(self, r: Schedule) -> Tensor:
-        found = outputs(self.model, self.images, r, self.batch)
-        if not found.isfinite().all():
-            raise ValueError(f"the model's answers to these images are not all finite, with r = {name_of(r)}")
-        # A single logit is that of one class against another, whose logit is 0.
-        return F.pad(found, (0, 1)) if self.model.config.num_classes == 1 else found
-
-
-def name_of(r: Schedule) -> str:
-    """What a schedule is called in a record."""
-    return json.dumps(schedule_to_json(r))
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -312,18 +180,16 @@ def _search(
     config = model.config
     wanted = [(matching, probe) for matching in searched for probe in probes(config, matching)]
     moved: dict[str | None, dict[tuple[int, int], float]] = {}
-    for i, (matching, probe) in enumerate(wanted, 1):
+    for matching, probe in _telling(wanted, tell, "trying single merges"):
         moved.setdefault(matching, {})[probe.block, probe.merged] = trial(_entries(probe.steps, config)).drift
-        tell("trying single merges", i, len(wanted))
     record.write()
     drift = Drift(config, moved)
 
     paths = spread(shortest_paths(config, seconds, drift, searched), seconds.forward, PATHS)
     known: dict[tuple[Step, ...], float] = {}
     first = list(dict.fromkeys([*paths, *(_plain_steps(model, r) for r in _shapes(model, searched))]))
-    for i, steps in enumerate(first, 1):
+    for steps in _telling(first, tell, "trying schedules"):
         known[steps] = trial(_entries(steps, config)).drift
-        tell("trying schedules", i, len(first))
     record.write()
 
     limit = seconds.forward([Step()] * config.depth) / LEAST_SPEED_UP
@@ -333,9 +199,9 @@ def _search(
         return undominated(fast, lambda steps: (seconds.forward(steps), known[steps]))
 
     start = spread(ranked(), seconds.forward, IMPROVED)
-    for i, steps in enumerate(start):
+    for steps in _telling(start, tell, "exchanging"):
         best, tried = steps, {steps}
-        for done in range(TRIALS):
+        for _ in range(TRIALS):
             near = [each for each in exchanges(best, config, seconds, searched) if each not in tried]
             if not near:
                 break
@@ -343,7 +209,6 @@ def _search(
             tried.add(new)
             known[new] = trial(_entries(new, config)).drift
             best = new if known[new] < known[best] else best
-            tell("exchanging", i * TRIALS + done + 1, len(start) * TRIALS)
     record.write()
     return [_entries(steps, config) for steps in spread(ranked(), seconds.forward, FINALISTS)]
 
@@ -376,15 +241,14 @@ def _entries(steps: Sequence[Step], config: Config) -> Schedule:
     return [step.entry for step in [*steps, *[Step()] * (config.depth - len(steps))]]
 
 
-def _finalists(
-    model: VisionTransformer, own: str, found: Iterable[Schedule]
-) -> dict[tuple[Step, ...], tuple[Schedule, str]]:
+def _finalists(model: VisionTransformer, found: Iterable[Schedule]) -> dict[tuple[Step, ...], tuple[Schedule, str]]:
     """What is measured on the images held back, each schedule once: r, and where it comes from. r = 0 comes first."""
     shapes = {_plain_steps(model, r) for r in _shapes(model, [None])}
     presets = [list(p.r) for p in model.card.presets if _fits(model.card, p.num_tokens, len(p.r))]
-    constants = [("constant", r) for r in _constants(model)]
+    wanted: list[tuple[str, Schedule]] = [("unmerged", 0), *(("constant", r) for r in _constants(model))]
+    wanted += [*(("preset", r) for r in presets), *(("", r) for r in found)]
     those: dict[tuple[Step, ...], tuple[Schedule, str]] = {}
-    for kind, r in [("unmerged", 0), *constants, *(("preset", r) for r in presets), *(("", r) for r in found)]:
+    for kind, r in wanted:
         steps = _plain_steps(model, r)
         those.setdefault(steps, (r, kind or ("shape" if steps in shapes else "found")))
     return those

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.merge import Tokens
@@ -48,10 +47,11 @@ def time_rounds(
     """The seconds of each call in every round, all taking turns. All timing of a search goes through here.
 
     Args:
-        tell: told after each run how many are done, and of how many, warm-up included.
+        tell: told at the start and after each run how many are done, and of how many, warm-up included.
     """
     times: dict[Key, list[float]] = {key: [] for key in calls}
     total = len(calls) * (rounds + WARMUP)
+    tell(0, total)
     for done, turn in enumerate(turns(calls, rounds=rounds, device=device), 1):
         if turn.counts:
             times[turn.key].append(turn.seconds)
@@ -112,8 +112,9 @@ def time_blocks(
         step = Step(run.merge, 0, run.matching, None, 0.0 if run.last else (depth // 2) / depth)
         return partial(block, tokens(run), step, config.num_read if run.last else None)
 
-    calls: dict[BlockRun | None, Callable[[], object]] = {run: call(run) for run in block_runs(config, matchings)}
-    times = time_rounds({None: whole} | calls, rounds=ROUNDS, device=ready.device, tell=tell)
+    calls: dict[BlockRun | None, Callable[[], object]] = {None: whole}
+    calls |= {run: call(run) for run in block_runs(config, matchings)}
+    times = time_rounds(calls, rounds=ROUNDS, device=ready.device, tell=tell)
     medians = {run: median(found) for run, found in times.items()}
     of_whole = medians.pop(None)
     return {run: seconds for run, seconds in medians.items() if run is not None}, of_whole
@@ -247,11 +248,3 @@ class Drift:
                 drift += float(table[block, gone + step.total] - table[block, gone])
                 gone += step.total
         return drift
-
-
-def outputs(model: nn.Module, images: Tensor, r: object, batch: int) -> Tensor:
-    """What a model answers to many images, (N, C) float64 on the CPU."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        parts = [model(part.to(device), r=r).cpu().to(torch.float64) for part in torch.split(images, batch)]
-    return torch.cat(parts)

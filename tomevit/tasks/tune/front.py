@@ -59,7 +59,8 @@ class Front:
 
     Attributes:
         setting: what its figures must be read with: model, device, dtype, batch, mode, versions, digests.
-        points: to which no other that was measured is at least as good in speed and in faithfulness, r = 0 first.
+        points: to which no other that was measured is at least as good in speed and in faithfulness, r = 0 first
+            and the fastest last.
         others: all else that was measured at the same time, constant r among it.
         note: whether the search gained anything over constant r, in a sentence.
     """
@@ -145,7 +146,7 @@ class Front:
             matchings, seed         that were searched; of the split
             images                  {count, search, held_back, sha256, labels}: labels is their sha256, or null
         note      whether the search gained anything over constant r
-        points    the front, r = 0 first, then by time:
+        points    the front, r = 0 first, the fastest last:
             r                       as `model.r`; (r, inflection) is {"mean": r, "inflection": inflection}
             kind                    "unmerged", "constant", "shape" (constant by another matching, late, deferred),
                                     "preset", or "found" by the search
@@ -284,8 +285,8 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
     Where it gained nothing at any speed, the front is that of constant r alone.
     """
     constant = [point for point in points if point.kind in ("unmerged", "constant")]
-    front = sorted(undominated(points, _measures), key=lambda point: (point.kind != "unmerged", point.seconds))
-    plain = sorted(undominated(constant, _measures), key=lambda point: (point.kind != "unmerged", point.seconds))
+    front = sorted(undominated(points, _measures), key=lambda point: (point.kind != "unmerged", -point.seconds))
+    plain = sorted(undominated(constant, _measures), key=lambda point: (point.kind != "unmerged", -point.seconds))
     # The model as it is stands first, even where something that merges were as faithful and faster.
     front, plain = ([constant[0], *(point for point in each if point is not constant[0])] for each in (front, plain))
     gains = [
@@ -310,7 +311,8 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
 
 def drift_at(constant: Sequence[Point], seconds: float) -> float:
     """How far constant r moves the answers in so much time, on the lines between its points; infinite where none is
-    so fast."""
+    so fast.
+    """
     front = sorted(undominated(constant, lambda p: (p.seconds, p.drift)), key=lambda p: p.seconds)
     if seconds < front[0].seconds:
         return math.inf
