@@ -51,6 +51,7 @@ def clock(model: VisionTransformer) -> Callable[..., Any]:
         return 1e-3 + whole + 1e-3 * counts[-2] / 2
 
     def time_rounds(calls: Any, *, rounds: int, device: object, tell: Any = lambda *_: None) -> dict[Any, list[float]]:
+        tell(0, 1)
         for call in calls.values():
             call()
         tell(1, 1)
@@ -133,7 +134,7 @@ def test_paths_go_from_none_to_all_and_can_be_run(pool: str) -> None:
         counts.append(len(near))
         assert all(is_possible(each, config) and each != steps for each in near)
         assert all(seconds.forward(each) <= seconds.forward(steps) for each in near)
-    assert max(counts) > 5
+    assert max(counts) >= 5
 
 
 def test_the_times_of_a_block_say_what_a_schedule_takes() -> None:

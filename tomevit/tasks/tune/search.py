@@ -96,7 +96,7 @@ def exchanges(
         new[j] = left if left.total else Step()
         return tuple(new)
 
-    for more in sorted({max(1, config.num_patches // part) for part in (48, 12)}):
+    for more in sorted({max(1, config.num_patches // part) for part in (48, 24, 12, 6)}):
         for i in blocks:
             for j in blocks:
                 if i == j or not steps[j].merge:
