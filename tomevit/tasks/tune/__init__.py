@@ -80,7 +80,8 @@ def tune(
         labels: (N,) int64, the right classes. Given, the accuracy is measured too; the search does not need them.
         batch: images per call to be timed.
         mode: how the model runs, as in `tomevit bench`: "eager", "compiled", "whole" or "optimized". Answers are
-            compared on the eager model; for "whole" a block's times are those of "compiled".
+            compared on the eager model, and where a whole program runs, one block is timed as "compiled", on CUDA as a
+            captured graph.
         matchings: names of `tomevit.layers.MATCHINGS` to choose from, block by block; a function of the user's own in
             the model's config is one more.
         rounds: timed calls of each schedule that is measured at the end.
@@ -155,13 +156,19 @@ def _time_blocks(
 ) -> Seconds:
     """What any schedule takes, by one block's times."""
     if record.whole is None:
-        # A whole program has no blocks to run; compiled ones come nearest.
-        ready: Any = MODES["compiled" if mode == "whole" else mode].make(model)
+        # A whole program has no blocks to run: nearest come compiled ones, and to a captured program captured blocks.
+        captured = mode in ("whole", "optimized") and model.device.type == "cuda"
+        ready: Any = model if captured else MODES["compiled" if mode == "whole" else mode].make(model)
         inputs = _repeated(images, batch).to(model.device)
         with torch.inference_mode():
             matchings = tuple(dict.fromkeys([None, *searched]))
             timed, record.whole = costs.time_blocks(
-                ready, lambda: ready(inputs, r=0), matchings, batch=batch, tell=lambda *at: tell("timing a block", *at)
+                ready,
+                lambda: ready(inputs, r=0),
+                matchings,
+                batch=batch,
+                captured=captured,
+                tell=lambda *at: tell("timing a block", *at),
             )
         record.blocks = [[*run, seconds] for run, seconds in timed.items()]
         record.write()

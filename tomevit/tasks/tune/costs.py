@@ -13,6 +13,7 @@ import torch
 
 from tomevit.config import Config
 from tomevit.layers.merge import Tokens
+from tomevit.measure.bounds import without_launches
 from tomevit.measure.timing import WARMUP, turns
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Step
@@ -79,6 +80,7 @@ def time_blocks(
     matchings: Sequence[str | None],
     *,
     batch: int,
+    captured: bool,
     tell: Callable[[int, int], object],
 ) -> tuple[dict[BlockRun, float], float]:
     """The median seconds of a middle block as it runs in a model, and of a whole forward that merges nothing.
@@ -88,6 +90,7 @@ def time_blocks(
         whole: the forward.
         matchings: names, None for the model's own.
         batch: images per call.
+        captured: as graphs, where the device has such: without the time that starting its operators takes.
         tell: as `time_rounds` has it.
     """
     config, depth = ready.config, ready.config.depth
@@ -114,6 +117,9 @@ def time_blocks(
 
     calls: dict[BlockRun | None, Callable[[], object]] = {None: whole}
     calls |= {run: call(run) for run in block_runs(config, matchings)}
+    if captured and ready.device.type == "cuda":
+        pool = torch.cuda.graph_pool_handle()
+        calls = {run: without_launches(each, ready.device, pool) for run, each in calls.items()}
     times = time_rounds(calls, rounds=ROUNDS, device=ready.device, tell=tell)
     medians = {run: median(found) for run, found in times.items()}
     of_whole = medians.pop(None)
@@ -166,7 +172,7 @@ class Seconds:
         tokens, seconds = self.config.num_tokens, self.rest
         for step in steps[:-1] if self.config.num_read is not None else steps:
             seconds += self.block(tokens, step.total, step.matching)
-            tokens -= step.total
+            tokens = max(self.config.num_prefix + 1, tokens - step.total)
         return seconds + (self.last(tokens) if self.config.num_read is not None else 0.0)
 
 
