@@ -26,6 +26,7 @@ from tomevit.tasks.tune import Front, Point, answers, choices, costs, tune
 from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, block_runs, probes
 from tomevit.tasks.tune.front import best_of, drift_at
 from tomevit.tasks.tune.search import exchanges, is_possible, shortest_path, shortest_paths, spread, undominated
+from tomevit.tasks.tune.setting import num_searched
 
 SMALL: dict[str, Any] = {"img_size": (16, 16), "embed_dim": 8, "num_heads": 2}
 
@@ -201,7 +202,9 @@ def test_nothing_on_the_front_is_worse_than_constant_r(clocked: Callable[..., Vi
         model.r = point.r
         assert model.token_counts()[-1] == point.tokens
         model(images_for(model))
-    assert front.setting["images"]["count"] == 40
+    images = front.setting["images"]
+    assert (images["count"], images["search"], images["held_back"]) == (40, 20, 20)
+    assert num_searched(512) == 128
 
 
 def test_the_figures_are_those_of_the_images_held_back(clocked: Callable[..., VisionTransformer]) -> None:

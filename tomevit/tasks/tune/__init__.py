@@ -32,7 +32,7 @@ from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, num_merging, prob
 from tomevit.tasks.tune.front import Front, Point, best_of, matchings_of
 from tomevit.tasks.tune.record import Record
 from tomevit.tasks.tune.search import exchanges, shortest_paths, spread, undominated
-from tomevit.tasks.tune.setting import check_arguments, choices, describe
+from tomevit.tasks.tune.setting import check_arguments, choices, describe, num_searched
 
 __all__ = ["Front", "Point", "tune"]
 
@@ -68,10 +68,10 @@ def tune(
 ) -> Front:
     """Measure which schedules are fastest and most faithful on the model's device, on these images.
 
-    Half of the images, drawn at random, is searched on. All figures of the front are of the other half, and of whole
-    forwards that take turns with r = 0, with constant r and with the presets of the model's card: at equal time the
-    front is nowhere worse than constant r, as measured. It holds for this device, dtype, batch and mode alone. The
-    model stays as it is: set `model.r = front.at(speed_up=1.5).r`.
+    Half of the images, drawn at random, 128 at most, are searched on. All figures of the front are of the others, held
+    back, and of whole forwards that take turns with r = 0, with constant r and with the presets of the model's card: at
+    equal time the front is nowhere worse than constant r, as measured. It holds for this device, dtype, batch and mode
+    alone. The model stays as it is: set `model.r = front.at(speed_up=1.5).r`.
 
     Args:
         model: ours, on the device and in the dtype to measure; it runs in evaluation mode.
@@ -104,7 +104,7 @@ def tune(
     if record.front is not None:
         return record.front
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.device)
-    search, held_back = order[: len(order) // 2], order[len(order) // 2 :]
+    search, held_back = order[: num_searched(len(order))], order[num_searched(len(order)) :]
     try:
         with explain_out_of_memory(batch, subject.device), _programs(mode):
             seconds = _time_blocks(subject, record, images[search], searched, batch, mode, tell)

@@ -20,8 +20,8 @@ from tomevit.tasks.tune.search import undominated
 from tomevit.typed import conform, parse_json
 
 SCHEMA = 1
-#: By so much less must answers move at equal time for a search to have gained anything.
-LEAST_GAIN = 1.02
+#: So many times as far must constant r move the answers at equal time: what is less may be noise of times and images.
+LEAST_GAIN = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,15 @@ from tomevit.schedule import MATCHING_NAMES
 from tomevit.tasks.tune.costs import num_merging
 from tomevit.weights.checkpoint import digest_of
 
-#: Images that a search takes at least; it halves them.
+#: Images that a search takes at least.
 LEAST_IMAGES = 32
+#: Half of the images are searched on, but so many at most: more make the search slow, and the result better known.
+MOST_SEARCHED = 128
+
+
+def num_searched(images: int) -> int:
+    """Of so many images, those to search on; all others are held back."""
+    return min(images // 2, MOST_SEARCHED)
 
 
 def choices(config: Config, matchings: Sequence[str]) -> tuple[str, tuple[str | None, ...]]:
@@ -90,8 +97,8 @@ def describe(
         "seed": seed,
         "images": {
             "count": len(images),
-            "search": len(images) // 2,
-            "held_back": len(images) - len(images) // 2,
+            "search": num_searched(len(images)),
+            "held_back": len(images) - num_searched(len(images)),
             "sha256": _digest(images),
             "labels": None if labels is None else _digest(labels),
         },
