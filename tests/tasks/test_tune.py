@@ -314,13 +314,14 @@ def test_where_the_search_gains_nothing_there_is_constant_r() -> None:
     better = made(seconds=2.5, drift=0.1, kind="found", r=[6])
     best, note = best_of([*constant, worse, better])
     assert best == [constant[0], better, constant[2], constant[3]]
-    assert "0.67 times as far" in note
-    assert "r = [6]" in note
+    assert "no constant r (1) move the answers 0.67 times as far" in note
+    best, note = best_of([*constant, worse, better, made(seconds=1.5, drift=0.2, kind="preset", r=[7])])
+    assert "no constant r (2) move the answers 0.67 to 0.80 times as far" in note
     assert drift_at(constant, 2.5) == pytest.approx(0.15)
     assert drift_at(constant, 0.5) == float("inf")
     assert drift_at(constant, 9.0) == 0
     faster = made(seconds=0.5, drift=0.6, kind="found", r=[7])
-    assert "faster than any constant r" in best_of([*constant, faster])[1]
+    assert "faster than any constant r: r = [7], 8.00 times" in best_of([*constant, faster])[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- promises

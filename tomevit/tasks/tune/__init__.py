@@ -39,13 +39,14 @@ __all__ = ["Front", "Point", "tune"]
 #: Values of a constant r that are measured.
 CONSTANTS = 6
 #: Of the paths so many are tried on the images.
-PATHS = 12
+PATHS = 16
 #: So many schedules are improved by exchanges, and each by so many trials.
 IMPROVED, TRIALS = 6, 8
-#: A schedule must be so many times as fast as r = 0, by the times of a block, to be worth a trial more.
-LEAST_SPEED_UP = 1.03
+#: By the times of a block a schedule must be so many times as fast as r = 0 to be worth a trial, and so many at most:
+#: beyond, next to nothing is left of the images, and of few trials most had better be where people choose.
+LEAST_SPEED_UP, MOST_SPEED_UP = 1.03, 3.0
 #: So many that the search found are measured on the images held back.
-FINALISTS = 10
+FINALISTS = 12
 #: What beside paths and constant r is tried, for every matching.
 BUDGETS = ("1.25x", "1.5x", "2x")
 
@@ -110,7 +111,7 @@ def tune(
             seconds = _time_blocks(subject, record, images[search], searched, batch, mode, tell)
             trial = Faithfulness(subject, images[search], None, batch, record.search)
             found = _search(subject, seconds, searched, trial, record, tell)
-            those = _finalists(subject, found)
+            those = _finalists(subject, searched, found)
             right = None if labels is None else labels.to(images.device)[held_back].cpu()
             faithful = Faithfulness(subject, images[held_back], right, batch, record.held_back)
             for r, _ in _telling(those.values(), tell, "comparing answers"):
@@ -192,18 +193,22 @@ def _search(
     record.write()
     drift = Drift(config, moved)
 
-    paths = spread(shortest_paths(config, seconds, drift, searched), seconds.forward, PATHS)
+    plain = seconds.forward([Step()] * config.depth)
+
+    def pays(steps: tuple[Step, ...]) -> bool:
+        return plain / MOST_SPEED_UP <= seconds.forward(steps) <= plain / LEAST_SPEED_UP
+
+    paths = list(filter(pays, shortest_paths(config, seconds, drift, searched)))
+    shapes = filter(pays, (_plain_steps(model, r) for r in _shapes(model, searched)))
+    first = list(dict.fromkeys([*spread(paths, seconds.forward, PATHS), *shapes]))
     known: dict[tuple[Step, ...], float] = {}
-    first = list(dict.fromkeys([*paths, *(_plain_steps(model, r) for r in _shapes(model, searched))]))
     for steps in _telling(first, tell, "trying schedules"):
         known[steps] = trial(_entries(steps, config)).drift
     record.write()
 
-    limit = seconds.forward([Step()] * config.depth) / LEAST_SPEED_UP
-
     def ranked() -> list[tuple[Step, ...]]:
-        fast = [steps for steps in known if seconds.forward(steps) <= limit]
-        return undominated(fast, lambda steps: (seconds.forward(steps), known[steps]))
+        those = undominated(list(known), lambda steps: (seconds.forward(steps), known[steps]))
+        return [steps for steps in those if pays(steps)]
 
     start = spread(ranked(), seconds.forward, IMPROVED)
     for steps in _telling(start, tell, "exchanging"):
@@ -248,9 +253,11 @@ def _entries(steps: Sequence[Step], config: Config) -> Schedule:
     return [step.entry for step in [*steps, *[Step()] * (config.depth - len(steps))]]
 
 
-def _finalists(model: VisionTransformer, found: Iterable[Schedule]) -> dict[tuple[Step, ...], tuple[Schedule, str]]:
+def _finalists(
+    model: VisionTransformer, searched: Iterable[str | None], found: Iterable[Schedule]
+) -> dict[tuple[Step, ...], tuple[Schedule, str]]:
     """What is measured on the images held back, each schedule once: r, and where it comes from. r = 0 comes first."""
-    shapes = {_plain_steps(model, r) for r in _shapes(model, [None])}
+    shapes = {_plain_steps(model, r) for r in _shapes(model, searched)}
     presets = [list(p.r) for p in model.card.presets if _fits(model.card, p.num_tokens, len(p.r))]
     wanted: list[tuple[str, Schedule]] = [("unmerged", 0), *(("constant", r) for r in _constants(model))]
     wanted += [*(("preset", r) for r in presets), *(("", r) for r in found)]

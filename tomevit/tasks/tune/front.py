@@ -289,23 +289,25 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
     plain = sorted(undominated(constant, _measures), key=lambda point: (point.kind != "unmerged", -point.seconds))
     # The model as it is stands first, even where something that merges were as faithful and faster.
     front, plain = ([constant[0], *(point for point in each if point is not constant[0])] for each in (front, plain))
-    gains = [
-        (drift_at(constant, point.seconds) / max(point.drift, 1e-12), point)
-        for point in front[1:]
-        if point.kind != "constant" and point.speed_up > 1
-    ]
-    # What no constant r is fast enough for can be compared with none.
-    gain, best = max(gains, key=lambda pair: (pair[0] < math.inf, pair[0]), default=(0.0, None))
-    if best is None or gain < LEAST_GAIN:
+    others = [point for point in front[1:] if point.kind != "constant" and point.speed_up > 1]
+    beside = [(point.drift, drift_at(constant, point.seconds)) for point in others]
+    if not any(ours <= theirs / LEAST_GAIN for ours, theirs in beside):
         return (
             plain,
             "The search found nothing better than constant r at any speed: these are the points of constant r.",
         )
-    named = f"r = {format_schedule(best.r)}, {best.speed_up:.2f} times as fast as r = 0"
-    if math.isinf(gain):
-        return front, f"The search found what is faster than any constant r: {named}."
+    # What no constant r is fast enough for can be compared with none.
+    shares = sorted(ours / max(theirs, 1e-12) for ours, theirs in beside if theirs < math.inf)
+    if not shares:
+        best = min(others, key=lambda point: point.seconds)
+        return front, (
+            f"The search found what is faster than any constant r: r = {format_schedule(best.r)}, {best.speed_up:.2f} "
+            f"times as fast as r = 0."
+        )
+    times = dict.fromkeys(f"{share:.2f}" for share in (shares[0], shares[-1]))
     return front, (
-        f"At equal time the best schedule moves the answers {1 / gain:.2f} times as far as constant r does: {named}."
+        f"At equal time the schedules here that are no constant r ({len(shares)}) move the answers {' to '.join(times)} "
+        f"times as far as constant r does."
     )
 
 
