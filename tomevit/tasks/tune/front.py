@@ -22,6 +22,7 @@ from tomevit.typed import conform, parse_json
 SCHEMA = 1
 #: So many times as far must constant r move the answers at equal time: what is less may be noise of times and images.
 LEAST_GAIN = 1.1
+NO_GAIN = "The search found nothing better than constant r at any speed: these are the points of constant r."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,10 +293,7 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
     others = [point for point in front[1:] if point.kind != "constant" and point.speed_up > 1]
     beside = [(point.drift, drift_at(constant, point.seconds)) for point in others]
     if not any(ours <= theirs / LEAST_GAIN for ours, theirs in beside):
-        return (
-            plain,
-            "The search found nothing better than constant r at any speed: these are the points of constant r.",
-        )
+        return plain, NO_GAIN
     # What no constant r is fast enough for can be compared with none.
     shares = sorted(ours / max(theirs, 1e-12) for ours, theirs in beside if theirs < math.inf)
     if not shares:
@@ -306,14 +304,15 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
         )
     times = dict.fromkeys(f"{share:.2f}" for share in (shares[0], shares[-1]))
     return front, (
-        f"At equal time the schedules here that are no constant r ({len(shares)}) move the answers {' to '.join(times)} "
-        f"times as far as constant r does."
+        f"At equal time the schedules here that are no constant r ({len(shares)}) move the answers "
+        f"{' to '.join(times)} times as far as constant r does."
     )
 
 
 def drift_at(constant: Sequence[Point], seconds: float) -> float:
-    """How far constant r moves the answers in so much time, on the lines between its points; infinite where none is
-    so fast.
+    """How far constant r moves the answers in so much time, on the lines between its points.
+
+    Infinite where none is so fast.
     """
     front = sorted(undominated(constant, lambda p: (p.seconds, p.drift)), key=lambda p: p.seconds)
     if seconds < front[0].seconds:
