@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import tomevit
+from benchmarks.arguments import number_or_words
 from tomevit.measure.timing import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="time to compile, each first r in a process of its own")
     parser.add_argument("--model", default="vit_b16")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--r", type=int, nargs="+", default=[0, 8, 13, 16])
+    parser.add_argument("--r", type=number_or_words, nargs="+", default=[0, 8, 13, 16])
     parser.add_argument("--store", action="store_true", help="keep the result in benchmarks/results/")
     parser.add_argument("--one", action="store_true", help="in this process, the first r first; prints JSON")
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
         rows.append(json.loads(run.stdout))
         for row in rows[-1]:
             times = f"first call {row['first']:6.1f} s, second {row['second']:5.1f} s"
-            print(f"r = {row['r']:<4}{times}, {row['programs']} programs", flush=True)
+            print(f"r = {row['r']!s:<4}{times}, {row['programs']} programs", flush=True)
         print()
     if args.store:
         result = {"model": args.model, "batch": args.batch, "dtype": "float32"} | environment() | {"orders": rows}
@@ -61,7 +62,7 @@ def main() -> None:
         print(f"written to {path}")
 
 
-def calls(name: str, batch: int, r_values: list[int]) -> list[dict[str, float]]:
+def calls(name: str, batch: int, r_values: list[int | str]) -> list[dict[str, int | str | float]]:
     model = tomevit.optimize(tomevit.create(name), compiled=True)
     images = torch.randn(batch, model.config.in_chans, *model.config.img_size)
     rows = []
@@ -70,7 +71,7 @@ def calls(name: str, batch: int, r_values: list[int]) -> list[dict[str, float]]:
         for _ in range(2):
             start = time.perf_counter()
             with torch.inference_mode():
-                model(images, r)
+                model(images, model.plain(r))
             seconds.append(round(time.perf_counter() - start, 2))
         programs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         rows.append({"r": r, "first": seconds[0], "second": seconds[1], "programs": programs})

@@ -3,7 +3,7 @@
     python -m benchmarks.growth --model vit_b16 --store
 
 Images from 224 to 1024 pixels, 197 to 4097 tokens for a patch of 16; r is 16 at every size, and a share of 0.08 of the
-patches entering each block, which grows with them. Every block's match_and_merge is timed where it happens, inside the
+patches entering each block, which grows with them. Matching and merging are timed where they happen, inside the
 forward. Sizes take turns; figures are medians. What the sizes cost where attention adds them is not in the share.
 """
 
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import tomevit
-from tomevit.layers import Block
+from tomevit.layers import Block, Tokens, bipartite_soft_matching, merge_tokens
 from tomevit.measure.timing import environment, turns
 from tomevit.output import new_file
 from tomevit.schedule import Schedule
@@ -55,6 +56,11 @@ class Stopwatch:
         return timed
 
 
+def match_and_merge(tokens: Tokens, key: Tensor, r: int, num_prefix: int) -> Tokens:
+    """What a block does, as one function."""
+    return merge_tokens(tokens, bipartite_soft_matching(key.mean(1), r, num_prefix))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="the share of time that merging takes as images grow")
     parser.add_argument("--model", default="vit_b16")
@@ -77,7 +83,7 @@ def main() -> None:
         model = tomevit.create(args.model, img_size=pixels).to(device, dtype)
         for block in model.blocks:
             assert isinstance(block, Block)
-            block.match_and_merge = watch.wrap(block.match_and_merge)
+            block.bipartite = watch.wrap(match_and_merge)
         batch = max(1, TOKENS // model.config.num_tokens)
         images = torch.randn(batch, model.config.in_chans, pixels, pixels, device=device, dtype=dtype)
         for r in values:

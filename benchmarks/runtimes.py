@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomevit
+from benchmarks.arguments import number_or_words
 from tomevit.deploy.programs import export_program, openvino
 from tomevit.measure.timing import WARMUP, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="merging in several runtimes, interleaved, medians")
     parser.add_argument("--model", default="vit_b16")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--r", type=int, nargs="+", default=[13, 16])
+    parser.add_argument("--r", type=number_or_words, nargs="+", default=[13, 16])
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--img-size", type=int, help="pixels; default: the model's")
     parser.add_argument("--rounds", type=int, default=20, help="6 or more give intervals")
@@ -82,13 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model, calibration, compared = prepare(args.model, args.img_size, args.batch)
     runtimes = list(usable(args.runtimes))
     values = list(dict.fromkeys([0, *args.r]))
-    candidates: dict[tuple[str, int], Row] = {}
+    candidates: dict[tuple[str, int | str], Row] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for runtime in tqdm(runtimes, desc="exporting", disable=None):
             for r in values:
                 made = candidate(runtime, model, r, args.batch, calibration, compared, Path(folder))
                 candidates[runtime, r] = made
-        times: dict[tuple[str, int], list[float]] = {key: [] for key in candidates}
+        times: dict[tuple[str, int | str], list[float]] = {key: [] for key in candidates}
         calls = {key: row.call for key, row in candidates.items()}
         with tqdm(total=len(calls) * (args.rounds + WARMUP), delay=2, unit="call", disable=None) as bar:
             for turn in turns(calls, rounds=args.rounds):
@@ -163,7 +164,7 @@ def has_bfloat16(runtime: Runtime) -> bool:
 
 
 def candidate(
-    name: str, model: VisionTransformer, r: int, batch: int, calibration: Tensor, compared: Tensor, folder: Path
+    name: str, model: VisionTransformer, r: int | str, batch: int, calibration: Tensor, compared: Tensor, folder: Path
 ) -> Row:
     """What runs the model at one r, how long its export took, and how its logits compare with the model's."""
     runtime = RUNTIMES[name]
@@ -193,12 +194,12 @@ def candidate(
 
 
 def row_of(
-    runtime: str, r: int, model: VisionTransformer, batch: int, times: dict[tuple[str, int], list[float]]
+    runtime: str, r: int | str, model: VisionTransformer, batch: int, times: dict[tuple[str, int | str], list[float]]
 ) -> dict[str, Any]:
     """The speed of one candidate, and its ratios to the same runtime's at r = 0 and to torch's at the same r."""
     own = times[runtime, r]
 
-    def over(key: tuple[str, int]) -> tuple[float | None, list[float] | None]:
+    def over(key: tuple[str, int | str]) -> tuple[float | None, list[float] | None]:
         if key not in times:
             return None, None
         interval = ratio_interval([times[key]], own)
@@ -213,7 +214,7 @@ def row_of(
         "images_per_second": round(batch / statistics.median(own), 2),
         "over_r0": over_r0,
         "over_r0_interval": over_r0_interval,
-        "flop_ratio": round(tomevit.flops(model.config) / tomevit.flops(model.config, r), 3),
+        "flop_ratio": round(tomevit.flops(model.config) / tomevit.flops(model.config, model.plain(r)), 3),
         "over_torch": over_torch,
         "over_torch_interval": over_torch_interval,
     }
@@ -229,7 +230,7 @@ def show(result: dict[str, Any]) -> None:
     )
     for row in rows:
         print(
-            f"{row['runtime']:18}{row['r']:4}{row['images_per_second']:10.2f}  "
+            f"{row['runtime']:18}{row['r']!s:>4}{row['images_per_second']:10.2f}  "
             f"{with_interval(row['over_r0'], row['over_r0_interval']):22}{row['flop_ratio']:12.2f}  "
             f"{with_interval(row['over_torch'], row['over_torch_interval']):22}{row['export_seconds']:10.1f}"
             f"{row['difference']:12.1e}{row['error']:9.1e}{row['same_top1']:12.2%}"

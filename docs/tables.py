@@ -18,6 +18,7 @@ from tests.outcomes import KINDS
 from tomevit import cli, zoo
 from tomevit.cards import Card
 from tomevit.config import Figure
+from tomevit.flops import plain_schedule
 from tomevit.measure.defaults import default_r
 from tomevit.models import build_meta
 from tomevit.schedule import Schedule
@@ -83,7 +84,8 @@ class Compared(NamedTuple):
 
     @property
     def flop_ratio(self) -> float:
-        return tomevit.flops(self.card.config) / tomevit.flops(self.card.config, self.merged.r)
+        config = self.card.config
+        return tomevit.flops(config) / tomevit.flops(config, plain_schedule(self.merged.r, config, self.card.presets))
 
 
 def merged_figures() -> Iterator[Compared]:
@@ -91,8 +93,8 @@ def merged_figures() -> Iterator[Compared]:
     for name in tomevit.list_models(weights=True):
         card = tomevit.card(name)
         for merged in weights_table.merged_figures(card):
-            against = card if weights_table.plain_figure(card) else tomevit.card(card.name)
-            plain = weights_table.plain_figure(against)
+            against = card if weights_table.plain_figure(card, [merged]) else tomevit.card(card.name)
+            plain = weights_table.plain_figure(against, [merged])
             if plain is not None:
                 yield Compared(card, merged, against, plain)
 

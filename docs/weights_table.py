@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import tomevit
@@ -78,15 +79,15 @@ def merged_figures(card: Card) -> list[Figure]:
     return [figure for figure in card.figures if figure.r]
 
 
-def plain_figure(card: Card) -> Figure | None:
-    """The figure at r = 0 that the merged one is compared with where it was published, else the first."""
+def plain_figure(card: Card, merged: Sequence[Figure]) -> Figure | None:
+    """The figure at r = 0 that one of the merged ones is compared with where it was published, else the first."""
     plain = [figure for figure in card.figures if not figure.r]
-    beside = [f for f in plain if any(merged.source.startswith(f.source) for merged in merged_figures(card))]
+    beside = [figure for figure in plain if any(each.source.startswith(figure.source) for each in merged)]
     return next(iter(beside or plain), None)
 
 
 def _plain(card: Card) -> str:
-    figure = plain_figure(card)
+    figure = plain_figure(card, merged_figures(card))
     by = "" if figure is None or figure.by == "head" else f" ({figure.by})"
     return f"{figure.top1:.2f}{by}" if figure else ""
 

@@ -92,7 +92,8 @@ def check_r(model: VisionTransformer, options: argparse.Namespace) -> None:
     config, r = model.config, model.r
     if options.r_warmup and not isinstance(r, int):
         raise ValueError(f"--r-warmup raises an int from 0 on, and --r is {r}")
-    asked = 0 if isinstance(r, float) else max(resolve_schedule(r, config.depth, 10**9, 0))
+    fits = isinstance(r, float) or (isinstance(r, list) and "grid" in r)  # it was made for this number of patches
+    asked = 0 if fits else max(resolve_schedule(r, config.depth, 10**9, 0))
     if asked > config.num_patches // 2:
         raise ValueError(
             f"--r {r} asks for {asked} tokens to merge in one block, and {model.card.name} has {config.num_patches} "

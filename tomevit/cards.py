@@ -56,6 +56,9 @@ class Card:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "r", plain_schedule(self.r, self.config, self.presets))
+        names = [preset.name for preset in self.presets]
+        if unknown := [figure.r for figure in self.figures if isinstance(figure.r, str) and figure.r not in names]:
+            raise ValueError(f"a figure is of r = {reprlib.repr(unknown[0])}, which is none of the presets {names}")
         object.__setattr__(self, "preprocess", self.preprocess.for_channels(self.config.in_chans))
         if len(self.class_names) > (classes := self.config.num_classes):
             raise ValueError(f"class_names has {len(self.class_names)} names, and the model {classes} classes")

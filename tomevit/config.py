@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from tomevit.schedule import check_schedule
 from tomevit.typed import normalise_fields
 
 Act = Literal["gelu", "gelu_tanh", "quick_gelu"]
@@ -283,10 +284,15 @@ class Figure:
 class Preset:
     """A published schedule for one architecture, as an r with a name."""
 
-    name: str  # the method, and what the model costs then: "diffrate-2.9g" has 2.9 billion multiply-adds
+    name: str  # the matching, and the budget it was found for: "diffrate-2.9g" for 2.9 billion multiply-adds
     r: tuple[int | str, ...]  # block by block, as a list that is an r
     num_tokens: int  # that enter the first block: it was found for so many
     source: str
 
     def __post_init__(self) -> None:
         normalise_fields(self)
+        check_schedule(list(self.r), len(self.r))
+
+    def fits(self, config: Config) -> bool:
+        """Whether as many tokens enter a model of that config, and it has as many blocks."""
+        return self.num_tokens == config.num_tokens and len(self.r) == config.depth

@@ -8,17 +8,8 @@ from itertools import pairwise
 
 from tomevit.config import Config, Preset
 from tomevit.errors import join_with_or
-from tomevit.schedule import (
-    Schedule,
-    Step,
-    Words,
-    check_schedule,
-    format_words,
-    parse_words,
-    resolve_steps,
-    shaped,
-    token_counts,
-)
+from tomevit.schedule import Schedule, Step, check_schedule, entries, resolve_steps, token_counts
+from tomevit.words import Words, format_words, parse_words, shaped
 
 
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
@@ -83,16 +74,27 @@ def plain_schedule(r: object, config: Config, presets: Sequence[Preset] = ()) ->
     if words.preset is not None:
         return _find_preset(words.preset, config, presets)
     if words.ratio is not None:
-        r = _least(r, words, config)
+        r = _least(r, words, words.ratio, config)
     return _entries(r, config) if isinstance(r, str) else r
 
 
+def plain_steps(r: object, config: Config, presets: Sequence[Preset] = ()) -> tuple[Step, ...]:
+    """What happens in each block at an r of any form, for whole images of the config's size.
+
+    Arguments and errors as `plain_schedule`; neighbours that cannot merge are an error too.
+    """
+    return _resolve(plain_schedule(r, config, presets), config)
+
+
 def _entries(r: Schedule, config: Config) -> list[int | str]:
-    steps = resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
-    return [step.entry for step in steps]
+    return list(entries(_resolve(r, config)))
 
 
-def _least(asked: str, words: Words, config: Config) -> Schedule:
+def _resolve(r: Schedule, config: Config) -> tuple[Step, ...]:
+    return resolve_steps(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
+
+
+def _least(asked: str, words: Words, ratio: float, config: Config) -> Schedule:
     """The least r of these words' kind that needs so many times fewer FLOPs."""
     depth, whole = config.depth, flops(config, computed=True)
     line = "" if words.inflection is None else f",{words.inflection!r}"
@@ -111,7 +113,7 @@ def _least(asked: str, words: Words, config: Config) -> Schedule:
 
     # Beyond, all that can merge does so in the first block that may, and further ones change nothing.
     most = depth - 1 if words.matching == "grid" else config.num_patches * (depth if words.shape else 1)
-    found = bisect_left(range(most + 1), words.ratio, key=saves)
+    found = bisect_left(range(most + 1), ratio, key=saves)
     if found <= most:
         return kind(found)
     height, width = config.img_size
@@ -126,14 +128,14 @@ def _find_preset(name: str, config: Config, presets: Sequence[Preset]) -> Schedu
     for preset in presets:
         if preset.name != name:
             continue
-        if preset.num_tokens != config.num_tokens or len(preset.r) != config.depth:
+        if not preset.fits(config):
             raise ValueError(
                 f"r = {name!r} is for {preset.num_tokens} tokens and {len(preset.r)} blocks, and this model has "
                 f"{config.num_tokens} and {config.depth}: '2x diffrate' and the like fit any"
             )
         return list(preset.r)
-    known = join_with_or([repr(preset.name) for preset in presets])
-    raise ValueError(f"r = {name!r} is no preset of this model; it has {known if presets else 'none'}")
+    known = join_with_or([repr(preset.name) for preset in presets]) if presets else "none"
+    raise ValueError(f"r = {name!r} is no preset of this model; it has {known}")
 
 
 def count_parameters(config: Config) -> int:

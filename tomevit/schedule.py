@@ -7,25 +7,27 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import reprlib
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-#: What r may be: an int for every block, a share of the patches, (r, inflection), a list block by block, or words.
-Schedule = int | float | str | tuple[int, float] | list[int] | list[int | str]
-
-#: The names of `tomevit.layers.MATCHINGS`.
-MATCHING_NAMES = ("bipartite", "every_kth", "random", "importance", "diffrate", "pitome", "grid")
-SHAPES = ("late", "deferred")
-
-ALLOWED = (
-    "an int (tokens per block), (r, inflection), a list with one int per block, "
-    "a float up to 0.5 (share of the patches entering each block), or words such as '2x' (half of the FLOPs), "
-    "'60%', '2x late' or '8 pitome'"
+from tomevit.typed import parse_json
+from tomevit.words import (
+    MATCHING_NAMES,
+    MOST_DIGITS,
+    check_count,
+    check_inflection,
+    check_share,
+    format_words,
+    number_text,
+    parse_words,
+    quoted,
+    shaped,
 )
 
-#: Beyond what any image has, and what every reader of JSON and TOML can hold.
-MOST = 2**63 - 1
+#: What r may be: an int for every block, a share of the patches, (r, inflection), a list block by block, or words.
+Schedule = int | float | str | tuple[int, float] | list[int] | list[int | str]
 
 
 class Step(NamedTuple):
@@ -51,44 +53,6 @@ class Step(NamedTuple):
         return self.matching if self.matching == "grid" else f"{self.merge}{dropped} {self.matching}"
 
 
-class Words(NamedTuple):
-    """An r in words, taken apart: how much, in which shape, by which matching."""
-
-    amount: int | float | str  # tokens per block on average, a share of the patches, or "" where ratio says how much
-    ratio: float | None = None  # at least so many times fewer FLOPs
-    inflection: float | None = None
-    shape: str | None = None  # one of SHAPES
-    number: float | None = None  # the power of "late", the first blocks that "deferred" leaves alone
-    matching: str | None = None
-    preset: str | None = None  # all else is in the card then
-
-
-def _count(value: object, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise ValueError(f"{what} is {value!r}; give {ALLOWED}")
-    count = int(value)
-    if abs(count) > MOST:
-        raise ValueError(f"{what} is beyond 2**63, and no image has so many tokens; give {ALLOWED}")
-    if count < 0:
-        raise ValueError(f"{what} is {count}, and cannot be negative: 0 merges nothing")
-    return count
-
-
-def _inflection(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not -1 <= value <= 1:
-        raise ValueError(f"the inflection is {value}, and must lie between -1 (early) and 1 (late)")
-    return float(value)
-
-
-def _share(value: float, what: str) -> float:
-    if value <= 0 or not value <= 0.5:
-        raise ValueError(
-            f"{what} is {value}; a float is the share of the patches that merge in each block, above 0 and at most "
-            f"0.5; for a number of tokens give an int"
-        )
-    return float(value)
-
-
 def check_schedule(r: object, depth: int) -> Schedule:
     """The same r with plain Python numbers; words that say no more than a number become it.
 
@@ -103,47 +67,50 @@ def check_schedule(r: object, depth: int) -> Schedule:
         return [_check_entry(value, f"r[{i}]") for i, value in enumerate(r)]
     if isinstance(r, tuple):
         if len(r) == 2 and isinstance(r[0], str):
-            return _check_words(f"{r[0]},{_inflection(r[1]):g}", depth)
+            return _check_words(f"{r[0]},{number_text(check_inflection(r[1]))}", depth)
         if len(r) != 2 or isinstance(r[1], bool) or not isinstance(r[1], Real):
-            raise ValueError(f"r is {r!r}; a tuple is (r, inflection); one int per block goes into a list")
-        return _count(r[0], "r[0]"), _inflection(r[1])
+            raise ValueError(f"r is {reprlib.repr(r)}; a tuple is (r, inflection); one int per block goes into a list")
+        return check_count(r[0], "r[0]"), check_inflection(r[1])
     if isinstance(r, Real) and not isinstance(r, Integral):
-        return _share(float(r), "r")
-    return _count(r, "r")
+        return check_share(r, "r")
+    return check_count(r, "r")
 
 
 def _check_entry(value: object, what: str) -> int | str:
     if not isinstance(value, str):
-        return _count(value, what)
+        return check_count(value, what)
     step = _parse_entry(value)
     if step is None:
         raise ValueError(
-            f"{what} is {value!r}; a block's entry is an int, 'grid', '8 pitome', or '8+3 diffrate' where 8 merge and "
-            f"3 are dropped; the matchings are {', '.join(MATCHING_NAMES)}"
+            f"{what} is {reprlib.repr(value)}; a block's entry is an int, 'grid', '8 pitome', or '8+3 diffrate' where "
+            f"8 merge and 3 are dropped; the matchings are {', '.join(MATCHING_NAMES)}"
         )
     return step.entry
 
 
 def _parse_entry(text: str) -> Step | None:
     # Plain methods of str: torch.compile follows them, and no regular expression.
-    counts, _, matching = text.strip().partition(" ")
-    if counts == "grid" and not matching:
+    counts, *others = text.lower().split() or [""]
+    if counts == "grid" and not others:
         return Step(1, matching="grid")  # how many merge follows from the grid
     merge, _, drop = counts.partition("+")
-    if not (merge.isdecimal() and (drop or "0").isdecimal()) or len(counts) > 40:
+    if not (merge.isdecimal() and (drop or "0").isdecimal()) or max(len(merge), len(drop)) > MOST_DIGITS:
         return None
-    if matching not in MATCHING_NAMES or matching == "grid" or (drop and matching != "diffrate"):
+    if len(others) != 1 or others[0] not in MATCHING_NAMES or others[0] == "grid":
         return None
-    return Step(int(merge), int(drop or 0), matching)
+    if drop and others[0] != "diffrate":
+        return None
+    return Step(int(merge), int(drop or 0), others[0])
 
 
 def _check_words(text: str, depth: int) -> Schedule:
     text = text.strip()
     if text.startswith("["):
         try:
-            return check_schedule(json.loads(text), depth)
-        except json.JSONDecodeError:
-            raise ValueError(f"{text!r} is no list as in [20,0,7]") from None
+            entries = parse_json(text)
+        except ValueError:
+            raise ValueError(f"{quoted(text)} is no list as in r = [20,0,7]") from None
+        return check_schedule(entries, depth)
     words = parse_words(text)
     if words.ratio is None and words.shape is None and words.matching is None and words.preset is None:
         assert not isinstance(words.amount, str)
@@ -151,94 +118,6 @@ def _check_words(text: str, depth: int) -> Schedule:
             return words.amount
         return int(words.amount), words.inflection
     return format_words(words)
-
-
-def parse_words(text: str) -> Words:
-    """An r in words, taken apart.
-
-    Raises:
-        ValueError: it is none; the message says what would be.
-    """
-    first, *others = text.lower().replace("\N{MULTIPLICATION SIGN}", "x").split() or [""]
-    unknown = ValueError(f"{text!r} is no r; give {ALLOWED}")
-    name, _, gflops = first.rpartition("-")
-    if name in MATCHING_NAMES and gflops.endswith("g") and _number(gflops[:-1]) is not None and not others:
-        return Words("", preset=first)
-    amount, comma, inflection = first.partition(",")
-    words = _parse_amount(amount, text, unknown)
-    if comma:
-        if isinstance(words.amount, float) or (at := _number(inflection)) is None:
-            raise unknown
-        words = words._replace(inflection=_inflection(at))
-    for word in others:
-        shape, colon, number = word.partition(":")
-        if shape in SHAPES and words.shape is None and words.matching is None:
-            words = words._replace(shape=shape, number=_shape_number(shape, number, text) if colon else None)
-        elif word in MATCHING_NAMES and words.matching is None:
-            words = words._replace(matching=word)
-        else:
-            raise ValueError(
-                f"{text!r}: {word!r} is neither a shape ({', '.join(SHAPES)}) nor a matching "
-                f"({', '.join(MATCHING_NAMES)}), or comes twice or too late: first how much, then the shape, then the "
-                f"matching, as in '2x late pitome'"
-            )
-    if words.shape is not None and (words.inflection is not None or isinstance(words.amount, float)):
-        raise ValueError(f"{text!r} asks for two shapes: {words.shape} goes with an int, '2x' or '60%'")
-    if words.matching == "grid" and (words.ratio is None or words.shape or words.inflection is not None):
-        raise ValueError(
-            f"{text!r}: grid merges every 2x2 neighbours once: say '1.5x grid', or name the block, as in [0, 0, 'grid']"
-        )
-    return words
-
-
-def _parse_amount(amount: str, text: str, unknown: ValueError) -> Words:
-    if amount.endswith(("x", "%")):
-        number = _number(amount[:-1])
-        if number is None:
-            raise unknown
-        ratio = number if amount.endswith("x") else 100 / number if number else 0.0
-        if not 1 <= ratio < float("inf"):
-            raise ValueError(
-                f"{text!r} is no budget: '2x' asks for at least twice fewer FLOPs, '60%' for at most that share of "
-                f"them; give 1x or more, or a share above 0% and up to 100%"
-            )
-        return Words(amount, ratio)
-    number = _number(amount)
-    if number is None:
-        raise unknown
-    if "." in amount or "e" in amount:
-        return Words(_share(number, "r"))
-    return Words(_count(int(amount), "r"))
-
-
-def _number(text: str) -> float | None:
-    if len(text) > 40 or not text.isascii() or not set(text) <= set("0123456789.+-e"):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _shape_number(shape: str, text: str, whole: str) -> float:
-    number = _number(text)
-    if shape == "late" and number is not None and 0 < number <= 100:
-        return number
-    if shape == "deferred" and number is not None and number == int(number) >= 0:
-        return int(number)
-    raise ValueError(
-        f"{whole!r}: late:2 grows with the square of the depth, the power above 0 and up to 100; deferred:3 merges "
-        f"nothing in the first 3 blocks"
-    )
-
-
-def format_words(words: Words) -> str:
-    """Words as `parse_words` reads them."""
-    if words.preset is not None:
-        return words.preset
-    first = str(words.amount) + ("" if words.inflection is None else f",{words.inflection:g}")
-    shape = [] if words.shape is None else [words.shape + ("" if words.number is None else f":{words.number:g}")]
-    return " ".join([first, *shape, *([] if words.matching is None else [words.matching])])
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -254,7 +133,7 @@ def format_schedule(r: Schedule) -> str:
     """An r as `parse_schedule` reads it."""
     if isinstance(r, list):
         return json.dumps(r, separators=(",", ":"))
-    return f"{r[0]},{r[1]:g}" if isinstance(r, tuple) else str(r)
+    return f"{r[0]},{number_text(r[1])}" if isinstance(r, tuple) else str(r)
 
 
 def schedule_to_json(r: Schedule) -> Any:
@@ -271,6 +150,11 @@ def schedule_from_json(value: Any, depth: int = 10**6) -> Schedule:
     if isinstance(value, dict):
         value = (value.get("mean"), value.get("inflection"))
     return check_schedule(value, depth)
+
+
+def entries(steps: Iterable[Step]) -> tuple[int | str, ...]:
+    """What happens in each block, as the entries of a list that is an r. Two r that mean the same have the same."""
+    return tuple(step.entry for step in steps)
 
 
 def distinct_schedules(r_values: Iterable[Schedule]) -> list[Schedule]:
@@ -342,43 +226,16 @@ def token_counts(
     return tuple(counts)
 
 
-def shaped(total: int, depth: int, shape: str, number: float | None = None) -> list[int]:
-    """So many tokens in all, over the blocks.
-
-    "late" grows with a power of the depth, the block's number over the depth, 2 if none is given (cf. the schedules of
-    token merging that are concentrated late); "deferred" leaves the first blocks alone, a quarter if no number is
-    given, and is flat then. Sums up to each block are rounded, so that more in all is nowhere less so far.
-
-    Raises:
-        ValueError: no block is left to merge in.
-    """
-    if shape == "late":
-        power = 2.0 if number is None else number
-        weights = [((block + 1) / depth) ** power for block in range(depth)]
-    else:
-        first = depth // 4 if number is None else int(number)
-        if first >= depth:
-            raise ValueError(f"deferred:{first} leaves {first} blocks alone, and the model has {depth}")
-        weights = [float(block >= first) for block in range(depth)]
-    whole, so_far, done, out = sum(weights), 0.0, 0, []
-    for weight in weights:
-        so_far += weight
-        reached = int(total * (so_far / whole) + 0.5)
-        out.append(reached - done)
-        done = reached
-    return out
-
-
 #: Of a block: tokens or the share of the patches that merge, tokens that are dropped, and the matching.
 _Wanted = tuple[int | float, int, str | None]
 
 
-def _per_block(r: Schedule, depth: int) -> list[_Wanted]:
+def _per_block(r: Schedule, depth: int) -> Sequence[_Wanted]:
     if isinstance(r, str):
         return _words_per_block(r, depth)
     if isinstance(r, list):
         entries = [_parse_entry(entry) or Step() if isinstance(entry, str) else Step(entry) for entry in r]
-        return [(step.merge, step.drop, step.matching) for step in entries] + [(0, 0, None)] * (depth - len(r))
+        return [(step.merge, step.drop, step.matching) for step in (*entries, *[Step()] * (depth - len(r)))]
     if isinstance(r, tuple) and depth > 1:
         mean, inflection = r
         first = int(mean * (1.0 - inflection))
@@ -387,7 +244,7 @@ def _per_block(r: Schedule, depth: int) -> list[_Wanted]:
     return [(r[0] if isinstance(r, tuple) else r, 0, None)] * depth
 
 
-def _words_per_block(text: str, depth: int) -> list[_Wanted]:
+def _words_per_block(text: str, depth: int) -> Sequence[_Wanted]:
     words = parse_words(text)
     if words.ratio is not None or words.preset is not None:
         raise ValueError(f"{text!r} needs to know the model: tomevit.flops.plain_schedule makes a plain r of it")
@@ -398,4 +255,4 @@ def _words_per_block(text: str, depth: int) -> list[_Wanted]:
         r = shaped(min(int(words.amount), 10**9) * depth, depth, words.shape, words.number)
     elif words.inflection is not None:
         r = int(words.amount), words.inflection
-    return [(amount, 0, words.matching) for amount, _, _ in _per_block(r, depth)]
+    return [(amount, 0, words.matching) for amount, *_ in _per_block(r, depth)]

@@ -10,6 +10,11 @@ Everything is data in configs/, one TOML file per family:
     [[weights]]             model, tag, sources, licence, figures; what they were trained with (r, preprocess, and of
                             Config what is in OF_WEIGHTS); the first of a model are its default
     [weights_defaults]      what the weights share
+    [[presets]]             published schedules, as r by name: model, name (the matching, and the budget in GFLOPs that
+                            they were found for), source, and block by block the tokens that are left, prefix included:
+                            `pruned` after some are dropped, `merged` after others merge; where one has more than there
+                            still are, nothing happens
+    [presets_defaults]      what the presets share
     [aliases]               other names, with the weights they stand for
 """
 
@@ -26,8 +31,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tomevit.cards import Card
-from tomevit.config import Config, Figure, Preprocess, Source
+from tomevit.config import Config, Figure, Preprocess, Preset, Source
 from tomevit.errors import join_with_or, nearest
+from tomevit.schedule import Step
 
 #: How the names of checkpoints end.
 CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".torch", ".tar", ".ckpt", ".npz", ".msgpack", ".onnx", ".pt2")
@@ -81,20 +87,20 @@ def _read_family(
     cards: dict[str, tuple[Card, ...]],
     aliases: dict[str, str],
 ) -> None:
-    weights: dict[str, list[dict[str, Any]]] = {}
-    for entry in data.get("weights", []):
-        weights.setdefault(entry.pop("model"), []).append(data.get("weights_defaults", {}) | entry)
+    weights, presets = _by_model(data, "weights"), _by_model(data, "presets")
     for size, fields in data["models"].items():
         resolutions, timm = fields.pop("resolutions"), fields.pop("timm", [])
         for resolution, timm_name in itertools.zip_longest(resolutions, timm):
             key = size if resolution == resolutions[0] else f"{size}_{resolution}"
+            config = Config(img_size=(resolution, resolution), **data.get("config", {}) | fields)
             plain = Card(
                 name=f"{family}_{key}",
                 timm=timm_name,
                 title=data["title"],
                 papers=tuple(data["papers"]),
-                config=Config(img_size=(resolution, resolution), **data.get("config", {}) | fields),
+                config=config,
                 preprocess=_preprocess(data["preprocess"]),
+                presets=tuple(_preset(config.num_tokens, entry) for entry in presets.pop(key, [])),
             )
             architectures[plain.name] = plain
             cards[plain.name] = tuple(
@@ -102,8 +108,27 @@ def _read_family(
             ) or (plain,)
             if plain.timm:
                 aliases[plain.timm] = plain.name
-    assert not weights, f"{family}.toml has weights for unknown models: {sorted(weights)}"
+    for table, left in (("weights", weights), ("presets", presets)):
+        assert not left, f"{family}.toml has {table} for unknown models: {sorted(left)}"
     aliases.update(data.get("aliases", {}))
+
+
+def _by_model(data: dict[str, Any], table: str) -> dict[str, list[dict[str, Any]]]:
+    """The entries of a family's table, with what they share."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in data.get(table, []):
+        found.setdefault(entry.pop("model"), []).append(data.get(f"{table}_defaults", {}) | entry)
+    return found
+
+
+def _preset(num_tokens: int, entry: dict[str, Any]) -> Preset:
+    matching, tokens, blocks = entry["name"].rpartition("-")[0], num_tokens, []
+    for pruned, merged in zip(entry["pruned"], entry["merged"], strict=True):
+        kept = min(tokens, pruned)
+        left = min(kept, merged)
+        blocks.append(Step(kept - left, tokens - kept, matching).entry)
+        tokens = left
+    return Preset(name=entry["name"], r=tuple(blocks), num_tokens=num_tokens, source=entry["source"])
 
 
 def _with_weights(card: Card, preprocess: dict[str, Any], entry: dict[str, Any]) -> Card:

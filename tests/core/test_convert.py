@@ -71,6 +71,16 @@ def test_torchvision(tmp_path: Path) -> None:
         assert relative_error(model(images), theirs(images)) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("r", "left_out"),
+    [(0, None), ([0, 0], None), ((8, -1.0), "8,-1"), ("1.2x", "7"), ([0, "8+3 diffrate"], '[0,"8+3 diffrate"]')],
+)
+def test_what_is_left_out_of_merging_is_said_as_it_is_typed(tmp_path: Path, r: Any, left_out: str | None) -> None:
+    model = tiny(r)
+    exported = tomevit.export(model, tmp_path / "model.pth", "deit")
+    assert exported.unsaid == ([f"deit does not know merging: r = {left_out} is left out"] if left_out else [])
+
+
 @pytest.mark.parametrize("out", ["file.safetensors", "file.pth", "directory"])
 def test_timm(tmp_path: Path, out: str) -> None:
     model = tomevit.create("deit_distilled_ti16", num_classes=7, r=8)

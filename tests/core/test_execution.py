@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.helpers import images_for, relative_error, tiny
-from tomevit.layers import MATCHINGS, Block, PatchEmbed, Tokens, bipartite_soft_matching
-from tomevit.layers.matching import find_matching
+from tests.matchings import DETERMINISTIC, case_of
+from tomevit.layers import MATCHINGS, Block, PatchEmbed, Tokens
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 
@@ -87,8 +87,34 @@ def test_a_compiled_model_takes_any_r_with_the_call() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     images = images_for(model)
     with torch.no_grad():
-        for r in (4, 3, 0.05, 0.07, [4, 0, 2]):
+        for r in (4, 3, 0.05, 0.07, [4, 0, 2], ["4+1 diffrate", 3]):
             torch.testing.assert_close(compiled(images, r), model(images, r))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_model_takes_budgets_with_the_call() -> None:
+    model = tiny(depth=3, pool="avg")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images = images_for(model)
+    with torch.no_grad():
+        for r in ("1.3x", "1.4x late", ("1.3x", -0.5), "1.3x"):
+            torch.testing.assert_close(compiled(images, r), model(images, model.plain(r)))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore:.*jit.*is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("r", "strict"), [("1.3x", True), ("1.3x late", False), ("1.2x grid", True), ("8 pitome", False)]
+)
+def test_budgets_are_exported_and_traced(r: str, strict: bool) -> None:
+    model = tiny(depth=3, pool="avg")
+    images = images_for(model, 2)
+    with torch.no_grad():
+        expected = model(images, model.plain(r))
+        program = torch.export.export(model, (images, r), strict=strict).module()
+        torch.testing.assert_close(program(images, r), expected, rtol=0, atol=1e-5)
+        model.r = r
+        torch.testing.assert_close(torch.jit.trace(model, images)(images), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -138,9 +164,10 @@ def test_exported_features_trace_alike() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("matching", [*MATCHINGS, "diffrate with drops"])
 def test_every_matching_compiles_and_exports(matching: str) -> None:
-    model = tiny(7, depth=2, matching=matching)
+    entries = {"grid": ["grid", 7], "diffrate with drops": ["7+3 diffrate", "2+7 diffrate"]}.get(matching)
+    model = tiny(entries, depth=2) if entries else tiny(7, depth=2, matching=matching)
     images = images_for(model, 2)
     with torch.no_grad():
         program = torch.export.export(model, (images,), strict=False).module()
@@ -252,13 +279,13 @@ def test_autocast(fields: dict[str, Any], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_autocast_measures_similarity_in_float32(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("matching", DETERMINISTIC)
+def test_autocast_measures_similarity_in_float32(matching: str, dtype: torch.dtype) -> None:
     """The same keys merge alike with and without autocast: similarities in half precision would be full of ties."""
-    matching = find_matching(tiny().config.matching)
-    key = torch.randn(2, 101, 16).to(dtype)
+    case = case_of(torch.randn(2, 101, 16).to(dtype), 40, 1, drop=9)
     with torch.autocast("cpu", dtype):
-        merge = matching(key, 40, 1)
-    assert all(torch.equal(a, b) for a, b in zip(merge, matching(key, 40, 1), strict=True))
+        merge = case.find(matching)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(merge, case.find(matching), strict=True))  # None is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -480,12 +507,14 @@ def test_shapes_without_values(fields: dict[str, Any]) -> None:
     assert features.x.shape[1] == model.token_counts()[-1]
 
 
-def test_a_matching_compiles_where_nothing_merges(fresh_compiler: None) -> None:
-    compiled = torch.compile(bipartite_soft_matching, fullgraph=True, backend="aot_eager")
-    key = torch.randn(2, 9, 4)
-    for r in (0, 3):
-        for ours, theirs in zip(compiled(key, r, 1), bipartite_soft_matching(key, r, 1), strict=True):
-            assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("matching", [name for name in DETERMINISTIC if name != "grid"])
+def test_a_matching_compiles_where_nothing_merges(matching: str, fresh_compiler: None) -> None:
+    find = MATCHINGS[matching]
+    compiled = torch.compile(find, fullgraph=True, backend="aot_eager")
+    for r, drop in ((0, 0), (3, 0), (0, 2), (3, 2)) if matching == "diffrate" else ((0, 0), (3, 0)):
+        arguments = case_of(torch.randn(2, 9, 4), r, 1, drop=drop).arguments(matching)
+        for ours, theirs in zip(compiled(*arguments), find(*arguments), strict=True):
+            assert ours is theirs or torch.equal(ours, theirs)  # None is None
 
 
 @pytest.mark.parametrize("r", [0, 4])

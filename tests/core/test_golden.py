@@ -24,6 +24,7 @@ from tomevit.layers import (
     slot_map,
     unmerge,
 )
+from tomevit.layers.merge import rows_or_zero
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule
 from tomevit.weights import rules
@@ -50,6 +51,7 @@ SWAG_NAMES = [
     (r"linear_(\d)", r"fc\1"),
     (r"head\.layers\.head", "head"),
 ]
+DIFFRATE = ("prune_kept", "merge_kept", "logits", "group", "weight")
 CASES = [(family, case) for family in FAMILIES for case in INDEX["models"][family]["cases"]]
 
 
@@ -211,3 +213,30 @@ def test_every_kth_matching(name: str) -> None:
     close(merged, data[f"{name}/merged"], 1e-12)
     close(size, data[f"{name}/merged_size"], 0)
     close(unmerged, data[f"{name}/unmerged"], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("case", ["prune", "merge", "both", "uneven"])
+@pytest.mark.parametrize("family", ["vit", "mae"])
+def test_diffrate_is_as_its_code_evaluates_it(family: str, case: str, dtype: torch.dtype) -> None:
+    data = {key: stored("diffrate")[f"{family}/{case}/{key}"] for key in DIFFRATE}
+    r: list[int | str] = []
+    tokens = 65
+    for before, after in zip(data["prune_kept"].tolist(), data["merge_kept"].tolist(), strict=True):
+        kept = min(before, tokens)
+        merged = max(0, kept - after)
+        r.append(f"{merged}+{tokens - kept} diffrate")
+        tokens = kept - merged
+    model = model_for(family, "0/prop0", dtype)
+    images = stored(family)["input"].to(dtype)
+    with torch.no_grad():
+        found = model.forward_features(images, r)
+        close(model(images, r), data["logits"], 1e-10 if dtype == torch.float64 else 1e-5)
+    there = data["group"] >= 0
+    assert found.slots is not None
+    assert torch.equal(found.slots >= 0, there)
+    for slots, groups in zip(found.slots.tolist(), data["group"].tolist(), strict=True):
+        first = {slot: slots.index(slot) for slot in slots}
+        assert [first[slot] if slot >= 0 else -1 for slot in slots] == groups
+    weight = rows_or_zero(found.weight, found.slots)[..., 0]
+    close(weight, data["weight"], 1e-10 if dtype == torch.float64 else 1e-4)

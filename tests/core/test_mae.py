@@ -104,6 +104,25 @@ def test_merging_in_the_encoder() -> None:
     assert torch.equal(model(images, noise=noise).pred, merged.pred)
 
 
+def test_a_dropped_patch_is_a_hidden_one_to_the_decoder() -> None:
+    model = autoencoder().double()
+    torch.nn.init.normal_(model.decoder.mask_token)
+    images, noise = images_for(model.encoder), torch.rand(3, 64)
+    entering: list[Tensor] = []
+    model.decoder.blocks[0].register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0].x))
+    for r in (0, ["3+2 diffrate", "0+4 diffrate"]):
+        model(images, r, noise=noise)
+    unseen = [((x - model.decoder.pos_embed - model.decoder.mask_token).abs() < 1e-12).all(2) for x in entering]
+    assert unseen[0].sum(1).tolist() == [48] * 3
+    assert (unseen[1].sum(1) >= 48 + 6).all()  # more where a merged token was dropped
+    assert (unseen[1] | ~unseen[0]).all()
+    assert not unseen[1][:, 0].any()
+    torch.autograd.backward(model(images, ["3+2 diffrate"], noise=noise).loss)
+    assert model.encoder.patch_embed.proj.weight.grad is not None
+    with pytest.raises(ValueError, match="need the whole grid of patches"):
+        model(images, [0, "grid"], noise=noise)
+
+
 def test_merging_equal_patches_changes_nothing() -> None:
     """Where all visible patches are equal, position included, a merge loses nothing."""
     model = autoencoder(replace(SMALL, prop_attn=True)).double()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.helpers import images_for, relative_error, tiny
+from tests.matchings import DETERMINISTIC, OWN, Case, case_of, cases
 from tomevit import flops
 from tomevit.config import Config
 from tomevit.layers import (
@@ -35,42 +37,18 @@ from tomevit.layers import (
 from tomevit.layers.matching import _largest, _largest_by_topk
 from tomevit.schedule import Schedule
 
-DETERMINISTIC = ["bipartite", "every_kth"]
-
-
-class Case(NamedTuple):
-    key: Tensor
-    x: Tensor  # float64
-    size: Tensor
-    r: int
-    prefix: int
-
-    @property
-    def merge_arguments(self) -> tuple[Tensor, int, int]:
-        return self.key, self.r, self.prefix
-
-
-@st.composite
-def cases(draw: st.DrawFn, min_patches: int = 4, max_patches: int = 60) -> Case:
-    """Tokens with sizes; often with equal keys, so that similarities tie."""
-    batch, prefix = draw(st.integers(1, 3)), draw(st.integers(0, 6))
-    patches = draw(st.integers(min_patches, max_patches))
-    r = draw(st.integers(1, patches // 2))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    tokens = prefix + patches
-    kinds = draw(st.sampled_from([1, 3, tokens]))
-    key = torch.randn(batch, kinds, 8, generator=generator)
-    if kinds < tokens:
-        kind = torch.randint(kinds, (batch, tokens, 1), generator=generator)
-        key = key.gather(1, kind.expand(-1, -1, 8))
-    x = torch.randn(batch, tokens, 5, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 300, (batch, tokens, 1), generator=generator).float()
-    size[:, :prefix] = 1  # nothing ever joins the prefix
-    return Case(key, x, size, r, prefix)
-
 
 def equal(first: Merge, second: Merge) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))  # None is None
+
+
+def images_of(merge: Merge, which: Any) -> Merge:
+    return Merge(*(None if part is None else part[which] for part in merge))
+
+
+def group_sums(size: Tensor, slots: Tensor, count: int) -> Tensor:
+    """The sum over each group by the definition; what was dropped is in none."""
+    return torch.stack([(size * (slots == m)[..., None]).sum(1) for m in range(count)], 1)
 
 
 def group_means(x: Tensor, size: Tensor, slots: Tensor, count: int) -> Tensor:
@@ -94,19 +72,29 @@ def group_means(x: Tensor, size: Tensor, slots: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("matching", MATCHINGS)
 @given(case=cases())
 def test_every_token_stays_or_joins_once_and_the_prefix_does_neither(matching: str, case: Case) -> None:
-    keep, src, dst = MATCHINGS[matching](*case.merge_arguments)
-    batch, tokens, _ = case.key.shape
-    assert src.shape == dst.shape == (batch, case.r)
-    assert torch.equal(torch.cat([keep, src], 1).sort(1).values, torch.arange(tokens).expand(batch, -1))
+    keep, src, dst, similarity = case.find(matching)
+    batch, joining, dropped = len(case.key), case.merges(matching), case.drops(matching)
+    assert src.shape == dst.shape == (batch, joining)
+    assert keep.shape == (batch, case.tokens - joining - dropped)
+    everyone = torch.cat([keep, src], 1).sort(1).values
+    assert (everyone.diff(dim=1) > 0).all()
+    assert (everyone >= 0).all()
+    assert (everyone < case.tokens).all()
+    if not dropped:
+        assert torch.equal(everyone, torch.arange(case.tokens).expand(batch, -1))
     assert torch.equal(keep[:, : case.prefix], torch.arange(case.prefix).expand(batch, -1))
     assert (dst >= case.prefix).all()
     assert (dst < keep.shape[1]).all()
+    if similarity is not None:
+        assert similarity.shape == src.shape
+        assert (similarity >= 0).all()
 
 
+@pytest.mark.parametrize("matching", ["bipartite", "importance"])
 @given(case=cases(min_patches=2))
-def test_bipartite_order_is_prefix_even_odd(case: Case) -> None:
-    merge = bipartite_soft_matching(*case.merge_arguments)
-    tokens, prefix = case.key.shape[1], case.prefix
+def test_bipartite_order_is_prefix_even_odd(matching: str, case: Case) -> None:
+    merge = case.find(matching)
+    tokens, prefix = case.tokens, case.prefix
     odd = [i for i in range(prefix, tokens) if i % 2]
     assert (merge.src % 2 == 0).all()
     for keep, src in zip(merge.keep.tolist(), merge.src.tolist(), strict=True):
@@ -116,33 +104,43 @@ def test_bipartite_order_is_prefix_even_odd(case: Case) -> None:
 
 @given(case=cases())
 def test_every_kth_order_is_prefix_others_kth(case: Case) -> None:
-    merge = every_kth_matching(*case.merge_arguments, k=3)
-    tokens, prefix = case.key.shape[1], case.prefix
+    merge = every_kth_matching(case.key, case.r, case.prefix, k=3)
+    tokens, prefix = case.tokens, case.prefix
     kth = list(range(prefix + 2, tokens, 3))
     for keep, src in zip(merge.keep.tolist(), merge.src.tolist(), strict=True):
         others = [i for i in range(prefix, tokens) if i not in kth and i not in src]
         assert keep == [*range(prefix), *others, *kth]
 
 
+@pytest.mark.parametrize("matching", ["random", "diffrate", "grid"])
 @given(case=cases())
-def test_random_order_is_by_position_and_all_that_can_merge_do(case: Case) -> None:
-    merge = random_matching(*case.merge_arguments)
-    assert merge.src.shape[1] == case.r
+def test_the_order_is_by_position_where_any_token_may_be_joined(matching: str, case: Case) -> None:
+    merge = case.find(matching)
+    assert merge.src.shape[1] == case.merges(matching)
     assert (merge.keep.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
+@given(case=cases())
+def test_pitome_order_is_prefix_protected_joined(case: Case) -> None:
+    keep = case.find("pitome").keep
+    for part in (keep[:, : -case.r], keep[:, -case.r :]):
+        assert (part.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("matching", [name for name in MATCHINGS if name != "grid"])  # it looks at positions alone
 @given(case=cases())
 def test_tokens_join_the_most_similar_and_the_most_similar_join(matching: str, case: Case) -> None:
-    keep, src, dst = MATCHINGS[matching](*case.merge_arguments)
-    key = torch.nn.functional.normalize(case.key.double(), dim=-1)
-    if matching == "bipartite":
+    keep, src, dst, _ = case.find(matching)
+    key = torch.nn.functional.normalize((case.x if matching == "diffrate" else case.key).double(), dim=-1)
+    if matching in ("bipartite", "importance"):
         joinable = keep % 2 == 1
     elif matching == "every_kth":
         joinable = (keep - case.prefix) % 4 == 3
+    elif matching == "pitome":
+        joinable = (torch.arange(keep.shape[1]) >= keep.shape[1] - case.r).expand_as(keep)
     else:
         joinable = torch.ones_like(keep, dtype=torch.bool)
-    joinable &= keep >= case.prefix
+    joinable = joinable & (keep >= case.prefix)
     for b in range(len(key)):
         similarity = key[b] @ key[b, keep[b]].T
         similarity[:, ~joinable[b]] = -2
@@ -150,13 +148,14 @@ def test_tokens_join_the_most_similar_and_the_most_similar_join(matching: str, c
         chosen = similarity[src[b], dst[b]]
         torch.testing.assert_close(chosen, best[src[b]], rtol=0, atol=1e-6)
         stays = keep[b][~joinable[b] & (keep[b] >= case.prefix)]
-        assert len(stays) == 0 or best[stays].max() <= chosen.min() + 1e-6
+        if matching in ("bipartite", "every_kth", "random"):
+            assert len(stays) == 0 or best[stays].max() <= chosen.min() + 1e-6
 
 
 @given(case=cases(min_patches=2), kinds=st.integers(1, 4))
 def test_ties_go_to_the_earlier_token(case: Case, kinds: int) -> None:
     # Keys along the axes have similarities of exactly 0 and 1, so that a plain loop knows who must win.
-    batch, tokens, _ = case.key.shape
+    batch, tokens = case.key.shape[:2]
     kind = torch.randint(kinds, (batch, tokens))
     key = torch.eye(kinds)[kind] * 3.0
     merge = bipartite_soft_matching(key, case.r, case.prefix)
@@ -173,23 +172,24 @@ def test_ties_go_to_the_earlier_token(case: Case, kinds: int) -> None:
 @pytest.mark.parametrize("tokens", [5, 198, 577])
 def test_equal_keys_give_equal_merges_in_every_image(matching: str, tokens: int) -> None:
     key = torch.randn(64).expand(4, tokens, 64).contiguous()
-    merge = MATCHINGS[matching](key, tokens // 2 - 1, 1)
-    assert equal(merge, Merge(*(part[:1].expand_as(part) for part in merge)))
-    assert (merge.dst == merge.dst[:, :1]).all()
+    case = case_of(key, tokens // 2 - 1, 1)
+    merge = replace(case, importance=torch.full_like(case.importance, 1 / tokens)).find(matching)
+    assert equal(merge, images_of(merge, [0] * 4))
+    if matching != "grid":
+        assert (merge.dst == merge.dst[:, :1]).all()
     assert (merge.src.diff(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("matching", DETERMINISTIC)
 @given(case=cases())
 def test_matching_is_deterministic_and_independent_of_the_batch(matching: str, case: Case) -> None:
-    find = MATCHINGS[matching]
-    merge = find(*case.merge_arguments)
-    assert equal(merge, find(*case.merge_arguments))
-    flipped = find(case.key.flip(0), case.r, case.prefix)
-    assert equal(merge, Merge(*(part.flip(0) for part in flipped)))
+    merge = case.find(matching)
+    assert equal(merge, case.find(matching))
+    backwards = list(range(len(case.key)))[::-1]
+    assert equal(merge, images_of(case.images(backwards).find(matching), backwards))
     for b in range(len(case.key)):
-        alone = find(case.key[b : b + 1], case.r, case.prefix)
-        assert equal(alone, Merge(*(part[b : b + 1] for part in merge)))
+        alone = slice(b, b + 1)
+        assert equal(case.images(alone).find(matching), images_of(merge, alone))
 
 
 @given(case=cases(), scale=st.sampled_from([1e-3, 7.0, 1e4]))
@@ -223,9 +223,14 @@ def test_every_kth_merges_all_others_and_loses_none(case: Case, k: int) -> None:
 @pytest.mark.parametrize("patches", [1, 2, 3, 4, 5])
 def test_few_patches_merge_as_far_as_a_schedule_allows(matching: str, prefix: int, patches: int) -> None:
     key = torch.randn(2, prefix + patches, 8)
-    for r in range(patches // 2 + 1):
-        keep, src, _ = MATCHINGS[matching](key, r, prefix)
-        assert torch.cat([keep, src], 1).sort(1).values.tolist() == [list(range(prefix + patches))] * 2
+    for drop in range(patches if matching == "diffrate" else 1):
+        for r in range((patches - drop) // 2 + 1):
+            keep, src, *_ = case_of(key, r, prefix, drop=drop).find(matching)
+            everyone = torch.cat([keep, src], 1).sort(1).values
+            assert everyone[:, :prefix].tolist() == [list(range(prefix))] * 2
+            assert everyone.shape[1] == prefix + patches - drop
+            if not drop:
+                assert everyone.tolist() == [list(range(prefix + patches))] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------- merges
@@ -234,37 +239,58 @@ def test_few_patches_merge_as_far_as_a_schedule_allows(matching: str, prefix: in
 @pytest.mark.parametrize("matching", MATCHINGS)
 @given(case=cases())
 def test_merging_then_unmerging_gives_group_means(matching: str, case: Case) -> None:
-    merge = MATCHINGS[matching](*case.merge_arguments)
+    merge = case.find(matching)
     merged, size = merge_mean(case.x, case.size, merge)
-    slots = slot_map(merge)
-    assert torch.equal(size.sum(1), case.size.sum(1))
+    slots = slot_map(merge, case.tokens)
+    there = slots >= 0
+    assert (~there).sum(1).eq(case.drops(matching)).all()
+    assert torch.equal(size.sum(1), (case.size * there[..., None]).sum(1))
     assert (size > 0).all()
-    assert torch.equal(torch.zeros_like(size).scatter_add(1, slots[..., None], case.size), size)
+    assert torch.equal(group_sums(case.size, slots, merged.shape[1]), size)
     assert torch.equal(merged[:, : case.prefix], case.x[:, : case.prefix])
     assert torch.equal(size[:, : case.prefix], case.size[:, : case.prefix])
     means = group_means(case.x, case.size, slots, merged.shape[1])
     torch.testing.assert_close(merged, means, rtol=0, atol=1e-13)
     unmerged = unmerge(Tokens(merged, size, slots))
-    expected = means.gather(1, slots[..., None].expand_as(unmerged))
+    expected = means.gather(1, slots.clamp(min=0)[..., None].expand_as(unmerged)) * there[..., None]
     torch.testing.assert_close(unmerged, expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("matching", MATCHINGS)
 @given(case=cases(min_patches=32))
 def test_slot_maps_compose(matching: str, case: Case) -> None:
-    tokens, _, prefix = case.key.shape[1], case.r, case.prefix
-    start = torch.arange(tokens).expand(len(case.key), -1)
-    traced, composed = Tokens(case.x, None, start), start
+    initial, start = case.x, torch.arange(case.tokens).expand(len(case.key), -1)
+    traced, composed = Tokens(initial, None, start), start
+    case = replace(case, r=(case.tokens - case.prefix - case.drops(matching)) // 2)
     for _ in range(3):
-        merge = MATCHINGS[matching](traced.x, (traced.x.shape[1] - prefix) // 2, prefix)
+        merge = case.find(matching)
+        composed = compose(composed, slot_map(merge, case.tokens))
         traced = merge_tokens(traced, merge)
-        composed = compose(composed, slot_map(merge))
+        case = case.behind(matching, traced.x, traced.size)
     assert torch.equal(traced.slots, composed)
-    ones = torch.ones(len(case.key), tokens, 1)
-    assert torch.equal(torch.zeros_like(traced.size).scatter_add(1, composed[..., None], ones), traced.size)
-    # Merging step by step, weighted by size, is averaging the initial tokens at once.
-    means = group_means(case.x, ones.double(), composed, traced.x.shape[1])
-    torch.testing.assert_close(traced.x, means, rtol=0, atol=1e-12)
+    ones = torch.ones(len(case.key), composed.shape[1], 1)
+    assert torch.equal(group_sums(ones, composed, traced.x.shape[1]), traced.size)
+    if matching != "diffrate":  # its means are plain
+        # Merging step by step, weighted by size, is averaging the initial tokens at once.
+        means = group_means(initial, ones.double(), composed, traced.x.shape[1])
+        torch.testing.assert_close(traced.x, means, rtol=0, atol=1e-12)
+
+
+@given(case=cases())
+def test_with_similarities_the_mean_is_plain_and_weights_are_no_counts(case: Case) -> None:
+    merge = case.find("diffrate")
+    slots, count = slot_map(merge, case.tokens), merge.keep.shape[1]
+    for weight in (None, case.size * 0.7):
+        tokens = merge_tokens(Tokens(case.x, case.size, weight=weight), merge)
+        plain = group_means(case.x, torch.ones_like(case.size), slots, count)
+        torch.testing.assert_close(tokens.x, plain, rtol=0, atol=1e-13)
+        assert torch.equal(tokens.size, group_sums(case.size, slots, count))  # still counts patches
+        brings = torch.ones_like(case.size[..., 0]).scatter(1, merge.src, merge.similarity)[..., None]
+        weighed = group_sums((case.size if weight is None else weight) * brings, slots, count)
+        torch.testing.assert_close(tokens.weight, weighed, rtol=1e-6, atol=0)
+    # What merges by another matching later is weighed in step.
+    again = merge_tokens(tokens, Merge(*bipartite_soft_matching(tokens.x, (count - case.prefix) // 2, case.prefix)))
+    torch.testing.assert_close(again.weight.sum(1), tokens.weight.sum(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -272,10 +298,10 @@ def test_slot_maps_compose(matching: str, case: Case) -> None:
 def test_tokens_that_none_joins_do_not_change(matching: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 300, 8).to(dtype)
     size = torch.arange(1.0, 301.0)[:, None].expand(2, -1, -1)
-    merge = MATCHINGS[matching](x, 40, 1)
+    merge = case_of(x, 40, 1, drop=7).find(matching)
     merged, size_out = merge_mean(x, size, merge)
     unchanged = (size_out == size.gather(1, merge.keep[..., None])).squeeze(2)
-    assert unchanged.sum() > 2 * 200
+    assert (unchanged.sum(1) >= merge.keep.shape[1] - merge.src.shape[1]).all()
     kept = x.gather(1, merge.keep[..., None].expand_as(merged))
     assert torch.equal(merged[unchanged], kept[unchanged])
 
@@ -297,11 +323,12 @@ def test_merging_never_overflows(dtype: torch.dtype, sign: int) -> None:
         torch.testing.assert_close(tokens.x, x[:, :2], rtol=512 * 2**-24, atol=0)
 
 
+@pytest.mark.parametrize("matching", DETERMINISTIC)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_matching_half_precision_keys_near_overflow(dtype: torch.dtype) -> None:
+def test_matching_half_precision_keys_near_overflow(matching: str, dtype: torch.dtype) -> None:
     direction = torch.eye(6)[torch.randint(6, (2, 40))]
-    merge = bipartite_soft_matching((direction * 60000).to(dtype), 15, 1)
-    assert equal(merge, bipartite_soft_matching(direction, 15, 1))
+    merge = case_of((direction * 60000).to(dtype), 15, 1, drop=4).find(matching)
+    assert equal(merge, case_of(direction, 15, 1, drop=4).find(matching))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -401,10 +428,10 @@ def test_a_share_loses_no_token_to_binary_rounding(patches: int, data: st.DataOb
     assert resolve_schedule(float(share), 1, patches, 0) == (int(share * patches),)
 
 
-WRONG: list[Any] = [-1, True, "8", None, {}, 1 + 2j, math.nan, 0.0, -0.1, 0.51, 8.0, math.inf]
+WRONG: list[Any] = [-1, True, None, {}, 1 + 2j, math.nan, 0.0, -0.1, 0.51, 8.0, math.inf]
 WRONG += [[1] * 5, [1, -1], [1.0], [True], ["1"], [None], [0.5]]
 WRONG += [(), (1,), (1, 2, 3), (1, 1.5), (1, -1.01), (1, math.nan), (1, None), (1, True), (1, "0")]
-WRONG += [(1.0, 0.5), (-1, 0.0), (True, 0.0), ("1", 0.0), range(4), torch.tensor(1.0)]
+WRONG += [(1.0, 0.5), (-1, 0.0), (True, 0.0), range(4), torch.tensor(1.0)]
 WRONG += [10**400, -(10**400), [10**400], (10**400, -1.0), (8, 10**400), Fraction(10**400, 3)]
 
 
@@ -421,7 +448,7 @@ def test_wrong_schedules_are_value_errors(r: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("matching", OWN)
 @pytest.mark.parametrize("r", [0, 4, 100, (8, -1.0), (8, 1.0), [20, 0, 7], 0.3], ids=repr)
 @pytest.mark.parametrize("fields", [{}, {"dist_token": True}, {"reg_tokens": 3}], ids=repr)
 def test_token_counts_are_the_shapes(matching: str, r: Schedule, fields: dict[str, Any]) -> None:
@@ -581,7 +608,7 @@ def test_models_of_one_block(fields: dict[str, Any]) -> None:
     assert model(images, r=[]).isfinite().all()
 
 
-@pytest.mark.parametrize("matching", MATCHINGS)
+@pytest.mark.parametrize("matching", OWN)
 def test_a_large_r_is_clamped_until_one_patch_is_left(matching: str) -> None:
     model = tiny(1000, depth=8, matching=matching)
     assert model.token_counts() == (65, 33, 17, 9, 5, 3, 2, 2, 2)
@@ -600,7 +627,7 @@ def test_flops_fall_as_r_grows() -> None:
 
 
 @pytest.mark.parametrize("beyond", [-1, 9, 12, 10**6])
-@pytest.mark.parametrize("part", Merge._fields)
+@pytest.mark.parametrize("part", ["keep", "src", "dst"])
 def test_no_merge_reaches_into_another_image(part: str, beyond: int) -> None:
     tokens = Tokens(torch.randn(3, 9, 4))
     merge = bipartite_soft_matching(tokens.x, 3, 1)
@@ -624,7 +651,7 @@ def test_visible_patches_are_the_image_s_own(patches: list[int]) -> None:
 
 
 def wrong_merges(merge: Merge) -> dict[str, Merge]:
-    keep, src, dst = merge
+    keep, src, dst, _ = merge
     return {
         "keep of shape": Merge(keep[:, 1:], src, dst),
         "src of shape .* torch.int32": Merge(keep, src.int(), dst),

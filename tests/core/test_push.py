@@ -22,7 +22,8 @@ from tests.server import Fault, Server, objections
 from tests.tasks.test_cli import run
 from tomevit import zoo
 from tomevit.cards import Card
-from tomevit.config import Figure, Source
+from tomevit.cli.weights import push as push_command
+from tomevit.config import Figure, Preset, Source
 from tomevit.errors import CheckpointError, DownloadError, UploadError
 from tomevit.models import VisionTransformer
 from tomevit.weights import checkpoint
@@ -268,6 +269,7 @@ def test_no_text_of_a_card_starts_a_line_of_its_own() -> None:
             papers=(text,),
             class_names=(text,),
             figures=(Figure(top1=1, source=text),),
+            presets=(Preset(name=text, r=(8,) * 12, num_tokens=197, source=text),),
             origin=Source(format="timm", url=text, hub="a/b", sha256=text),
         )
         return ModelCard(model_card(card, REPO, find_base(card), dataset=text))
@@ -277,6 +279,16 @@ def test_no_text_of_a_card_starts_a_line_of_its_own() -> None:
     assert (card.data.license, card.data.base_model) == ("other", "a/b")
     assert [line[:2] for line in card.text.splitlines()] == [line[:2] for line in plain.text.splitlines()]
     assert r"a ## Claim --- license: mit --- \| 1 \| 2 \| {notes} ?card.notes {0}" in card.text
+
+
+def test_presets_are_listed_where_they_fit() -> None:
+    card = zoo.card("deit_s16")
+    text = model_card(card, REPO)
+    assert "| diffrate-2.9g | 3 | 2.905 | OpenGVLab/DiffRate@91ae3e3, compression_rate.json |" in text
+    assert "| diffrate-2.9g | 79.54 % | OpenGVLab/DiffRate@91ae3e3, README.md; crop 224 of 256 |" in text
+    assert not re.search(r"^\?|\n\n\n", text, re.MULTILINE)
+    larger = replace(card, config=replace(card.config, img_size=(384, 384)), figures=())
+    assert "diffrate" not in model_card(larger, REPO)
 
 
 def test_sections_without_content_are_left_out() -> None:
@@ -557,7 +569,10 @@ def test_the_command(server: Server, digits: VisionTransformer, tmp_path: Path, 
     ("arguments", "says"),
     [
         (("--top1", "97"), "'97' is not like 8=81.2"),
+        (("--top1", "8,-1=97"), "'8,-1=97' is not like 8=81.2"),
+        (("--top1", "fast=97"), "'fast' is no r"),
         (("--top1", "3=97"), "dataset"),
+        (("--dataset", "d", "--top1", "diffrate-9g=97"), "'diffrate-9g', which is none of the presets"),
         (("--licence", "mit", "--private", "extra"), "extra"),
     ],
 )
@@ -568,6 +583,11 @@ def test_mistakes_on_the_command_line(server: Server, tmp_path: Path, capsys, ar
     assert says in err
     assert len(err.splitlines()) == 1
     assert server.requests == []
+
+
+def test_accuracies_may_be_of_presets() -> None:
+    arguments = ["mine.safetensors", REPO, "--top1", "8=97", "--top1", "diffrate-2.9g=79.5"]
+    assert push_command.make_context("push", arguments).params["top1"] == [(8, 97.0), ("diffrate-2.9g", 79.5)]
 
 
 # What hf-hub: says of repositories that it cannot read.

@@ -202,11 +202,11 @@ def test_float16_does_not_overflow() -> None:
 def test_an_image_does_not_feel_the_others() -> None:
     """Not even one that is NaN, whose tokens still each go somewhere."""
     tokens, key = random_tokens(2, 20), random_key(2, 2, 20)
-    alone = match_and_merge_fused(Tokens(*(each[1:] for each in tokens)), key[1:], 5, 1)
+    alone = match_and_merge_fused(Tokens(*(each[1:] for each in tokens[:4])), key[1:], 5, 1)
     key[0, :, 3:] = float("nan")
     tokens.x[0] = float("nan")
     both = match_and_merge_fused(tokens, key, 5, 1)
-    assert all(torch.equal(a[1:], b) for a, b in zip(both, alone, strict=True))
+    assert all(torch.equal(a[1:], b) for a, b in zip(both[:4], alone[:4], strict=True))
     assert both.slots[0].unique().tolist() == list(range(15))
     assert both.size[0].sum() == tokens.size[0].sum()
 

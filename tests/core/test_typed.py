@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tomevit
 from tomevit import zoo
 from tomevit.cards import Card, card_from_json, card_to_json
-from tomevit.config import Config, Preprocess
+from tomevit.config import Config, Preprocess, Preset
 from tomevit.errors import printable
 from tomevit.schedule import Schedule, format_schedule, parse_schedule, schedule_from_json, schedule_to_json
 from tomevit.typed import conform
@@ -54,6 +54,9 @@ def test_numpys_numbers_become_pythons(whole: int, real: float, truth: bool) -> 
         (Config, {"colour": 1}, "x has 'colour', and no Config has"),
         (Card, {"name": "a", "config": {"act": "sin"}}, "x.config.act is 'sin', and must be one of gelu, gelu_tanh"),
         (Card, {"name": "a", "preprocess": {"mean": [0, None, 0]}}, r"x.preprocess.mean\[1\] is None"),
+        (Preset, {"name": "a", "r": [0, "8 magic"], "num_tokens": 5, "source": ""}, r"r\[1\] is '8 magic'"),
+        (Preset, {"name": "a", "r": [0, 1.5], "num_tokens": 5, "source": ""}, r"x.r\[1\] is 1.5"),
+        (Card, {"name": "a", "figures": [{"r": "diffrate-1g", "top1": 5, "source": ""}]}, "none of the presets"),
     ],
 )
 def test_what_does_not_fit_says_so(kind: Any, value: Any, says: str) -> None:
@@ -64,6 +67,17 @@ def test_what_does_not_fit_says_so(kind: Any, value: Any, says: str) -> None:
 @pytest.mark.parametrize("card", [tomevit.card(name) for name in tomevit.list_models(weights=True)][::7], ids=str)
 def test_cards_survive_json(card: Card) -> None:
     assert card_from_json(json.loads(json.dumps(card_to_json(card)))) == card
+
+
+def test_cards_with_presets_survive_json_and_those_without_are_read() -> None:
+    card = replace(tomevit.card("mae_h14"), r="diffrate-103.4g")
+    written = json.loads(json.dumps(card_to_json(card)))
+    assert card_from_json(written) == card
+    assert card.presets
+    del written["presets"]  # as it was written before there were any
+    written["figures"] = [figure for figure in written["figures"] if isinstance(figure["r"], int)]
+    earlier = card_from_json(written)
+    assert (earlier.presets, earlier.r) == ((), card.r)
 
 
 @given(SCHEDULES)

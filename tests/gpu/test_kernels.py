@@ -159,7 +159,7 @@ def test_inputs_that_are_not_contiguous(device: torch.device, dtype: torch.dtype
     tokens = random_tokens(4, 101, 96, dtype, device)
     key = random_key(4, 6, 101, 64, dtype, device)
     assert_defined(tokens._replace(x=tokens.x[..., ::2], size=tokens.size.flip(1)), key[..., ::2], 30, 1)
-    every_second = Tokens(*(each[::2] for each in tokens))
+    every_second = Tokens(*(each[::2] for each in tokens[:4]))
     assert_defined(every_second, key[::2], 30, 1)
     turned = torch.randn(4, 96, 101, device=device).to(dtype).transpose(1, 2)
     assert_defined(tokens._replace(x=turned), key.transpose(2, 3).contiguous().transpose(2, 3), 30, 1)
@@ -191,11 +191,11 @@ def test_deterministic_mode_and_repetition(device: torch.device, dtype: torch.dt
 @each_dtype
 def test_an_image_does_not_feel_the_others(device: torch.device, dtype: torch.dtype) -> None:
     tokens, key = random_tokens(3, 197, 64, dtype, device), random_key(3, 4, 197, 64, dtype, device)
-    alone = match_and_merge_fused(Tokens(*(each[1:2] for each in tokens)), key[1:2], 60, 1)
+    alone = match_and_merge_fused(Tokens(*(each[1:2] for each in tokens[:4])), key[1:2], 60, 1)
     key[0] = float("nan")
     tokens.x[2] = float("inf")
     together = match_and_merge_fused(tokens, key, 60, 1)
-    assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone, strict=True))
+    assert all(torch.equal(a[1:2], b) for a, b in zip(together[:4], alone[:4], strict=True))
     assert (together.slots < 137).all()
 
 

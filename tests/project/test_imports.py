@@ -25,12 +25,13 @@ FIRST = (
         "opening",
         "locks",
         "output",
-        "schedule",
         "typed",
+        "words",
+        "schedule",
         "config",
+        "flops",
         "headers",
         "cards",
-        "flops",
         "zoo",
     ),
     *("layers", "models", "weights", "transform", "factory"),
@@ -95,7 +96,7 @@ def loaded(code: str) -> set[str]:
 
 def test_the_package_loads_nothing_before_it_is_used() -> None:
     parts = {part(name) for name in loaded("import tomevit")}
-    assert parts == {"", "version", "schedule", "typed", "config", "flops", "transform"}
+    assert parts == {"", "version", "errors", "words", "schedule", "typed", "config", "flops", "transform"}
 
 
 def test_a_model_needs_the_first_ring_alone() -> None:

@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import tomevit
+from tests.helpers import tiny
 from tomevit import cli
 from tomevit.cards import read_contents
+from tomevit.config import Preset
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -51,6 +54,28 @@ def test_info_says_what_r_does(capsys):
     assert "apache-2.0" in out
 
 
+def test_info_and_list_show_presets(capsys, tmp_path):
+    status, out, _ = run(capsys, "info", "deit_s16", "--r", "diffrate-2.9g")
+    assert status == 0
+    assert "197 197 194 176 156 141 133 121 107 88 64 56 3" in out
+    assert 'here r = [0,"2+1 diffrate",' in out
+    assert "diffrate-2.9g: 2.905 GFLOPs, 1.58 times fewer, 3 tokens leave the last block; top-1 79.54 % (deit" in out
+    assert "top-1 79.54 % at r = diffrate-2.9g (OpenGVLab/DiffRate@91ae3e3" in out
+    _, out, _ = run(capsys, "info", "deit_s16", "--json")
+    (preset,) = [preset for preset in json.loads(out)["presets"] if preset["name"] == "diffrate-2.3g"]
+    assert (preset["tokens"][-1], preset["num_tokens"], len(preset["r"])) == (3, 197, 12)
+    assert [figure["top1"] for figure in preset["figures"]] == [78.75]
+    _, out, _ = run(capsys, "list", "deit_s16", "--json")
+    assert preset in json.loads(out)[0]["presets"]
+    assert "diffrate" not in run(capsys, "info", "vit_s16")[1]
+    _, out, _ = run(capsys, "info", "deit_s16", "--img-size", "384", "--json")
+    assert json.loads(out)["presets"] == []
+    path = tmp_path / "model.safetensors"
+    tomevit.save(tomevit.create("deit_ti16", r="2x"), path)
+    _, out, _ = run(capsys, "info", str(path))
+    assert "diffrate-0.6g: 0.65" in out
+
+
 def test_info_json_at_another_size(capsys):
     _, out, _ = run(capsys, "info", "mae_l16.tome_r8", "--img-size", "224x320", "--json")
     card = json.loads(out)
@@ -62,7 +87,19 @@ def test_info_json_at_another_size(capsys):
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("8", 8), ("8,-1", (8, -1.0)), ("[20,0,7]", [20, 0, 7]), ("0.08", 0.08)],
+    [
+        ("8", 8),
+        ("8,-1", (8, -1.0)),
+        ("[20,0,7]", [20, 0, 7]),
+        ("0.08", 0.08),
+        ("2x", "2x"),
+        ("60%", "60%"),
+        ("2x,0.5", ("2x", 0.5)),
+        ("2x late", "2x late"),
+        ("1.5x grid", "1.5x grid"),
+        ("8 pitome", "8 pitome"),
+        ('[0,"8+3 diffrate"]', [0, "8+3 diffrate"]),
+    ],
 )
 def test_every_form_of_r_can_be_written(capsys, written, meant):
     _, out, _ = run(capsys, "info", "deit_ti16", "--r", written, "--json")
@@ -84,8 +121,15 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["info", "vit_b16", "--r", "-3"], "negative"),
         (["info", "vit_b16", "--r", "8,2"], "inflection"),
         (["info", "vit_b16", "--r", "eight"], "8,-1"),
+        (["info", "vit_b16", "--r", "9x"], "cannot be reached"),
+        (["info", "vit_b16", "--r", "2x early"], "'early' is neither a shape (late, deferred) nor a matching"),
+        (["info", "vit_b16", "--r", "8 grid"], "say '1.5x grid'"),
+        (["info", "vit_b16", "--r", '["grid","grid"]', "--img-size", "16"], "cannot merge neighbours 2x2"),
+        (["info", "vit_b16", "--r", "diffrate-0.1g"], "is no preset of this model"),
         (["info", "vit_b16", "--r", "[1,2"], "[20,0,7]"),
         (["bench", "deit_ti16", "--r", "[1,1,1,1,1,1,1,1,1,1,1,1,1]"], "the model has 12"),
+        (["bench", "deit_ti16", "--r", "2x", "9x"], "cannot be reached"),
+        (["bench", "deit_ti16", "--r", "2x", "diffrate-0.1g"], "is no preset of this model"),
         (["bench", "--dtype", "int8"], "bfloat16"),
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--device", "abacus"], "abacus"),
@@ -98,6 +142,7 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["bench", "--out", "/nowhere/table.txt"], "no directory /nowhere"),
         (["bench", "--plot", "picture.xyz"], ".png, .svg or .pdf"),
         (["demo", "--r", "-1"], "negative"),
+        (["demo", "--r", "8", "9x"], "cannot be reached"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
@@ -107,6 +152,72 @@ def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
     assert len(err.splitlines()) == 1
     assert err.startswith("tomevit: ")
     assert says in err
+
+
+WITH_R = ["bench", "classify", "demo", "embed", "eval", "export", "info", "visualize"]
+
+
+def test_every_verb_with_an_r_names_its_forms_and_explains_a_wrong_one(capsys, tmp_path):
+    verbs = [name for name in cli.VERBS if "--r" in {opt for p in cli.load_command(name).params for opt in p.opts}]
+    assert sorted(verbs) == WITH_R
+    image, out = tmp_path / "a.png", tmp_path / "a.html"
+    Image.new("L", (8, 8)).save(image)
+    digits, picture = ("--model", "digits_p1.plain"), str(image)
+    calls = {
+        "bench": ("digits_p1",),
+        "classify": (picture, *digits),
+        "demo": (),
+        "embed": (picture, *digits, "-o", str(tmp_path / "a.safetensors")),
+        "eval": ("--data", str(tmp_path), *digits),
+        "export": ("digits_p1.plain", "--format", "pt2", "-o", str(tmp_path / "a.pt2")),
+        "info": ("digits_p1.plain",),
+        "visualize": (picture, *digits, "-o", str(out)),
+    }
+    for verb in verbs:
+        status, shown, _ = run(capsys, verb, "--help")
+        assert status == 0
+        for form in ("8,-1", "2x", "60%", "'2x late'", "'8 pitome'", "preset"):
+            assert form in " ".join(shown.split()), (verb, form)
+        for wrong, says in (("fast", "'fast' is no r; give 8, 8,-1"), ("9x", "r = '9x' cannot be reached")):
+            if verb != "eval" or wrong != "9x":
+                status, shown, err = run(capsys, verb, *calls[verb], "--r", wrong)
+                assert (status, shown, len(err.splitlines())) == (2, "", 1), (verb, err)
+                assert says in err
+
+
+def test_what_follows_an_r_is_one_more_or_the_model(capsys, tmp_path, monkeypatch):
+    """A budget and the name of a preset are values, a model's name and a file are not, whatever the file is called."""
+    monkeypatch.chdir(tmp_path)
+    preset = Preset(name="diffrate-0.1g", r=(4, "2+3 diffrate", 0, 0), num_tokens=65, source="a paper")
+    model = tiny()
+    tomevit.save(model, "mine.safetensors", card=replace(model.card, presets=(preset,)))
+    _, out, _ = run(
+        capsys, "info", "--json", "--r", "8", "1.5x", "60%", "diffrate-0.1g", "1.2x late", "mine.safetensors"
+    )
+    found = json.loads(out)["schedules"]
+    assert [at["r"] for at in found] == [8, "1.5x", "60%", "diffrate-0.1g", "1.2x late"]
+    assert found[3]["plain"] == found[3]["schedule"] == [4, "2+3 diffrate", 0, 0]
+    for at in found:
+        assert tuple(at["tokens"]) == model.token_counts(at["plain"])
+    costs = [tomevit.flops(model.config, r, computed=True) for r in (0, found[1]["plain"] - 1, found[1]["plain"])]
+    assert costs[0] / costs[1] < 1.5 <= costs[0] / costs[2]
+    assert found[1]["gflops_computed"] == costs[2] / 1e9
+
+    tomevit.save(model, "diffrate-0.1g.safetensors", card=replace(model.card, presets=(preset,)))
+    (tmp_path / "diffrate-0.1g.safetensors").rename("diffrate-0.1g")
+    _, out, _ = run(capsys, "info", "--r", "8", "diffrate-0.1g")
+    assert next(line for line in out.splitlines() if line.startswith("r = ")).startswith("r = 8 ")
+    assert out.count("\nr = ") == 1
+
+
+def test_info_says_what_words_mean(capsys, tmp_path):
+    picture = tmp_path / "tokens.svg"
+    status, out, _ = run(capsys, "info", "deit_s16", "--r", "2x", "2x late", "1.5x grid", "--plot", str(picture))
+    assert status == 0
+    assert "as computed 2.05, 2.09 times fewer; here r = 18\n" in out
+    assert '[0,0,0,0,0,"grid"]' in out
+    assert "tokens 197 197 197 197 197 197 50 50 50 50 50 50 50\n" in out
+    assert "r = 2x late: 2.143 GFLOPs" in picture.read_text(encoding="utf-8")
 
 
 def test_traceback_on_request():

@@ -482,6 +482,21 @@ def test_what_was_begun_otherwise_is_refused(model: VisionTransformer, folder: P
     assert not parts.exists()
 
 
+def test_words_are_stored_as_the_numbers_they_mean(model: VisionTransformer, tmp_path: Path) -> None:
+    out, files = tmp_path / "out.safetensors", [tmp_path / f"{i}.png" for i in range(4)]
+    for i, file in enumerate(files):
+        file.write_bytes(digit(i))
+    embed(model, files, out, r="1.3x", batch=2)
+    vectors, plain = read(out).vectors, model.plain("1.3x")
+    assert read(out).info["r"] == plain
+    embed(model, files, out, r=plain, batch=2)  # the same
+    with pytest.raises(ValueError, match=r"was made with r .*, not \['8 pitome'"):
+        embed(model, files, out, r="8 pitome", batch=2)
+    embed(model, files, out, r=["4+4 diffrate"], batch=2, overwrite=True)
+    assert read(out).info["r"] == ["4+4 diffrate"]
+    assert not torch.equal(read(out).vectors, vectors)
+
+
 def test_a_copy_counts_as_the_same(model: VisionTransformer, tmp_path: Path) -> None:
     """Sizes and contents are compared, not times: data may be brought to a machine anew for each run."""
     out, files = tmp_path / "out.safetensors", [tmp_path / f"{i}.png" for i in range(3)]

@@ -26,7 +26,8 @@ import tomevit.tasks.evaluate
 from tests.helpers import tiny
 from tests.project.test_torchrun import torchrun
 from tests.tasks.test_cli import run
-from tomevit.config import Figure
+from tomevit.cli import running
+from tomevit.config import Figure, Preset
 from tomevit.data.labelled_images import labelled
 from tomevit.tasks import demo, plots
 from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, published_accuracies, wilson
@@ -98,6 +99,38 @@ def test_the_figures_are_those_of_a_plain_loop(
                 assert row.difference.value == pytest.approx(row.top1.value - found.rows[0].top1.value)
                 assert row.difference.lower < row.difference.value < row.difference.upper
     assert found.rows[1].top1.value < found.rows[0].top1.value, "merging costs nothing here: nothing was tested"
+
+
+def test_r_that_mean_the_same_are_evaluated_once_and_have_a_row_each(
+    digits: Path, model: tomevit.VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, state = model.plain("2x"), tmp_path / "state"
+    calls: list[Any] = []
+    real = tomevit.tasks.evaluate._launch_batch
+
+    def launch(model: Any, images: Tensor, labels: Tensor, r_values: Any, turn: int = 0) -> Any:
+        calls.append(list(r_values))
+        return real(model, images, labels, r_values, turn)
+
+    monkeypatch.setattr("tomevit.tasks.evaluate._launch_batch", launch)
+    r_values = ["2x", 0, plain, [plain] * 4, "1.5x late", "8 pitome"]
+    rows = evaluate(model, *files_of(digits), r_values, state=state).rows
+    assert all(each == [plain, 0, model.plain("1.5x late"), model.plain("8 pitome")] for each in calls)
+    assert [row.r for row in rows] == r_values
+    assert [row.plain for row in rows] == [model.plain(r) for r in r_values]
+    assert [row.schedule for row in rows] == [tuple(step.entry for step in model.steps(r)) for r in r_values]
+    blank = {"r": 0, "plain": 0}
+    assert rows[0]._replace(**blank) == rows[2]._replace(**blank) == rows[3]._replace(**blank)
+    for row in rows:
+        (alone,) = evaluate(model, *files_of(digits), [row.plain]).rows
+        assert (alone.top1, alone.tokens, alone.flop_ratio) == (row.top1, row.tokens, row.flop_ratio)
+    assert rows[0].flop_ratio >= 2
+    assert rows[0].gflops_computed == tomevit.flops(model.config, plain, computed=True) / 1e9
+
+    again = evaluate(model, *files_of(digits), [plain, 0, "1.5x late", "8 pitome"], state=state)  # in other words
+    assert again.resumed == COUNT
+    with pytest.raises(ValueError, match="is of an evaluation with r "):
+        evaluate(model, *files_of(digits), [plain, 0, "1.5x deferred", "8 pitome"], state=state)
 
 
 def test_without_r_0_there_is_nothing_to_compare_with(digits: Path, model: tomevit.VisionTransformer) -> None:
@@ -487,17 +520,65 @@ def test_what_was_expected(
     assert says in out
 
 
+def test_published_figures_stand_beside_presets_and_budgets(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, path, table = tomevit.create(PLAIN, pretrained=True), tmp_path / "mine.safetensors", tmp_path / "eval.json"
+    preset = Preset(name="diffrate-0.1g", r=(4, "8+3 diffrate", 0, 0), num_tokens=65, source="a paper")
+    figures = (
+        Figure(top1=98.0, r=0, source="a paper"),
+        Figure(top1=95.5, r=model.plain("2x"), source="a paper"),
+        Figure(top1=20.0, r="diffrate-0.1g", source="another paper"),
+        Figure(top1=10.0, r="diffrate-9g", source="a preset that the card lacks"),
+    )
+    tomevit.save(model, path, card=replace(model.card, figures=figures, presets=(preset,)))
+    words = ("--r", "0", "2x", "1.5x late", "diffrate-0.1g", '[4,"8+3 diffrate"]')
+    status, out, _ = run(
+        capsys, "eval", "--data", str(digits), "--model", str(path), *words, "--expect", "-o", str(table)
+    )
+    assert status == 1, "an accuracy of 20 % is as far off as can be"
+    lines = [line for line in out.splitlines() if line.startswith(("0 ", "2x ", "1.5x late", "diffrate-0", "[4,"))]
+    assert ["98.00" in lines[0], "95.50" in lines[1], "20.00" in lines[3], "20.00" in lines[4]] == [True] * 4
+    assert f"2x is r = {model.plain('2x')} here." in out
+    assert 'diffrate-0.1g is r = [4,"8+3 diffrate",0,0] here.' in out
+    result = json.loads(table.read_text())
+    assert [row["r"] for row in result["rows"]] == [0, "2x", "1.5x late", "diffrate-0.1g", [4, "8+3 diffrate"]]
+    assert [row["published"] for row in result["rows"]] == [98.0, 95.5, None, 20.0, 20.0]
+    assert result["rows"][3]["schedule"] == result["rows"][4]["schedule"] == [4, "8+3 diffrate", 0, 0]
+    assert result["rows"][2]["plain"] == model.plain("1.5x late")
+    verdicts = [(each["r"], each["expected"]) for each in result["expected"]]
+    assert verdicts == [(0, 98.0), ("2x", 95.5), ("diffrate-0.1g", 20.0)]
+
+    asked = ("--expect", "2x=90", "diffrate-0.1g=30", "--r", "0", "2x", "diffrate-0.1g", "--json")
+    _, out, _ = run(capsys, "eval", "--data", str(digits), "--model", str(path), *asked)
+    assert [(each["r"], each["expected"]) for each in json.loads(out)["expected"]] == [
+        ("2x", 90.0),
+        ("diffrate-0.1g", 30.0),
+    ]
+
+
+def test_what_is_published_is_of_the_weights_own_image_size(tmp_path: Path) -> None:
+    model, path = tiny(pos_embed="none", rope="eva"), tmp_path / "mine.safetensors"
+    tomevit.save(model, path, card=replace(model.card, figures=(Figure(top1=50.0, source="a paper"),)))
+    assert running.trained(str(path)).card.figures
+    assert not running.trained(str(path), img_size=(64, 64)).card.figures
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ((), "Missing option '--data'"),
+        (("--data", "DIGITS", "--r", "0", "2x", "9x"), "r = '9x' cannot be reached"),
+        (("--data", "DIGITS", "--r", "2x fast"), "'fast' is neither a shape"),
+        (("--data", "DIGITS", "--r", "diffrate-0.1g"), "is no preset of this model; it has none"),
+        (("--data", "DIGITS", "--expect", "2x=84", "--r", "0", "8"), "--expect has r = 2x, which --r does not have"),
         (("--data", "/nowhere"), "/nowhere: there is no such folder"),
         (("--data", "DIGITS", "--model", "vit_b61"), "did you mean vit_b16"),
         (
             ("--data", "DIGITS", "--model", "deit_s16", "--classes", "CLASSES"),
             "names 2 classes, and the model has 1000",
         ),
-        (("--data", "DIGITS", "--r", "eight"), "none of 8"),
+        (("--data", "DIGITS", "--r", "eight"), "'eight' is no r; give 8, 8,-1, "),
         (("--data", "DIGITS", "--r", "[1,1,1,1,1]"), "the model has 4"),
         (("--data", "DIGITS", "--truth", "/nowhere/val.txt"), "/nowhere/val.txt"),
         (("--data", "DIGITS", "--truth", "CLASSES"), "CLASSES"),

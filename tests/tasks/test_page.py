@@ -19,6 +19,7 @@ from sklearn.datasets import load_sample_images
 import tomevit
 from tests.helpers import tiny
 from tomevit.errors import printable
+from tomevit.schedule import format_schedule
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.plots import paint_groups
 from tomevit.tasks.visualize import Observation, group_sizes, observe, page
@@ -179,6 +180,45 @@ def test_the_picture_is_every_group_in_its_mean_colour(opened: Open, digits: Obs
             shown.to_block(step)
             expected = paint_groups(digits.image, run.groups[step]).expand(3, -1, -1)
             assert (shown.colours((8, 8)) - expected).abs().max() <= 1
+
+
+def test_dropped_patches_are_dark_and_said_to_be(opened: Open) -> None:
+    model = tomevit.create("digits_p1.tome_r16", pretrained=True)
+    seen = observe(model, held_out()[0][5], [["6+5 diffrate", 0, "4+6 diffrate"], "1.5x late", 8])
+    shown, run = opened(seen), seen.runs[0]
+    assert "Dark, hatched patches are dropped" in shown.text("legend")
+    assert f"; {run.dropped[4]} patches dropped." in shown.text("readout")
+    cards = [card.text for card in shown.driver.find_elements(By.CSS_SELECTOR, "#runs .run")]
+    assert f"{run.tokens[4]} tokens left of 65, {run.dropped[4]} patches dropped" in cards[0]
+    assert f"here r = {format_schedule(seen.runs[1].plain)}" in cards[1]
+    assert ["here r" in card for card in cards] == [False, True, False]
+    row, column = (int(index) for index in (run.groups[4] < 0).nonzero()[0])
+    shown.hover(row, column, (8, 8))
+    assert "dropped, in no token" in shown.text("readout")
+    shown.run("figures.open = true")
+    shown.wait("document.querySelectorAll('#table tbody tr').length === 5")
+    cells = shown.run(
+        "return Array.from(document.querySelectorAll('#table tbody tr'), (row) => row.cells[3].innerText)"
+    )
+    assert tuple(map(int, cells)) == run.dropped
+    sizes = shown.run(
+        "return Array.from(document.querySelectorAll('#table tbody tr'), (row) => row.cells[2].innerText)"
+    )
+    assert list(map(int, sizes)) == group_sizes(run.groups).amax((1, 2)).tolist()
+
+    shown.to_block(4)
+    colours = shown.colours((8, 8)).double().mean(0)
+    kept = paint_groups(seen.image, run.groups[4])[0]
+    there = run.groups[4] >= 0
+    assert (colours - kept)[there].abs().max() <= 1
+    dark = 0.3 * seen.image[0].double()  # with lines that let 35 % of white through
+    assert ((colours - dark).abs() <= 1)[~there].any()
+    assert (colours <= dark + 0.35 * (255 - dark) + 1)[~there].all()
+    shown.choose("view", 1)
+    assert "Hatched patches are dropped before" in shown.text("legend")
+    shown.choose("view", 0)
+    shown.choose("run", 2)
+    assert "dropped" not in shown.text("legend") + shown.text("readout")
 
 
 def test_a_photograph_is_as_the_model_saw_it(opened: Open, large: Observation) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 import tomevit
 from benchmarks.peers import timm
 from tests.helpers import images_for, tiny
+from tests.matchings import OWN
 from tomevit.measure.bench import bench
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.embed import embed as embed_images
@@ -35,7 +36,8 @@ def own_matching(key: torch.Tensor, r: int, num_prefix: int) -> tomevit.Merge:
     return tomevit.layers.bipartite_soft_matching(key, r, num_prefix)
 
 
-MATCHING = [tiny(8, matching=matching) for matching in (*tomevit.layers.MATCHINGS, own_matching)]
+MATCHING = [tiny(8, matching=matching) for matching in (*OWN, own_matching)]
+MATCHING.append(tiny(["grid", "3+2 diffrate", 2]))
 FOREIGN = timm.models.VisionTransformer(img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=5)
 
 
@@ -204,7 +206,7 @@ def test_models_run_on_the_meta_device(r: Any, fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("matching", tomevit.layers.MATCHINGS)
 def test_every_matching_runs_on_the_meta_device(matching: str) -> None:
-    model = tiny(8, matching=matching).to("meta")
+    model = (tiny(["grid", 8]) if matching == "grid" else tiny(8, matching=matching)).to("meta")
     assert model(images_for(MODEL).to("meta")).device.type == "meta"
 
 

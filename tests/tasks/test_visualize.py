@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,40 @@ def test_groups_are_the_models_own(fields: dict[str, Any]) -> None:
             assert pairs.shape[1] == before.max() + 1
 
 
+DROPPING: tuple[Schedule, ...] = (["8+5 diffrate", 4, "10+9 diffrate"], "1.3x diffrate", [0, "4+12 diffrate", 0, 8])
+
+
+@models
+@pytest.mark.parametrize("r", DROPPING)
+def test_dropped_patches_are_in_no_group_and_have_no_attention(fields: dict[str, Any], r: Schedule) -> None:
+    model, image = model_of(fields), photograph()
+    (seen,) = observe(model, image, [r]).runs
+    prefix, drops = model.config.num_prefix, [step.drop for step in model.steps(r)]
+    steps = model.forward_intermediates(prepared(model, image), r)
+    assert (seen.r, seen.plain, seen.tokens) == (r, model.plain(r), model.token_counts(r))
+    assert seen.flops == flops_by_step(model.config, seen.plain)
+    assert seen.dropped[0] == 0
+    assert [now > before for before, now in pairwise(seen.dropped)] == [drop > 0 for drop in drops]
+    for groups, step, dropped in zip(seen.groups[1:], steps, seen.dropped[1:], strict=True):
+        assert step.slots is not None
+        assert step.size is not None or not dropped
+        flat, slots = groups.flatten(), step.slots[0, prefix:]
+        assert torch.equal(flat < 0, slots < 0)
+        assert torch.equal(flat[flat >= 0] + prefix, slots[slots >= 0])
+        assert int((flat < 0).sum()) == dropped
+        assert torch.equal(flat[flat >= 0].unique(), torch.arange(step.x.shape[1] - prefix))
+        if step.size is not None:
+            sizes = torch.where(slots < 0, 0.0, step.size[0, slots.clamp(min=0), 0])
+            assert torch.equal(group_sizes(groups).flatten().float(), sizes)
+            assert int(step.size[0, prefix:].sum()) + dropped == model.config.num_patches
+    assert seen.attention is not None
+    assert seen.prefix_attention is not None
+    assert (seen.attention[seen.groups[:-1] < 0] == 0).all()
+    assert (seen.attention[seen.groups[:-1] >= 0] > 0).all()
+    total = seen.attention.sum((1, 2)) + seen.prefix_attention.sum(1)
+    torch.testing.assert_close(total, torch.ones(model.config.depth))
+
+
 @models
 def test_answers_are_the_models_own(fields: dict[str, Any]) -> None:
     model, image = model_of(fields), photograph()
@@ -119,10 +154,23 @@ def test_attention_is_what_the_block_computes(fields: dict[str, Any]) -> None:
         ours = attention_weights(block, entering, num_queries=5)
         values = block.attn.qkv(x)[..., 2 * x.shape[2] :].unflatten(2, (-1, block.attn.head_dim)).transpose(1, 2)
         attended = block.attn.proj((ours @ values).transpose(1, 2).flatten(2))
-        fused, _ = block.attn(x, entering.size if block.prop_attn else None)
+        fused = block.attn(x, entering.size if block.prop_attn else None).x
         assert relative_error(attended, fused[:, :5]) < 1e-5
         torch.testing.assert_close(ours[:, :, :1], attention_weights(block, entering))
         torch.testing.assert_close(ours.sum(-1), torch.ones(ours.shape[:-1]))
+
+
+def test_attention_is_what_the_block_computes_where_weights_are_no_counts() -> None:
+    model = tiny(prop_attn=False)
+    tokens = model.forward_intermediates(images_for(model), ["8+5 diffrate", 4, "10+9 diffrate"])
+    for block, entering in zip(model.blocks[1:], tokens, strict=False):
+        assert entering.weight is not None
+        assert not torch.equal(entering.weight, entering.size)
+        x = block.norm1(entering.x)
+        values = block.attn.qkv(x)[..., 2 * x.shape[2] :].unflatten(2, (-1, block.attn.head_dim)).transpose(1, 2)
+        ours = attention_weights(block, entering, num_queries=5)
+        attended = block.attn.proj((ours @ values).transpose(1, 2).flatten(2))
+        assert relative_error(attended, block.attn(x, entering.weight).x[:, :5]) < 1e-5
 
 
 def test_attention_is_shown_as_density() -> None:
@@ -209,6 +257,8 @@ def test_models_without_a_class_token_or_a_head_have_none_to_show() -> None:
         (tiny(), photograph(), [], "one r at least"),
         (tiny(), photograph(), [8, -1], "negative"),
         (tiny(), photograph(), [[1, 1, 1, 1, 1]], "the model has 4"),
+        (tiny(), photograph(), [8, "9x"], "cannot be reached"),
+        (tiny(), photograph(), [8, [4, "grid"]], "cannot merge neighbours 2x2"),
         (tiny(), torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [8], r"one image, \(C, H, W\)"),
         (tiny(), torch.zeros(3, 64, 64), [8], "uint8"),
         (tiny(), "dog.jpg", [8], "PIL image"),
@@ -250,6 +300,41 @@ def test_pictures_have_a_row_for_each_r(tmp_path: Path, observation: Observation
     one = size_of(tmp_path / "b.png")
     assert (width > 1.5 * one[0]) == (show == "picture")
     assert (height > 1.5 * one[1]) == (show != "picture")
+
+
+def test_dropped_patches_are_dark_and_hatched() -> None:
+    image = torch.full((3, 8, 12), 200, dtype=torch.uint8)
+    groups = torch.tensor([[0, 0, -1], [1, -1, -1]])
+    picture = plots.draw_groups(image, groups, scale=24, width=2)
+    patches = (
+        picture.unflatten(2, (3, 24)).unflatten(1, (2, 24)).permute(1, 3, 0, 2, 4).flatten(3)
+    )  # rows, columns, 3, P
+    dropped, kept = patches[groups < 0], patches[groups >= 0]
+    for patch in dropped:
+        levels = (patch[0] * 255).round().unique().tolist()
+        assert levels == [60, 136 + 1], "a patch of one colour: dark, with lines"
+        assert 0.1 < (patch[0] > 0.4).float().mean() < 0.4
+    assert all(((patch * 255).round() == 200).any() for patch in kept)
+    plain = plots.draw_groups(image, torch.tensor([[0, 0, 2], [1, 3, 4]]), scale=24, width=2)
+    there = groups.repeat_interleave(24, 0).repeat_interleave(24, 1) >= 0
+    assert torch.equal(picture[:, there], plain[:, there]), "what is kept looks the same"
+
+    share = torch.where(groups < 0, 0.0, 0.25)
+    attention = plots.draw_attention(image, groups, share, scale=24)
+    assert attention[:, ~there].max() < attention[:, there].min() + 0.3
+    assert len(attention[0][~there].unique()) == 2
+
+
+def test_pictures_say_what_was_dropped(tmp_path: Path, observation: Observation) -> None:
+    model = tiny(img_size=(16, 40))
+    seen = observe(model, photograph(), [0, ["3+4 diffrate", 0, "2+6 diffrate"]])
+    for show in pictures.SHOW:
+        pictures.draw(tmp_path / "a.svg", ".svg", seen, "title", show=show)
+        text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert "atched patches are dropped" in text
+        assert (f"{seen.runs[1].tokens[4]} tokens, {seen.runs[1].dropped[4]} dropped" in text) == (show != "attention")
+        pictures.draw(tmp_path / "b.svg", ".svg", observation, "title", show=show)
+        assert "dropped" not in (tmp_path / "b.svg").read_text(encoding="utf-8")
 
 
 def test_a_strip_shows_the_blocks_asked_for(tmp_path: Path, observation: Observation) -> None:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compar
 from tomevit.measure.bounds import Limits, bounds
 from tomevit.measure.defaults import default_r
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
+from tomevit.schedule import format_schedule
 
 
 @pytest.fixture(autouse=True)
@@ -189,6 +191,8 @@ def row(r: int, speed_up: float) -> Row:
         "tomevit",
         "eager",
         r,
+        r,
+        (r,) * config.depth,
         1,
         cost,
         cost,
@@ -223,6 +227,40 @@ def test_suggestions(
     found = suggest(rows, known, target)
     assert found.r == r
     assert says in found.why
+
+
+def test_suggestions_know_figures_by_the_name_of_a_preset_and_by_what_words_mean() -> None:
+    figures = [Figure(r="diffrate-2.9g", top1=82.0, source="a paper"), Figure(r=13, top1=83.0, source="a paper")]
+    unlisted = row(16, 1.9)._replace(r=[16, "8 pitome"], plain=[16, "8 pitome"])
+    named = row(8, 1.4)._replace(r="diffrate-2.9g", plain=["8+3 diffrate"])
+    assert suggest([row(0, 1.0), named, unlisted], figures).r == "diffrate-2.9g"
+    found = suggest([row(0, 1.0), row(13, 1.5)._replace(r="1.9x"), named], figures)
+    assert (found.r, found.plain) == ("1.9x", 13)
+    assert "83.00 % top-1, as published" in found.why
+    card = tomevit.card("deit_s16")
+    assert default_r(replace(card, figures=tuple(figures))) == [8, 13, 16, "diffrate-2.9g"]
+
+
+def test_words_are_measured_as_what_they_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("bench", "deit_ti16", "--img-size", "64", "--no-timm", "--batch", "1", "--rounds", "1")
+    words += ("--r", "1.2x", "1.1x late", "1 pitome")
+    status, out, _ = run(capsys, *words, "--json", "--target", "1000")
+    assert status == 0
+    model = tomevit.create("deit_ti16", img_size=64)
+    (comparison,) = json.loads(out)["comparisons"]
+    assert [row["r"] for row in comparison["rows"]] == [0, "1.2x", "1.1x late", "1 pitome"]
+    for row in comparison["rows"]:
+        assert row["plain"] == model.plain(row["r"])
+        assert row["schedule"] == [step.entry for step in model.steps(row["r"])]
+        assert row["tokens"] == model.token_counts(row["r"])[-1]
+        assert row["gflops_computed"] == flops(model.config, row["plain"], computed=True) / 1e9
+        assert row["merges"] == (row["r"] != 0)
+    suggestion = comparison["suggestion"]
+    assert suggestion["plain"] == (model.plain(suggestion["r"]) if suggestion["r"] else 0)
+    status, out, _ = run(capsys, *words)
+    assert status == 0
+    assert f"1.2x (r = {model.plain('1.2x')}): " in out
+    assert f"1.1x late (r = {format_schedule(model.plain('1.1x late'))}): " in out
 
 
 def test_default_r_leaves_next_to_nothing_at_most_and_has_what_is_published() -> None:

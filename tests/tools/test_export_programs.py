@@ -30,19 +30,20 @@ import tomevit
 from tests.helpers import images_for, relative_error, tiny
 from tomevit import cli
 from tomevit.cli import export as export_command
-from tomevit.config import Preprocess
+from tomevit.config import Preprocess, Preset
 from tomevit.deploy import programs
 from tomevit.deploy.programs import LEAST_TORCH, PROGRAMS, archive, describe_program, export_program
 from tomevit.deploy.programs import onnx as onnx_programs
 from tomevit.deploy.programs import openvino as openvino_programs
 from tomevit.deploy.programs.trace import fold_normalisation
 from tomevit.models import VisionTransformer
+from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
 
 #: What TensorRT 10 has, without restrictions that could touch us (onnx/onnx-tensorrt, docs/operators.md, at 10.0), and
 #: onnxruntime and OpenVINO too. No scatter, no control flow, no sequences, nothing whose shape depends on values.
 EVERYWHERE = """
-    Add ArgMax Cast Clip Concat Conv Div Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
+    Add ArgMax Cast Clip Concat Conv Div Elu Equal Erf Expand Gather GatherElements GatherND Gelu Gemm Greater
     GreaterOrEqual Identity LayerNormalization Less LessOrEqual Log MatMul Max Min Mul Neg Not Pow Range ReduceL2
     ReduceMax ReduceMean ReduceMin ReduceSum Reshape Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tanh TopK
     Transpose Unsqueeze Where
@@ -173,6 +174,39 @@ def test_every_option(tmp_path: Path) -> None:
         assert_alike(path, images, model(images), 1e-5)
     assert operators(path).keys() <= set(EVERYWHERE.split())
     assert ends(path) == {"images": [3, 3, 16, 24], "logits": [3, 7]}
+
+
+@pytest.mark.parametrize(
+    ("r", "meant"),
+    [
+        ("1.3x late", [12, 26]),
+        ([0, "8+3 diffrate"], [0, "8+3 diffrate"]),
+        (["2+1 diffrate", "4 pitome"], ["2+1 diffrate", "4 pitome"]),
+        ("1.2x grid", ["grid"]),
+        (["4 importance", 4], ["4 importance", 4]),
+    ],
+)
+def test_an_r_in_words_is_plain_numbers_in_a_program(tmp_path: Path, r: Any, meant: list[Any]) -> None:
+    model, path = tiny(depth=2, pool="avg"), tmp_path / "model.onnx"
+    program = export_program(model, path, r=r)
+    assert json.loads(program.metadata["r"]) == meant == model.plain(r)
+    assert {entry.key: entry.value for entry in onnx.load(path).metadata_props}["r"] == program.metadata["r"]
+    assert json.loads(program.metadata["tokens"]) == list(model.token_counts(r))
+    for batch in (1, 3):
+        images = images_for(model, batch, seed=batch)
+        with torch.inference_mode():
+            expected = model(images, r)
+            assert relative_error(expected, model(images, 0)) > 1e-3
+            assert_alike(path, images, expected, 1e-5)
+    assert operators(path).keys() <= set(EVERYWHERE.split())
+
+
+def test_a_preset_of_the_card_is_an_r_of_programs(tmp_path: Path) -> None:
+    model, path = tiny(depth=2), tmp_path / "model.pt2"
+    preset = Preset(name="diffrate-0.1g", r=("2+3 diffrate", 1), num_tokens=model.config.num_tokens, source="a paper")
+    model.card = replace(model.card, presets=(preset,))
+    program = export_program(model, path, "pt2", r="diffrate-0.1g", batch=2)
+    assert json.loads(program.metadata["r"]) == ["2+3 diffrate", 1]
 
 
 def test_a_stable_sort_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +375,20 @@ def test_openvinos_own_files(dtype: str, share: float, bound: float, tmp_path: P
     assert program.parity.difference < bound * program.parity.largest
 
 
+@pytest.mark.parametrize("r", [["6+5 diffrate", "6 importance"], ["grid", "4 pitome"]], ids=str)
+def test_ways_to_merge_answer_alike_everywhere(r: list[int | str], tmp_path: Path) -> None:
+    model, path = tiny(r, depth=2, pool="avg", reg_tokens=2), tmp_path / "model.onnx"
+    export_program(model, path)
+    assert set(operators(path)) <= set(EVERYWHERE.split())
+    for batch in (1, 3):
+        images = images_for(model, batch, seed=batch)
+        with torch.inference_mode():
+            assert_alike(path, images, model(images), 1e-5)
+    export_program(model, tmp_path / "model.xml", "openvino")
+    with torch.inference_mode():
+        assert relative_error(in_openvino(tmp_path / "model.xml")(images), model(images)) < 1e-5
+
+
 @pytest.mark.skipif(find_spec("nncf") is None, reason="nncf is not installed")
 @pytest.mark.parametrize("raw", [False, True])
 def test_openvinos_int8(raw: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -442,8 +490,9 @@ def test_torch_archives_answer_alike(tmp_path: Path) -> None:
             assert relative_error(loaded(images.half()).float(), model(images)) < 2e-2
 
 
-def test_compiled_packages_answer_alike(tmp_path: Path) -> None:
-    model = tiny(8, depth=1, pool="avg")
+@pytest.mark.parametrize("r", [8, "8+3 diffrate", "8 pitome"])
+def test_compiled_packages_answer_alike(r: Schedule, tmp_path: Path) -> None:
+    model = tiny(r if isinstance(r, int) else [r], depth=1, pool="avg")
     # Vector instructions and optimising what surrounds the kernels take half of the time, and are torch's to test.
     quick = {
         "cpp.simdlen": 1,
@@ -572,6 +621,9 @@ def test_torch_is_too_old(release: str, refused: bool, tmp_path: Path, monkeypat
         ({"r": -1}, "cannot be negative"),
         ({"model": nn.Linear(1, 1)}, "model is a Linear"),
         ({"model": tiny(4, depth=2, matching="random")}, "draws anew"),
+        ({"model": tiny(4, depth=2), "r": [0, "4 random"]}, "name no random matching in r"),
+        ({"r": "diffrate-2.9g"}, "is no preset of this model"),
+        ({"r": "9x"}, "cannot be reached"),
         ({"model": "vit_b61"}, "did you mean vit_b16"),
     ],
 )

@@ -76,7 +76,7 @@ class Case:
         self.drivers: list[FakeDriver] = []
         self.called: list[int] = []  # images of each call of the program
 
-        def program(images: Tensor, r: list[int]) -> Tensor:
+        def program(images: Tensor, r: list[int | str]) -> Tensor:
             self.called.append(len(images))
             return self.model(images, r)
 
@@ -108,6 +108,18 @@ def test_each_r_and_batch_is_captured_once() -> None:
     assert case.driver.captured == [4, 4, 4, 6]
     with pytest.raises(ValueError, match="r"):
         case.call(case.images[:4], -1)
+
+
+def test_an_r_keeps_the_matchings_that_it_names() -> None:
+    case = Case()
+    schedules: list[Any] = [[4, 4], [4, "4 pitome"], [4, "3+1 diffrate"], ["grid", 4], "1.3x", "1.3x late diffrate"]
+    answers = [case.check(4, r) for r in schedules]
+    assert case.driver.captured == [4] * len(schedules), "what drops and what merges by another matching was mistaken"
+    for i, answer in enumerate(answers):
+        assert all(relative_error(answer, other) > 1e-4 for other in answers[:i])
+    case.check(4, [4, "4 pitome", 0])
+    case.check(4, case.model.plain("1.3x late diffrate"))
+    assert len(case.driver.captured) == len(schedules)
 
 
 def test_an_answer_stays_when_the_next_call_comes() -> None:
@@ -294,6 +306,18 @@ def test_without_memory_for_a_graph_the_program_answers(caplog: pytest.LogCaptur
 @pytest.fixture
 def _fresh_compiler() -> None:
     torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_a_compiled_model_follows_an_r_that_names_matchings() -> None:
+    plain, driver = tiny(depth=2, pool="avg"), FakeDriver()
+    model = copy.deepcopy(plain).eval().requires_grad_(False)
+    assert compile_whole(model, backend="eager", driver=lambda _: driver)
+    images, schedules = images_for(plain), [["4+3 diffrate", "4 pitome"], ["grid"], "1.2x late", "1.2x pitome"]
+    with torch.inference_mode():
+        for r in schedules * 2:
+            assert relative_error(model(images, r=r), plain(images, r)) < 1e-5
+    assert driver.captured == [len(images)] * len(schedules)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
 from tests.helpers import images_for, relative_error, tiny
+from tests.matchings import case_of
 from tomevit.deploy.optimize import FOLDED, compile_whole
 from tomevit.layers import MATCHINGS, backends, bipartite_soft_matching, packed
 from tomevit.layers.attention import attend
@@ -48,13 +49,14 @@ def tokens(dtype: torch.dtype, seed: int, count: int = 41, dim: int = 16) -> tup
     count=st.integers(6, 60),
     share=st.floats(0, 1),
     num_prefix=st.integers(0, 3),
+    drop=st.integers(0, 2),
     seed=st.integers(0, 2**20),
 )
 def test_both_ways_to_average_agree(
-    matching: str, dtype: torch.dtype, count: int, share: float, num_prefix: int, seed: int
+    matching: str, dtype: torch.dtype, count: int, share: float, num_prefix: int, drop: int, seed: int
 ) -> None:
     x, size = tokens(dtype, seed, count)
-    merge = MATCHINGS[matching](x, round(share * ((count - num_prefix) // 2)), num_prefix)
+    merge = case_of(x, round(share * ((count - num_prefix - drop) // 2)), num_prefix, drop=drop).find(matching)
     by_index, by_product = mean_by_index(x, size, merge), mean_by_product(x, size, merge)
     assert torch.equal(by_index[1], by_product[1])
     tolerance = 4 * torch.finfo(dtype).eps

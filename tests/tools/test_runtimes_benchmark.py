@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.compile
 from benchmarks import runtimes
 from tests.helpers import tiny
 from tomevit.deploy.programs import LEAST_TORCH
@@ -38,6 +39,16 @@ def test_each_runtime_with_its_error_and_agreement(
         assert lower <= row["over_torch"] <= upper
     assert rows["int8", 0]["error"] != rows["int8_calibrated", 0]["error"]
     assert rows["torch", 0]["over_torch"] == 1
+
+
+def test_an_r_may_be_words(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    runtimes.main(["--model", "digits_p1.plain", "--batch", "72", "--r", "2x", "--rounds", "1", "--runtimes", "torch"])
+    assert "2x" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmark", "--r", "fast"])
+    for benchmark in (runtimes, benchmarks.compile):
+        with pytest.raises(SystemExit):
+            benchmark.main()
+        assert "argument --r: 'fast' is no r; give an int" in capsys.readouterr().err
 
 
 def test_bfloat16_only_where_the_processor_has_it(

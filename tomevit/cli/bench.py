@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, aligned, described, markdown, with_range
+from tomevit.cli.options import Many, R, aligned, described, markdown, with_meaning, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of, untrained
@@ -37,7 +37,11 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.command(cls=Many)
 @click.argument("model", metavar="NAME|FILE", default="vit_b16")
 @click.option(
-    "--r", "r_values", type=R(), multiple=True, help="Values to compare with r = 0; default: three that fit its depth."
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help=f"Values to compare with r = 0; default: three that fit its depth. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "--batch",
@@ -202,14 +206,15 @@ def _sentences(comparison: Comparison) -> list[str]:
     """What is to be said below a table, each on a line of its own."""
     found = [*([comparison.note] if comparison.note else []), *comparison.hints]
     if comparison.suggestion is not None:
-        found.append(f"suggested: r = {format_schedule(comparison.suggestion.r)}; {comparison.suggestion.why}")
+        r, why, plain = comparison.suggestion
+        found.append(f"suggested: r = {with_meaning(r, plain)}; {why}")
     return [f"{sentence}." for sentence in found]
 
 
 def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
     """The FLOP ratios as the paper has them, which are larger where the last block computes one token alone."""
     ratios = {
-        str(row.r): f"r = {format_schedule(row.r)}: {row.flop_ratio:.2f}"
+        str(row.r): f"r = {with_meaning(row.r, row.plain)}: {row.flop_ratio:.2f}"
         for comparison in found
         for row in comparison.rows
         if row.merges

@@ -40,7 +40,7 @@ NAME = 34  # the widest column of classes, where each image has one line
 @click.command()
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @options.model(default="vit_b16", show_default=True)
-@click.option("--r", type=R(), help="Tokens to merge per block: 8, or 8,-1, or [20,0,7], or 0.08.  [default: its own]")
+@click.option("--r", type=R(), help=f"How much merges; default: the model's own. An r: {options.FORMS_OF_R}.")
 @click.option("--compare", is_flag=True, help="Show r = 0 beside r, and whether the answer changed.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes for each image.")
 @click.option(
@@ -84,7 +84,7 @@ def classify(
     status is then 1 at the end, and 2 if none can be read.
     """
     place = device_of(device)
-    check_classifiable(card_of_argument(model), r, compare=compare)  # before a download
+    check_classifiable(card_of_argument(model, img_size=img_size), r, compare=compare)  # before a download
     sources = _sources(images)
     check_outputs(out, inputs=[model, *(source for source in sources if isinstance(source, str))])
     form = FORMS[report_form(out, flag, FORMS)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tomevit.cli.options import Many, R
+from tomevit.cli.options import FORMS_OF_R, Many, R
 from tomevit.schedule import Schedule
 
 
@@ -18,7 +18,7 @@ from tomevit.schedule import Schedule
     default=Path("demo"),
     help="Directory for the pictures.",
 )
-@click.option("--r", "r_values", type=R(), multiple=True, help="Values to compare with r = 0.")
+@click.option("--r", "r_values", type=R(), multiple=True, help=f"Values to compare with r = 0. An r: {FORMS_OF_R}.")
 def demo(out: Path, r_values: tuple[Schedule, ...]) -> None:
     """Classify held-out images with a small model that ships with tomevit, at several r; needs no network."""
     from tomevit.tasks.demo import run

@@ -36,7 +36,9 @@ NAMED = 20  # files that could not be read; the metadata has more
     help="The .safetensors or .parquet file to write.",
 )
 @options.model(default="vit_b16", show_default=True)
-@click.option("--r", "--merge", "r", type=R(), help="Tokens that merge in each block; default: the model's.")
+@click.option(
+    "--r", "--merge", "r", type=R(), help=f"How much merges; default: the model's own. An r: {options.FORMS_OF_R}."
+)
 @click.option(
     "--pool",
     type=click.Choice(get_args(Pool)),
@@ -97,7 +99,7 @@ def embed(
         check_suffix(out)
         place, data = own_device(device), locate(sources)
         check_output(out, inputs=chain(data.names, [model]), writable=True)
-        check_pool(pool, card_of_argument(model).config)
+        check_pool(pool, card_of_argument(model, [r], img_size).config)
         return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
 
     with join_process_group():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,15 @@ from tomevit.cli.options import Many, R, aligned, described, markdown
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
+from tomevit.config import Config
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.errors import printable
+from tomevit.flops import plain_steps
 from tomevit.measure.bench import subject
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, is_stream, new_file
-from tomevit.schedule import Schedule, check_schedule, distinct_schedules, format_schedule
+from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule
 from tomevit.tasks.classify import check_head
 from tomevit.tasks.evaluate import (
     Evaluation,
@@ -37,14 +40,16 @@ from tomevit.tasks.evaluate import (
     evaluate,
     forget,
     judge,
-    published_accuracies,
+    published_by_schedule,
 )
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
-COLUMNS = ("r", "tokens", *RIGHT, "images/s", "speed-up", "FLOP ratio")
+COLUMNS = ("r", "tokens", *RIGHT, "published", "images/s", "speed-up", "GFLOPs", "FLOP ratio")
 LEGEND = (
     "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
-    "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read."
+    "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read. "
+    "GFLOPs: billions of multiply-adds as they are computed; FLOP ratio: how many times fewer than at r = 0. "
+    "Published: the top-1 of these weights at this r, where there is one."
 )
 NAMED = 20  # unreadable files that are named; all are in the JSON
 PUBLISHED = "published"
@@ -111,7 +116,7 @@ def _parse_expected(
     "r_values",
     type=R(),
     multiple=True,
-    help="Values to evaluate; default: 0 and what the weights were trained with.",
+    help=f"Values to evaluate; default: 0 and what the weights were trained with. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "--truth",
@@ -285,9 +290,9 @@ def _prepare(request: _Request) -> _Task:
     card = card_of_argument(model)
     check_head(card)
     r_values = list(request.r_values) or distinct_schedules([0, card.r])
-    for r in r_values:
-        check_schedule(r, card.config.depth)
-    expected = _expected(request.expected, card, r_values, img_size)
+    config = card.config if img_size is None else replace(card.config, img_size=img_size)
+    schedules = {entries(plain_steps(r, config, card.presets)): r for r in reversed(r_values)}
+    expected = _expected(request.expected, card, config, schedules)
     num_classes = card.config.num_classes
     names = read_class_names(request.classes, num_classes) if request.classes else card.class_names
     images = labelled(request.data, num_classes, names, truth=request.truth)
@@ -314,34 +319,41 @@ def _setting(request: _Request, task: _Task, workers: int, world: int) -> dict[s
 def _expected(
     wanted: Sequence[tuple[Schedule | None, float] | None],
     card: Card,
-    r_values: Sequence[Schedule],
-    img_size: tuple[int, int] | None,
+    config: Config,
+    evaluated: Mapping[tuple[int | str, ...], Schedule],
 ) -> list[Expected]:
-    """What --expect asks for, at r that are evaluated."""
-    evaluated = {str(r): r for r in r_values}
+    """What --expect asks for, at r that are evaluated.
+
+    Args:
+        wanted: r and per cent of each; None: what is published.
+        card: of the weights.
+        config: theirs, at the image size of this evaluation.
+        evaluated: each r, by what happens in each block then.
+    """
     found: list[Expected] = []
     for item in wanted:
         if item is None:
-            name, known = card.full_name or "these weights", published_accuracies(card)
+            name, known = card.full_name or "these weights", published_by_schedule(card)
             if not known:
                 raise ValueError(f"no accuracy is published for {name}; --expect takes one, as in --expect 16=84.57")
-            if img_size is not None:
+            if config != card.config:
                 raise ValueError("what is published holds for the weights' own image size: leave out --img-size")
-            fitting = [each for each in known if str(each.r) in evaluated]
+            fitting = [each._replace(r=evaluated[schedule]) for schedule, each in known if schedule in evaluated]
             if not fitting:
-                there = ", ".join(format_schedule(each.r) for each in known)
+                there = ", ".join(format_schedule(each.r) for _, each in known)
                 raise ValueError(f"the accuracy of {name} is published at r = {there}, which --r does not have")
             found += fitting
             continue
         r, percent = item
-        if r is None and len(evaluated) > 1:
-            raise ValueError(
-                f"--expect {percent:g} must say at which r, as in --expect {format_schedule(r_values[-1])}={percent:g}"
-            )
-        r = r_values[0] if r is None else r
-        if str(r) not in evaluated:
+        first, *others = evaluated
+        if r is None and others:
+            example = f"{format_schedule(evaluated[first])}={percent:g}"
+            raise ValueError(f"--expect {percent:g} must say at which r, as in --expect {example}")
+        schedule = first if r is None else entries(plain_steps(r, config, card.presets))
+        if schedule not in evaluated:
+            assert r is not None
             raise ValueError(f"--expect has r = {format_schedule(r)}, which --r does not have")
-        found.append(Expected(r, percent, "--expect"))
+        found.append(Expected(evaluated[schedule], percent, "--expect"))
     return found
 
 
@@ -411,8 +423,10 @@ def _cells(row: Row) -> list[str]:
         between(row.top5),
         *difference,
         "" if row.agreement is None else f"{row.agreement.value:.2f}",
+        rounded(row.published, 2),
         rounded(row.images_per_second, 1),
         rounded(row.speed_up, 2),
+        f"{row.gflops_computed:.3g}",
         f"{row.flop_ratio:.2f}",
     ]
 
@@ -422,6 +436,11 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     said = list(result["notes"])
     if found.interrupted:
         said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
+    said += [
+        f"{format_schedule(row.r)} is r = {format_schedule(row.plain)} here."
+        for row in found.rows
+        if row.r != row.plain
+    ]
     said += [
         f"At r = {format_schedule(row.r)} the logits of {row.not_finite} images are not finite."
         for row in found.rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import BATCH, R
+from tomevit.cli.options import BATCH, FORMS_OF_R, R
 from tomevit.data.images import find, prepare_image
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.errors import ImageError, join_with_or, nearest
@@ -35,7 +35,7 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
     required=True,
     help="A file, or a directory for timm and transformers.",
 )
-@click.option("--r", type=R(), help="Of a program: tokens that merge in each block; default: the model's own.")
+@click.option("--r", type=R(), help=f"Of a program: how much merges; default: the model's own. An r: {FORMS_OF_R}.")
 @click.option(
     "--dtype",
     type=click.Choice([*DTYPES, "int8"]),

@@ -12,11 +12,18 @@ from typing import Any
 import click
 
 from tomevit.cli.console import echo
-from tomevit.schedule import parse_schedule
+from tomevit.schedule import Schedule, format_schedule, parse_schedule
+from tomevit.words import ALLOWED, parse_words
+
+#: The forms of r as they are typed.
+FORMS_OF_R = (
+    "8, 8,-1, [20,0,7], 0.08, a budget of FLOPs such as 2x or 60%, also '2x late', '2x deferred', '2x diffrate', "
+    "'8 pitome', '1.5x grid', or a preset of the model"
+)
 
 
 class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
-    """8, or 8,-1 for (r, inflection), or [20,0,7] for single blocks, or 0.08 for a share."""
+    """8, or 8,-1 for (r, inflection), or [20,0,7] for single blocks, or 0.08 for a share, or words, as in '2x late'."""
 
     name = "r"
 
@@ -26,7 +33,7 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
         try:
             return parse_schedule(value)
         except ValueError as error:
-            self.fail(str(error), param, ctx)
+            self.fail(str(error).replace(ALLOWED, FORMS_OF_R), param, ctx)
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -88,8 +95,22 @@ def _is_value(kind: Any, argument: str) -> bool:
     """Whether an argument is one more value: a model's name or a path, which may follow, is none."""
     if isinstance(kind, click.Choice):
         return argument in kind.choices
+    looks_like_one = re.match(r"[\d\[.]", argument) is not None or _names_preset(argument.partition("=")[0])
     # Unlike pathlib's, this takes no name for too long.
-    return re.match(r"[\d\[.]", argument) is not None and not os.path.isfile(argument)  # noqa: PTH113
+    return looks_like_one and not os.path.isfile(argument)  # noqa: PTH113
+
+
+def _names_preset(text: str) -> bool:
+    try:
+        return parse_words(text).preset is not None
+    except ValueError:
+        return False
+
+
+def with_meaning(r: Schedule, plain: Schedule) -> str:
+    """An r as it was asked for; behind words stands what they mean for the model, as in 2x (r = 18)."""
+    written, meant = format_schedule(r), format_schedule(plain)
+    return written if not isinstance(r, str) or written == meant else f"{written} (r = {meant})"
 
 
 def with_range(value: float, interval: tuple[float, float] | None, digits: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +12,7 @@ from tomevit import zoo
 from tomevit.cards import Card, is_ours, read_contents
 from tomevit.data.distributed import on_this_machine
 from tomevit.factory import create
+from tomevit.flops import plain_steps
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
@@ -19,15 +22,25 @@ from tomevit.weights.sources import card_of_source
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def card_of_argument(model: str) -> Card:
-    """What is known of a --model, before its weights are fetched.
+def card_of_argument(
+    model: str, r_values: Iterable[Schedule | None] = (), img_size: tuple[int, int] | None = None
+) -> Card:
+    """What is known of a --model at that image size, before its weights are fetched.
+
+    Args:
+        model: a name or a file.
+        r_values: what it is to run at; None: its own.
+        img_size: what it is to run at; None: its own.
 
     Raises:
-        ValueError, OSError: there is no such model or file.
+        ValueError, OSError: there is no such model or file, or it cannot have such an r or image size.
     """
-    if is_ours(model):
-        return read_contents(model).card
-    return _card_in_zoo(model) or weights_of(model).card
+    card = read_contents(model).card if is_ours(model) else _card_in_zoo(model) or weights_of(model).card
+    if img_size is not None:
+        card = replace(card, config=replace(card.config, img_size=img_size))
+    for r in r_values:
+        plain_steps(card.r if r is None else r, card.config, card.presets)
+    return card
 
 
 def _card_in_zoo(model: str) -> Card | None:

@@ -11,7 +11,7 @@ from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import Many, R
 from tomevit.cli.plot import picture_kind
-from tomevit.cli.running import device_of, trained
+from tomevit.cli.running import card_of_argument, device_of, trained
 from tomevit.data import images
 from tomevit.measure.defaults import default_r
 from tomevit.output import check_outputs, is_stream, new_file
@@ -30,7 +30,8 @@ PAGE = (".html", ".htm")
     "r_values",
     type=R(),
     multiple=True,
-    help="Values to compare; default: 0, three that fit the depth, and those with published accuracies.",
+    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies. "
+    f"An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "-o",
@@ -74,6 +75,7 @@ def visualize(
         raise ValueError("--block is for strips, and --show picture shows the last block")
     place = device_of(device)
     photograph = images.read(image, upright=True)
+    card_of_argument(model, r_values, img_size)  # before a download
     subject = trained(model, img_size=img_size).to(place)
     r_values = tuple(distinct_schedules(r_values or [0, *default_r(subject.card)]))
     if not as_page:

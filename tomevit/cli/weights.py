@@ -11,7 +11,7 @@ import click
 
 from tomevit.cards import by_pattern, lines_left_out
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import Size
+from tomevit.cli.options import R, Size
 from tomevit.cli.running import DTYPES
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
@@ -114,11 +114,15 @@ def verify(
     ctx.exit(0 if all(check.passed for check in checks) else 1)
 
 
-def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, float]]:
-    found = [re.fullmatch(r"(\d+)=(\d+(?:\.\d+)?)", value) for value in values]
-    if None in found:
-        raise click.BadParameter(f"{values[found.index(None)]!r} is not like 8=81.2, for 81.2 % at r = 8", ctx, param)
-    return [(int(match[1]), float(match[2])) for match in found if match]
+def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[tuple[int | str, float]]:
+    found = []
+    for value in values:
+        match = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", value)
+        r = None if match is None else R().convert(match[1], param, ctx)
+        if match is None or not isinstance(r, int | str):
+            raise click.BadParameter(f"{value!r} is not like 8=81.2, for 81.2 % at r = 8", ctx, param)
+        found.append((r, float(match[2])))
+    return found
 
 
 @click.command()
@@ -133,7 +137,7 @@ def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, .
 def push(
     file: Path,
     repo: str,
-    top1: list[tuple[int, float]],
+    top1: list[tuple[int | str, float]],
     dataset: str | None,
     licence: str | None,
     notes: str,

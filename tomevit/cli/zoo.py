@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import Many, R, table
-from tomevit.config import POOLED, Config, Figure, Source
+from tomevit.config import POOLED, Config, Figure, Preset, Source
 from tomevit.errors import printable
-from tomevit.flops import count_parameters, flops
+from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json
 
 
 @click.command("list")
@@ -35,7 +37,7 @@ def list_command(pattern: str, weights: bool, as_json: bool) -> None:
         echo_json(rows)
         return
     columns = ["name", "image", "params M", "GFLOPs", "classes"]
-    columns += ["top-1", "r", "licence"] if weights else ["weights"]
+    columns += ["top-1", "r", "licence"] if weights else ["weights", "presets"]
     table(
         columns,
         [
@@ -45,7 +47,11 @@ def list_command(pattern: str, weights: bool, as_json: bool) -> None:
                 f"{row['params'] / 1e6:.2f}",
                 f"{row['gflops']:.2f}",
                 row["num_classes"],
-                *([_top1(row), row["r"], row["licence"] or "—"] if weights else [len(row["weights"])]),
+                *(
+                    [_top1(row), row["r"], row["licence"] or "—"]
+                    if weights
+                    else map(len, (row["weights"], row["presets"]))
+                ),
             ]
             for row in rows
         ],
@@ -63,6 +69,7 @@ def _summary(card: Card) -> dict[str, Any]:
         "default_weights": card.weights,
         "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
         "figures": [asdict(figure) for figure in card.figures],
+        "presets": _presets(card, card.config, [card]),
         "r": schedule_to_json(card.r),
         "licence": card.licence,
     }
@@ -78,9 +85,46 @@ def _accuracy(figure: Figure) -> str:
     return f"{figure.top1:.2f}" if figure.by == "head" else f"{figure.top1:.2f} ({figure.by})"
 
 
+def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
+    """What an r means for a model, and what it costs then."""
+    plain, steps = plain_schedule(r, config, presets), plain_steps(r, config, presets)
+    return {
+        "r": r,
+        "plain": plain,
+        "schedule": entries(steps),
+        "tokens": tuple(accumulate((step.total for step in steps), operator.sub, initial=config.num_tokens)),
+        "gflops": flops(config, plain) / 1e9,
+        "gflops_computed": flops(config, plain, computed=True) / 1e9,
+    }
+
+
+def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[str, Any]]:
+    """The presets of a card that fit a config: their cost, and the accuracies published of these weights at them."""
+    return [
+        asdict(preset)
+        | _at(list(preset.r), config, card.presets)
+        | {
+            "figures": [
+                {"weights": other.full_name, "top1": figure.top1, "source": figure.source}
+                for other in weights
+                for figure in other.figures
+                if figure.r == preset.name
+            ]
+        }
+        for preset in card.presets
+        if preset.fits(config)
+    ]
+
+
 @click.command(cls=Many)
 @click.argument("name", metavar="NAME|FILE")
-@click.option("--r", "r_values", type=R(), multiple=True, help="Tokens to merge per block: 8, 8,-1, [20,0,7] or 0.08.")
+@click.option(
+    "--r",
+    "r_values",
+    type=R(),
+    multiple=True,
+    help=f"Values to show; default: the model's own. An r: {options.FORMS_OF_R}.",
+)
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option(
@@ -104,25 +148,20 @@ def info(
     contents = _contents(name)
     card = zoo.card_of_no_file(name) if contents is None else contents.card
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
-    schedules: list[dict[str, Any]] = [
-        {
-            "r": r,
-            "tokens": token_counts(r, config.depth, config.num_tokens, config.num_prefix),
-            "gflops": flops(config, r) / 1e9,
-        }
-        for r in r_values or (card.r,)
-    ]
+    schedules = [_at(r, config, card.presets) for r in r_values or (card.r,)]
     if picture is not None:
         _draw(picture, card, config, schedules)
     weights = []
     if contents is None:
         one = zoo.names_weights(name)
         weights = [other for other in zoo.cards(name) if other.weights and (other == card or not one)]
+    presets = _presets(card, config, weights if contents is None else [card])
     if as_json:
-        echo_json(_as_json(card, config, schedules, weights, contents))
+        echo_json(_as_json(card, config, schedules, presets, weights, contents))
         return
     name = card.name if contents is None else card.full_name
-    echo(*_architecture(name, card, config), *_costs(config, schedules), *_preparation(card, config))
+    echo(*_architecture(name, card, config), *_costs(config, schedules), *_lines_of_presets(config, presets))
+    echo(*_preparation(card, config))
     echo(*(_weights(weights) if contents is None else _file(contents)))
 
 
@@ -160,12 +199,17 @@ def _draw(picture: Path, card: Card, config: Config, schedules: Sequence[dict[st
 
 
 def _as_json(
-    card: Card, config: Config, schedules: list[dict[str, Any]], weights: Sequence[Card], contents: Contents | None
+    card: Card,
+    config: Config,
+    schedules: list[dict[str, Any]],
+    presets: list[dict[str, Any]],
+    weights: Sequence[Card],
+    contents: Contents | None,
 ) -> dict[str, Any]:
-    schedules = [at | {"r": schedule_to_json(at["r"])} for at in schedules]
+    schedules = [at | {name: schedule_to_json(at[name]) for name in ("r", "plain")} for at in schedules]
     described = asdict(replace(card, config=config))
     described |= {"params": count_parameters(config), **schedules[0], "gflops_unmerged": flops(config) / 1e9}
-    described["schedules"] = schedules
+    described |= {"schedules": schedules, "presets": presets}
     described["all_weights"] = [asdict(other) | {"r": schedule_to_json(other.r)} for other in weights]
     if contents is not None:
         described["file"] = contents._asdict() | {"card": None, "path": str(contents.path)}
@@ -193,13 +237,32 @@ def _architecture(name: str, card: Card, config: Config) -> Iterator[str]:
 
 
 def _costs(config: Config, schedules: Sequence[dict[str, Any]]) -> Iterator[str]:
-    unmerged = flops(config) / 1e9
+    unmerged, computed = flops(config) / 1e9, flops(config, computed=True) / 1e9
     for at in schedules:
+        r = format_schedule(at["r"])
         yield (
-            f"r = {format_schedule(at['r']):<11}{at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
+            f"r = {r:<10} {at['gflops']:.4g} GFLOPs, {unmerged / at['gflops']:.2f} times fewer "
             f"than the {unmerged:.4g} of r = 0"
         )
+        if at["plain"] != at["r"]:
+            yield (
+                f"               as computed {at['gflops_computed']:.4g}, {computed / at['gflops_computed']:.2f} times "
+                f"fewer; here r = {format_schedule(at['plain'])}"
+            )
         yield f"               tokens {' '.join(map(str, at['tokens']))}"
+
+
+def _lines_of_presets(config: Config, presets: Sequence[dict[str, Any]]) -> Iterator[str]:
+    unmerged = flops(config) / 1e9
+    for i, preset in enumerate(presets):
+        published = [f"; top-1 {figure['top1']:.2f} % ({printable(figure['weights'])})" for figure in preset["figures"]]
+        yield (
+            f"{'' if i else 'presets':<15}{printable(preset['name'])}: {preset['gflops']:.4g} GFLOPs, "
+            f"{unmerged / preset['gflops']:.2f} times fewer, {preset['tokens'][-1]} tokens leave the last block"
+            f"{''.join(published)}"
+        )
+    for source in dict.fromkeys(preset["source"] for preset in presets):
+        yield f"               from {printable(source)}"
 
 
 def _preparation(card: Card, config: Config) -> Iterator[str]:
@@ -246,7 +309,8 @@ def _file(contents: Contents) -> Iterator[str]:
     for source in card.sources:
         yield f"published      {printable(_place(source))} [{printable(source.format)}]"
     for figure in card.figures:
-        yield f"top-1          {figure.top1:.2f} {figure.unit} at r = {figure.r} ({printable(figure.source)})"
+        said = printable(f"at r = {figure.r} ({figure.source})")
+        yield f"top-1          {figure.top1:.2f} {figure.unit} {said}"
     if card.class_names:
         names = ", ".join(card.class_names[:10])
         more = f" and {len(card.class_names) - 10} more" if len(card.class_names) > 10 else ""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tomevit import private
 from tomevit.layers import backends
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule
+from tomevit.schedule import Schedule, entries
 
 log = logging.getLogger("tomevit")
 
@@ -101,12 +101,12 @@ def cuda_driver(device: torch.device) -> Driver | None:
 class _Setting(NamedTuple):
     """What decides, beside the batch, which kernels a program consists of."""
 
-    schedule: tuple[int, ...]
+    schedule: tuple[int | str, ...]  # entries of a list that is an r
     tf32: bool  # in products of float32
     deterministic: bool
 
     @classmethod
-    def of(cls, schedule: tuple[int, ...]) -> _Setting:
+    def of(cls, schedule: tuple[int | str, ...]) -> _Setting:
         products = torch.backends.cuda.matmul
         # Torch 2.8 has no fp32_precision; later ones raise at allow_tf32 where both names were used to set it.
         tf32 = products.fp32_precision == "tf32" if hasattr(products, "fp32_precision") else products.allow_tf32
@@ -141,7 +141,7 @@ class GraphedCalls:
 
     Args:
         model: compiled, and what the program is of.
-        program: takes images and a list of one int per block.
+        program: takes images and a list with one entry per block.
         driver: of a device; None for those without graphs.
         most: graphs to keep.
     """
@@ -162,7 +162,7 @@ class GraphedCalls:
         self._refused: set[tuple[int, _Setting]] = set()
 
     def __call__(self, images: Tensor, r: Schedule | None = None) -> Tensor:
-        schedule = self._model.schedule(r)
+        schedule = entries(self._model.steps(r))
         if self._may_replay(images):
             with self._lock:
                 answer = self._replay(images, schedule)
@@ -187,7 +187,7 @@ class GraphedCalls:
             and not torch.is_autocast_enabled(images.device.type)
         )
 
-    def _replay(self, images: Tensor, schedule: tuple[int, ...]) -> Tensor | None:
+    def _replay(self, images: Tensor, schedule: tuple[int | str, ...]) -> Tensor | None:
         """The answer of a graph; None if there can be none."""
         tensors, layers = self._look()
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (images, *tensors)):
@@ -250,7 +250,7 @@ class GraphedCalls:
 
     @torch.inference_mode(False)  # one program, and memory that may be written in any mode, whatever the caller's is
     @torch.no_grad()
-    def _capture(self, batch: int, schedule: tuple[int, ...], driver: Driver) -> _Graph:
+    def _capture(self, batch: int, schedule: tuple[int | str, ...], driver: Driver) -> _Graph:
         config = self._model.config
         images = next((graph.images for (size, _), graph in self._graphs.items() if size == batch), None)
         if images is None:

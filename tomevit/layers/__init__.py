@@ -15,6 +15,7 @@ from tomevit.layers.matching import (
     needs,
     pitome_matching,
     random_matching,
+    redundant_matching,
 )
 from tomevit.layers.merge import Merge, Tokens, compose, merge_mean, merge_tokens, slot_map, unmerge
 from tomevit.layers.mlp import DropPath, LayerScale, Mlp
@@ -49,6 +50,7 @@ __all__ = [
     "needs",
     "pitome_matching",
     "random_matching",
+    "redundant_matching",
     "resolve_schedule",
     "resolve_steps",
     "slot_map",

@@ -76,7 +76,6 @@ class Attention(nn.Module):
         self.q_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = layer_norm(head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.rotate = partial(rotate, kind=config.rope or "")
-        self.class_token = config.class_token
         self.norm = layer_norm(dim, config.norm_eps) if config.attn_norm else nn.Identity()
         self.proj = linear(dim, dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -97,17 +96,14 @@ class Attention(nn.Module):
             size: (B, N, 1) float32 for proportional attention, None for the plain one.
             num_read: if only the first tokens of the result are wanted, how many.
             rope: (B or 1, N, d) float32, where the positions are rotations.
-            with_importance: say how important each token is: to the class token, or to the mean query without one.
+            with_importance: say how important each token is to the first, the class token.
         """
         q, k, v = self._qkv(x) if num_read is None else self._qkv_read(x, num_read)
         q, k = self.q_norm(q), self.k_norm(k)
         turned, key = (q, k) if rope is None else (self.rotate(q, rope[:, :num_read]), self.rotate(k, rope))
         x = attend(turned, key, v, size, self.attn_dropout if self.training else 0.0)
         x = self.norm(rearrange(x, "b h n d -> b n (h d)"))
-        row = None
-        if with_importance:
-            query = turned[:, :, :1] if self.class_token else turned.mean(2, keepdim=True)
-            row = importance(query, key, size)
+        row = importance(turned[:, :, :1], key, size) if with_importance else None
         return Attended(self.dropout(backends.call(self.proj, x)), k, row)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

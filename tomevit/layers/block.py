@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from tomevit.config import Config
 from tomevit.layers.attention import Attended, Attention
-from tomevit.layers.matching import MATCHINGS, Matching, bipartite_soft_matching, check_merge, find_matching, needs_of
+from tomevit.layers.matching import (
+    MATCHINGS,
+    Matching,
+    bipartite_soft_matching,
+    check_merge,
+    find_matching,
+    needs_of,
+    unlikeness,
+)
 from tomevit.layers.merge import Tokens, merge_tokens
 from tomevit.layers.mlp import MLPS, DropPath, LayerScale
 from tomevit.layers.uninitialised import layer_norm
@@ -24,18 +32,20 @@ def match_and_merge(matching: Matching, tokens: Tokens, attended: Attended, step
     Raises:
         ValueError: a matching of the user's own takes away other tokens than so many of those that it was given.
     """
-    merge = matching(*(_look(need, tokens, attended, step) for need in needs_of(matching)), step.merge, num_prefix)
+    merge = matching(
+        *(_look(need, tokens, attended, step, num_prefix) for need in needs_of(matching)), step.merge, num_prefix
+    )
     if matching not in MATCHINGS.values():
         check_merge(merge, matching, tokens.x.shape[1], step.merge, num_prefix)
     return merge_tokens(tokens, merge)
 
 
-def _look(need: str, tokens: Tokens, attended: Attended, step: Step) -> object:
+def _look(need: str, tokens: Tokens, attended: Attended, step: Step, num_prefix: int) -> object:
     """What `tomevit.layers.NEEDS` has by that name."""
     if need == "key":
         return attended.key.mean(1)
     if need == "importance":
-        return attended.importance
+        return unlikeness(tokens.x, num_prefix) if attended.importance is None else attended.importance
     if need == "size" and tokens.size is None:
         return torch.ones_like(tokens.x[:, :, :1], dtype=torch.float32)
     return getattr(tokens if need in ("x", "size") else step, need)
@@ -47,6 +57,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, drop_path: float = 0.0) -> None:
         super().__init__()
         self.num_prefix = config.num_prefix
+        self.class_token = config.class_token
         self.prop_attn = config.prop_attn
         self.matching = find_matching(config.matching)
         self.bipartite: MatchAndMerge | None = None  # another implementation of bipartite matching and merging
@@ -72,7 +83,7 @@ class Block(nn.Module):
         matching = self.matching if step.matching is None else MATCHINGS[step.matching]
         x, size, slots, rope, weight = tokens
         counts = (size if self.prop_attn else None) if weight is None else weight
-        ranked = step.total > 0 and "importance" in needs_of(matching)
+        ranked = step.total > 0 and self.class_token and "importance" in needs_of(matching)
         attended = self.attn(self.norm1(x), counts, num_read, rope, with_importance=ranked)
         x = x if num_read is None else x[:, :num_read]
         tokens = Tokens(x + self.drop_path(self.ls1(attended.x)), size, slots, rope, weight)

@@ -32,8 +32,8 @@ NEEDS = {
     "key": "(B, N, C) floating: attention keys, averaged over the heads, not rotated",
     "x": "(B, N, D) floating: the tokens behind attention",
     "size": "(B, N, 1) float32: initial tokens per token",
-    "importance": "(B, N) floating: the attention that each token has from the class token, or without one from the "
-    "mean of all queries; averaged over the heads",
+    "importance": "(B, N) floating: the class token's attention to each token, averaged over the heads; without a "
+    "class token one less its mean cosine to all patches",
     "drop": "int: tokens to leave out, beside the r that merge",
     "grid": "(int, int) or None: patches along height and width, while all are there",
     "depth": "float: blocks before this one, as a share of all",
@@ -71,9 +71,12 @@ def bipartite_soft_matching(key: Tensor, r: int, num_prefix: int) -> Merge:
 
 
 def _bipartite(key: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
+    return _join_most_similar(key, *_even_and_odd(key, num_prefix), r, num_prefix)
+
+
+def _even_and_odd(key: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(key.shape[1], device=key.device)
-    return _join_most_similar(key, position[even::2], position[odd::2], r, num_prefix)
+    return position[num_prefix + num_prefix % 2 :: 2], position[num_prefix + 1 - num_prefix % 2 :: 2]
 
 
 def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) -> Merge:
@@ -107,18 +110,16 @@ def importance_matching(key: Tensor, importance: Tensor, r: int, num_prefix: int
     """Bipartite soft matching in which important tokens stay themselves.
 
     The pairs are those of `bipartite_soft_matching`. The r best are chosen by their similarity less the importance of
-    the token that would join, in units of the mean over the patches and at most 1.
+    the token that would join, as a share of the most that a patch of its image has.
     """
     match = torch.ops.tomevit.importance_matching if r > 0 and backends.hides_merging(key) else _important
     return Merge(*match(key.detach(), importance, r, num_prefix))
 
 
 def _important(key: Tensor, importance: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
-    even, odd = num_prefix + num_prefix % 2, num_prefix + 1 - num_prefix % 2
-    position = torch.arange(key.shape[1], device=key.device)
-    relative = importance / importance[:, num_prefix:].mean(1, keepdim=True)
-    src = position[even::2]
-    return _join_most_similar(key, src, position[odd::2], r, num_prefix, relative.index_select(1, src).clamp(max=1.0))
+    src, dst = _even_and_odd(key, num_prefix)
+    most = importance[:, num_prefix:].topk(1).values  # not amax, which some runtimes lack
+    return _join_most_similar(key, src, dst, r, num_prefix, importance.index_select(1, src) / most)
 
 
 @needs("x", "importance", "drop")
@@ -136,13 +137,43 @@ def diffrate_matching(x: Tensor, importance: Tensor, drop: int, r: int, num_pref
 def _diffrate(
     x: Tensor, importance: Tensor, drop: int, r: int, num_prefix: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep, src, dst, similarity = _join_least(x, importance, drop, r, num_prefix)
+    return keep, src, dst, similarity.clamp(min=0.0)
+
+
+def _join_least(
+    x: Tensor, importance: Tensor, drop: int, r: int, num_prefix: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The least important are left out, the next r join the most similar (cosine) of those that stay; their cosines."""
     unimportance = -importance[:, num_prefix:]
     _, alive = _most(unimportance, drop)
     joining, staying = _most(unimportance.gather(1, alive), r)
     src, keep = alive.gather(1, joining) + num_prefix, alive.gather(1, staying) + num_prefix
     similarity, nearest = _nearest(_normed(x), src, keep)
     prefix = torch.arange(num_prefix, device=x.device).expand(x.shape[0], -1)
-    return _side_by_side(prefix, keep), src, nearest + num_prefix, similarity.clamp(min=0.0).to(torch.float32)
+    return _side_by_side(prefix, keep), src, nearest + num_prefix, similarity
+
+
+@needs("x")
+def redundant_matching(x: Tensor, r: int, num_prefix: int) -> Merge:
+    """The r patches that are most like all others join the most similar one that stays.
+
+    How much a patch is like the others is the mean of its cosines to them, on the tokens themselves. Other than in
+    bipartite matching any patch may leave, and other than in PiToMe every one that stays may take it in.
+    """
+    match = torch.ops.tomevit.redundant_matching if r > 0 and backends.hides_merging(x) else _redundant
+    return Merge(*match(x.detach(), r, num_prefix))
+
+
+def _redundant(x: Tensor, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _join_least(x, unlikeness(x, num_prefix), 0, r, num_prefix)[:3]
+
+
+def unlikeness(x: Tensor, num_prefix: int) -> Tensor:
+    """One less the mean cosine of each token to all patches: (B, N) float32 or float64, for x (B, N, D)."""
+    normed = _normed(x)
+    # The mean of the cosines is the product with the mean of the directions: no N x N scores.
+    return 1 - (normed * normed[:, num_prefix:].mean(1, keepdim=True)).sum(-1)
 
 
 @needs("key", "depth")
@@ -157,14 +188,17 @@ def pitome_matching(key: Tensor, depth: float, r: int, num_prefix: int) -> Merge
 
 
 def _pitome(key: Tensor, depth: float, r: int, num_prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    if r == 0:
+        keep = torch.arange(key.shape[1], device=key.device).expand(key.shape[0], -1)
+        return keep, keep[:, :0], keep[:, :0]
     normed = _normed(key)
     patches = normed[:, num_prefix:]
     with backends.without_autocast(patches):
         energy = F.elu(patches @ patches.transpose(1, 2) - 0.75 * (1 - depth)).mean(2)
     ranked, protected = _most(energy, 2 * r)
-    if backends.is_recorded():
-        ranked = energy.topk(2 * r).indices
-    src, dst = ranked[:, ::2] + num_prefix, ranked[:, 1::2].sort(1).values + num_prefix
+    if backends.is_recorded():  # where they are by position
+        ranked = ranked.gather(1, energy.gather(1, ranked).topk(2 * r).indices)
+    src, dst = ranked[:, ::2] + num_prefix, _ascending(ranked[:, 1::2]) + num_prefix
     _, nearest = _nearest(normed, src, dst)
     prefix = torch.arange(num_prefix, device=key.device).expand(key.shape[0], -1)
     return _side_by_side(prefix, protected + num_prefix, dst), src, nearest + key.shape[1] - 2 * r
@@ -201,6 +235,7 @@ MATCHINGS: dict[str, Matching] = {
     "random": random_matching,
     "importance": importance_matching,
     "diffrate": diffrate_matching,
+    "redundant": redundant_matching,
     "pitome": pitome_matching,
     "grid": grid_matching,
 }
@@ -227,6 +262,7 @@ def find_matching(matching: str | Matching) -> Matching:
 bipartite_op = torch.library.custom_op("tomevit::bipartite_soft_matching", _bipartite, mutates_args=())
 importance_op = torch.library.custom_op("tomevit::importance_matching", _important, mutates_args=())
 pitome_op = torch.library.custom_op("tomevit::pitome_matching", _pitome, mutates_args=())
+redundant_op = torch.library.custom_op("tomevit::redundant_matching", _redundant, mutates_args=())
 diffrate_op = torch.library.custom_op("tomevit::diffrate_matching", _diffrate, mutates_args=())
 
 
@@ -241,6 +277,11 @@ def _(key: Tensor, r: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(key, 0, r)
 
 
+@redundant_op.register_fake
+def _(x: Tensor, r: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(x, 0, r)
+
+
 @importance_op.register_fake
 def _(key: Tensor, _: Tensor, r: int, __: int) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(key, 0, r)
@@ -253,7 +294,7 @@ def _(key: Tensor, _: float, r: int, __: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @diffrate_op.register_fake
 def _(x: Tensor, _: Tensor, drop: int, r: int, __: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=torch.float32)
+    return *_empty(x, drop, r), x.new_empty(x.shape[0], r, dtype=backends.at_least_float32(x.dtype))
 
 
 def _join_most_similar(
@@ -307,6 +348,11 @@ def _most(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         everyone = torch.arange(values.shape[1], device=values.device).expand(values.shape[0], -1)
         return everyone[:, :0], everyone
     return (_largest_by_topk if backends.is_recorded() else _largest)(values, count)
+
+
+def _ascending(index: Tensor) -> Tensor:
+    """An index (B, n), sorted."""
+    return (-index).topk(index.shape[1]).values.neg() if backends.is_recorded() else index.sort(-1).values
 
 
 def _side_by_side(*indices: Tensor) -> Tensor:

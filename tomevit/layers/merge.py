@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
     size: Tensor | None = None  # (B, N, 1) float32: initial tokens per token; None while all are 1
     slots: Tensor | None = None  # (B, N0) int64: where each initial token is now, -1 if dropped; only when traced
     rope: Tensor | None = None  # (B or 1, N, d) float32: cosines and sines of its rotary position (rotary.py)
-    weight: Tensor | None = None  # (B, N, 1) float32: what it counts in attention and pooling; None: as its size says
+    weight: Tensor | None = None  # (B, N, 1) float: what it counts in attention and pooling; None: as its size says
 
 
 class Merge(NamedTuple):
@@ -33,7 +33,7 @@ class Merge(NamedTuple):
     keep: Tensor  # (B, M) int64: the token in that each token out starts from
     src: Tensor  # (B, S) int64: the tokens in that join another
     dst: Tensor  # (B, S) int64: the token out that each of them joins
-    #: (B, S) float32: what part of its weight each of them brings. Given, the mean is a plain one over the tokens.
+    #: (B, S) floating: what part of its weight each of them brings. Given, the mean is a plain one over the tokens.
     similarity: Tensor | None = None
 
 
@@ -61,10 +61,11 @@ def merge_sum(size: Tensor, merge: Merge, share: Tensor | None = None) -> Tensor
     """The sum over each group, (B, M, 1), of what its tokens have, (B, N, 1), and of joining ones a share, (B, S)."""
     joining = rows(size, merge.src)
     if share is not None:
-        joining = joining * share[:, :, None].to(size.dtype)
+        joining = joining * share[:, :, None]
+    staying = rows(size, merge.keep).to(joining.dtype)
     if backends.merges_by_index(size):
-        return rows(size, merge.keep).scatter_add(1, merge.dst[:, :, None], joining)
-    return rows(size, merge.keep) + (_joins(merge, size.dtype) * joining.transpose(1, 2)).sum(2, keepdim=True)
+        return staying.scatter_add(1, merge.dst[:, :, None], joining)
+    return staying + (_joins(merge, joining.dtype) * joining.transpose(1, 2)).sum(2, keepdim=True)
 
 
 def merge_mean(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor]:

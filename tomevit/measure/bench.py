@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import private
-from tomevit.config import Config, Figure
+from tomevit.config import Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import join_with_or
 from tomevit.flops import flops
@@ -31,7 +31,7 @@ from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
 from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule, schedule_to_json
 from tomevit.version import __version__
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import from_native
@@ -54,7 +54,7 @@ class Candidate(NamedTuple):
 
     implementation: str  # "tomevit", "timm"
     mode: str  # a name in MODES
-    r: Schedule
+    r: Schedule  # as it was asked for
     forward: Callable[[Tensor], object]
     flops: int  # multiply-adds per image that it computes
     weights: int | None  # their bytes; None if its operators cannot be counted one by one
@@ -124,8 +124,9 @@ def candidates(
             found.append(Candidate("timm", name, 0, mode.make(timm), flops(config), weights))
         ready = mode.make(model)
         for r in distinct_schedules([0, *r_values]):
-            cost = flops(config, r, computed=True)
-            found.append(Candidate("tomevit", name, r, partial(ready, r=r), cost, weights))
+            plain = model.plain(r)
+            cost = flops(config, plain, computed=True)
+            found.append(Candidate("tomevit", name, r, partial(ready, r=plain), cost, weights))
     return found
 
 
@@ -178,7 +179,9 @@ class Row(NamedTuple):
 
     implementation: str
     mode: str
-    r: Schedule
+    r: Schedule  # as it was asked for
+    plain: Schedule  # in numbers: what "2x" means for this model
+    schedule: tuple[int | str, ...]  # what happens in each block, as entries of a list that is an r
     tokens: int  # leaving the last block
     gflops: float  # multiply-adds per image, in 10⁹, as the paper counts them
     gflops_computed: float  # as our model computes them
@@ -212,8 +215,9 @@ class Row(NamedTuple):
 class Suggestion(NamedTuple):
     """An r, and why."""
 
-    r: Schedule
+    r: Schedule  # as it was asked for
     why: str
+    plain: Schedule = 0  # in numbers
 
 
 class Comparison(NamedTuple):
@@ -289,7 +293,7 @@ def compare(
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-    rows = _rows(those, times, found, config, batch)
+    rows = _rows(those, times, found, model, batch)
     result = Comparison(dtype, batch, rows, min(map(len, times)), note, tuple(hints), None, interrupted)
     if result.best is None:
         return result._replace(rows=[])
@@ -405,11 +409,16 @@ def sweep(
 
 
 def _rows(
-    those: Sequence[Candidate], times: Sequence[Sequence[float]], found: dict[int, Bounds], config: Config, batch: int
+    those: Sequence[Candidate],
+    times: Sequence[Sequence[float]],
+    found: dict[int, Bounds],
+    model: VisionTransformer,
+    batch: int,
 ) -> list[Row]:
+    config = model.config
     medians = {i: statistics.median(found) for i, found in enumerate(times) if found}
-    counts = [token_counts(each.r, config.depth, config.num_tokens, config.num_prefix)[-1] for each in those]
-    merges = [tokens < config.num_tokens for tokens in counts]
+    schedules = [entries(model.steps(each.r)) for each in those]
+    merges = [any(schedule) for schedule in schedules]
     best = min((i for i in medians if not merges[i]), key=lambda i: medians[i], default=None)
     unmerged = [times[j] for j in medians if not merges[j]]
     rows = []
@@ -418,13 +427,16 @@ def _rows(
             continue
         over = times[i if best is None else best]
         spread = Quartiles.of(times[i])
-        paper, computed = flops(config, each.r), flops(config, each.r, computed=True)
+        plain = model.plain(each.r)
+        paper, computed = flops(config, plain), flops(config, plain, computed=True)
         rows.append(
             Row(
                 implementation=each.implementation,
                 mode=each.mode,
                 r=each.r,
-                tokens=counts[i],
+                plain=plain,
+                schedule=schedules[i],
+                tokens=model.token_counts(plain)[-1],
                 gflops=paper / 1e9,
                 gflops_computed=computed / 1e9,
                 seconds=spread,
@@ -478,17 +490,22 @@ def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float
     if target is not None:
         enough = next((row for row in merged if row.speed_up >= target), None)
         if enough is None:
-            return Suggestion(
-                fastest.r, f"{target:g} times is not reached; the most is {_gain(fastest)}{_cost(fastest, figures)}"
-            )
-        return Suggestion(
-            enough.r, f"the least merging that reaches {target:g} times: {_gain(enough)}{_cost(enough, figures)}"
-        )
-    known = {figure.r for figure in figures}
-    published = [row for row in paying if row.r in known]
+            return _suggestion(fastest, f"{target:g} times is not reached; the most is", figures)
+        return _suggestion(enough, f"the least merging that reaches {target:g} times:", figures)
+    published = [row for row in paying if _published(row, figures) is not None]
     chosen = max(published or paying, key=lambda row: row.speed_up)
     why = "the r whose accuracy is published" if published else "the fastest measured"
-    return Suggestion(chosen.r, f"{why}: {_gain(chosen)}{_cost(chosen, figures)}")
+    return _suggestion(chosen, f"{why}:", figures)
+
+
+def _suggestion(row: Row, why: str, figures: Collection[Figure]) -> Suggestion:
+    return Suggestion(row.r, f"{why} {_gain(row)}{_cost(row, figures)}", row.plain)
+
+
+def _published(row: Row, figures: Collection[Figure]) -> float | None:
+    """The accuracy at this r, by its name or in numbers."""
+    known = {str(figure.r): figure.top1 for figure in figures}
+    return known.get(str(row.r), known.get(str(row.plain)))
 
 
 def _gain(row: Row) -> str:
@@ -497,11 +514,11 @@ def _gain(row: Row) -> str:
 
 def _cost(row: Row, figures: Collection[Figure]) -> str:
     """The accuracy at this r as published, beside the one without merging."""
-    known = {str(figure.r): figure.top1 for figure in figures}
-    if str(row.r) not in known:
+    published = _published(row, figures)
+    if published is None:
         return "; its accuracy is not published: measure it on your images"
-    beside = f" against {known['0']:.2f} % at r = 0" if "0" in known else ""
-    return f", for {known[str(row.r)]:.2f} % top-1{beside}, as published"
+    beside = "".join(f" against {figure.top1:.2f} % at r = 0" for figure in figures if figure.r == 0)
+    return f", for {published:.2f} % top-1{beside}, as published"
 
 
 # ------------------------------------------------------------------------------------------------------------- setting
@@ -537,10 +554,12 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
         dtype, batch, rounds    rounds: those that were timed
         note                    why there are fewer rows or rounds than asked for, or ""
         hints                   sentences on what binds
-        suggestion              {r, why}, r as in the rows, or null
+        suggestion              {r, why, plain}, r and plain as in the rows, or null
         rows                    one for each candidate:
             implementation, mode, tokens, merges
-            r                   as `model.r`; (r, inflection) is {"mean": r, "inflection": inflection}
+            r                   as it was asked for; (r, inflection) is {"mean": r, "inflection": inflection}
+            plain               the same in numbers, as `model.r` has it
+            schedule            what happens in each block: entries of a list that is an r
             seconds             {lower, median, upper}: quartiles of a call
             images_per_second   by the median
             speed_up            over the fastest row of the comparison that merges nothing
@@ -558,14 +577,15 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     rows = [
         row._asdict()
-        | {"r": schedule_to_json(row.r)}
+        | {"r": schedule_to_json(row.r), "plain": schedule_to_json(row.plain)}
         | {"seconds": row.seconds._asdict(), "efficiency": row.efficiency, "efficiency_range": row.efficiency_range}
         | {"bounds": None if row.bounds is None else row.bounds._asdict() | {"bound_by": row.bounds.bound_by}}
         for row in comparison.rows
     ]
     suggestion = None
     if comparison.suggestion is not None:
-        suggestion = {"r": schedule_to_json(comparison.suggestion.r), "why": comparison.suggestion.why}
+        r, why, plain = comparison.suggestion
+        suggestion = {"r": schedule_to_json(r), "why": why, "plain": schedule_to_json(plain)}
     fields = {name: getattr(comparison, name) for name in ("dtype", "batch", "rounds", "note")}
     return fields | {"hints": list(comparison.hints), "suggestion": suggestion, "rows": rows}
 

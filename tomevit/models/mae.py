@@ -34,8 +34,8 @@ class MaskedAutoencoder(nn.Module):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
     The encoder is a model of the zoo and learns in place; in training mode or not, as it was, and the decoder is on its
-    device, in its dtype. Its tokens may merge:
-    every visible patch still has a vector of its own when the decoder begins. To fine-tune,
+    device, in its dtype. Its tokens may merge: every visible patch still has a vector of its own when the decoder
+    begins; one that was dropped is to the decoder what a hidden one is. To fine-tune,
     `tomevit.create("mae_b16", pretrained=autoencoder.encoder)`.
 
     Args:
@@ -183,7 +183,7 @@ class MaskedAutoencoder(nn.Module):
 class Decoder(nn.Module):
     """A narrow transformer over all patches, which are their tokens where visible, and else one learned token.
 
-    Its blocks merge nothing: every patch is predicted.
+    So are visible patches that were dropped. Its blocks merge nothing: every patch is predicted.
     """
 
     def __init__(self, config: Config, encoder_dim: int) -> None:
@@ -209,8 +209,10 @@ class Decoder(nn.Module):
         """
         assert tokens.slots is not None
         x = rows_or_zero(self.embed(tokens.x), tokens.slots)  # (B, P + M, D): embedded while merged, which is less work
+        unseen = self.mask_token.to(x.dtype)
+        x = torch.where(tokens.slots[:, :, None] < 0, unseen, x)
         prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        hidden = self.mask_token.to(x.dtype).expand(x.shape[0], restore.shape[1] - patches.shape[1], -1)
+        hidden = unseen.expand(x.shape[0], restore.shape[1] - patches.shape[1], -1)
         patches = rows(torch.cat([patches, hidden], 1), restore)
         tokens = Tokens(torch.cat([prefix, patches], 1) + self.pos_embed)
         for block in self.blocks:

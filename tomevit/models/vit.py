@@ -91,6 +91,14 @@ class VisionTransformer(TimmInterface):
 
     def plain(self, r: Schedule) -> Schedule:
         """An r in numbers: what "2x" or the name of a preset means for this model, and every other r as it is."""
+        parts = r if isinstance(r, tuple) else (r,)
+        if any(isinstance(part, str) for part in parts):
+            return self._plain_words(r)
+        return plain_schedule(r, self.config, self.card.presets)
+
+    # Compilers need not follow the search for the least r.
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _plain_words(self, r: Schedule) -> Schedule:
         return plain_schedule(r, self.config, self.card.presets)
 
     def steps(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[Step, ...]:

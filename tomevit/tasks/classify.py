@@ -16,10 +16,11 @@ from tomevit.cards import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import Batch, find, stream
 from tomevit.errors import join_with_or
+from tomevit.flops import plain_schedule, plain_steps
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule, check_schedule, format_schedule, token_counts
+from tomevit.schedule import Schedule, entries, format_schedule
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
 from tomevit.transform import transform
 from tomevit.weights.checkpoint import card_of
@@ -154,7 +155,7 @@ def answers(
 
 
 def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool = False) -> Schedule:
-    """The r that a model will classify at; before its weights are fetched, to say if it cannot.
+    """The r that a model will classify at, in numbers; before its weights are fetched, to say if it cannot.
 
     Args:
         card: of the model.
@@ -169,13 +170,14 @@ def check_classifiable(card: Card, r: Schedule | None = None, *, compare: bool =
     check_head(card)
     if config.in_chans not in (1, 3):
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
-    r = check_schedule(card.r if r is None else r, config.depth)
-    if compare and token_counts(r, config.depth, config.num_tokens, config.num_prefix)[-1] == config.num_tokens:
+    r = card.r if r is None else r
+    merges = any(entries(plain_steps(r, config, card.presets)))
+    if compare and not merges:
         others = join_with_or(map(format_schedule, default_r(card)))
         raise ValueError(
             f"r = {format_schedule(r)} merges nothing, and would be compared with itself: give an r such as {others}"
         )
-    return r
+    return plain_schedule(r, config, card.presets)
 
 
 def check_head(card: Card) -> None:

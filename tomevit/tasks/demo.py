@@ -122,6 +122,7 @@ def _measure(
         timed = bench(plain, values, batch=batch, rounds=rounds, progress=bar.update)
     for row, found in zip(rows, timed, strict=True):
         row |= {
+            "schedule": found.schedule,
             "tokens": found.tokens,
             "gflops": found.gflops,
             "images_per_second": found.images_per_second,

@@ -314,7 +314,7 @@ def run_settings(
     Args:
         digests: of the data (`digests_of`).
     """
-    r = model.r if r is None else r
+    r = model.r if r is None else model.plain(r)
     model.schedule(r)
     config, matching = asdict(model.config), model.config.matching
     settings = {

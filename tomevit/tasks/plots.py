@@ -27,6 +27,7 @@ GLOW = "inferno"
 DPI = 160
 
 MERGED_NOTE = "Patches of one token share their mean colour and the hue of their border; grey borders hold one patch."
+DROPPED_NOTE = "Dark, hatched patches are dropped: no token stands for them."
 
 
 def require_matplotlib() -> None:
@@ -57,10 +58,10 @@ def paint_groups(image: Tensor, groups: Tensor) -> Tensor:
 
 
 def outline(groups: Tensor, scale: int, width: int) -> Tensor:
-    """Where a line runs inside each group's edge, in an image with `scale` pixels to a patch.
+    """Where a line runs inside each group's edge, in an image with `scale` pixels to a patch; none in dropped patches.
 
     Args:
-        groups: (rows, columns) int64 from 0, the group of each patch.
+        groups: (rows, columns) int64 from 0, the group of each patch; -1 if it was dropped.
         scale: pixels along a patch.
         width: of the line, in pixels.
 
@@ -68,10 +69,10 @@ def outline(groups: Tensor, scale: int, width: int) -> Tensor:
         (rows * scale, columns * scale) bool
     """
     fine = _enlarge(groups, groups.shape[0] * scale, groups.shape[1] * scale)
-    # Around the image stands -1, which is no group, so that the image's own edge is an edge too.
+    # Around the image stands -1, which is no group of patches, so that the image's own edge is an edge too.
     around = F.pad(fine[None, None].to(torch.float32), [width] * 4, value=-1.0)
     highest, lowest = _highest(around, 2 * width + 1), -_highest(-around, 2 * width + 1)
-    return (highest != fine) | (lowest != fine)
+    return ((highest != fine) | (lowest != fine)) & (fine >= 0)
 
 
 def _highest(values: Tensor, across: int) -> Tensor:
@@ -82,9 +83,11 @@ def _highest(values: Tensor, across: int) -> Tensor:
 def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:
     """Every group in its mean colour, with a line inside its edge: thin and grey around a single patch, else of a hue.
 
+    Dropped patches are dark and hatched, each in its own colour.
+
     Args:
         image: (C, H, W) uint8, with one or three channels.
-        groups: (rows, columns) int64 from 0, the group of each patch.
+        groups: (rows, columns) int64 from 0, the group of each patch; -1 if it was dropped.
         scale: pixels along a patch.
         width: of the line, in pixels.
 
@@ -92,7 +95,10 @@ def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) 
         (3, rows * scale, columns * scale) float32 in [0, 1]
     """
     height, across = groups.shape[0] * scale, groups.shape[1] * scale
-    _, index, count = torch.unique(groups.flatten(), return_inverse=True, return_counts=True)
+    dropped = groups < 0
+    alone = groups.max() + 1 + torch.arange(groups.numel(), device=groups.device).view_as(groups)
+    shown = torch.where(dropped, alone, groups)
+    _, index, count = torch.unique(shown.flatten(), return_inverse=True, return_counts=True)
     # The hue follows the group's first patch: it stays when the group grows. The steps down and across are those that
     # spread points best in a plane (powers of 1 over the plastic number), so that neighbours differ on any grid.
     position = torch.arange(len(index), device=index.device)
@@ -102,15 +108,24 @@ def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) 
     colours = torch.tensor(paints, dtype=torch.float32, device=index.device)
     colours[count == 1] = 0.32
     lines = colours[_enlarge(index.view(groups.shape), height, across)].permute(2, 0, 1)
-    painted = paint_groups(image, groups) / 255
+    painted = paint_groups(image, shown) / 255
     down, right = (image.shape[i + 1] // groups.shape[i] for i in (0, 1))
     painted = painted[:, ::down, ::right]  # all pixels of a patch are the same
     painted = torch.stack([_enlarge(channel, height, across) for channel in painted]).expand(3, -1, -1)
+    painted = _hatch(painted, dropped, scale)
     edges = outline(groups, scale, width)
     if width > 1:  # a thin line around a single patch, of which there may be hundreds
         single = _enlarge((count == 1)[index].view(groups.shape), height, across)
         edges = torch.where(single, outline(groups, scale, -(-width // 3)), edges)
     return torch.where(edges, lines, painted)
+
+
+def _hatch(picture: Tensor, dropped: Tensor, scale: int) -> Tensor:
+    """A picture (3, H, W) whose dropped patches, (rows, columns) bool, are dark with bright diagonals."""
+    down, across = (torch.arange(length, device=picture.device) for length in picture.shape[1:])
+    line = (down[:, None] + across) % max(4, scale // 3) < max(1, scale // 10)
+    dark = torch.where(line, 0.3 * picture + 0.3, 0.3 * picture)
+    return torch.where(_enlarge(dropped, *picture.shape[1:]), dark, picture)
 
 
 def _enlarge(values: Tensor, height: int, width: int) -> Tensor:
@@ -124,7 +139,7 @@ def draw_attention(image: Tensor, groups: Tensor, share: Tensor, scale: int = 24
 
     Args:
         image: (C, H, W) uint8, with one or three channels.
-        groups: (rows, columns) int64 from 0, the group of each patch.
+        groups: (rows, columns) int64 from 0, the group of each patch; -1 if it was dropped, and is hatched.
         share: (rows, columns) float32, each patch's share of the attention; the largest glows brightest.
         scale: pixels along a patch.
         width: of the line, in pixels.
@@ -147,7 +162,8 @@ def draw_attention(image: Tensor, groups: Tensor, share: Tensor, scale: int = 24
     grey = 0.6 * grey[0]
     opacity = 0.25 + 0.65 * level
     picture = grey * (1 - opacity) + glow * opacity
-    return torch.where(outline(groups, scale, width), 0.7 * picture + 0.3, picture)
+    picture = torch.where(outline(groups, scale, width), 0.7 * picture + 0.3, picture)
+    return _hatch(picture, groups < 0, scale)
 
 
 def merged_tokens(
@@ -163,7 +179,7 @@ def merged_tokens(
     Args:
         path: the PNG to write.
         images: (C, H, W) uint8, with one or three channels.
-        groups: for each image and each column but the first, (rows, columns) int64, the group of each patch.
+        groups: for each image and each column but the first, (rows, columns) int64, the group of each patch, or -1.
         columns: headings; the first is the untouched image's.
         labels: one for each image.
         title: above everything.

@@ -60,7 +60,7 @@ def adapt(
     if wanted.num_classes != found.num_classes or other_features:
         changes.append(_replace_heads(tensors, found, wanted))
         card = replace(card, class_names=())
-    if changes:
+    if changes or wanted.img_size != found.img_size:
         card = replace(card, figures=())  # they were measured without them
     return replace(card, config=wanted), tensors, changes
 

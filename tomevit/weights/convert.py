@@ -519,6 +519,7 @@ def adapt_weights(weights: Weights, wanted: Mapping[str, Any], model: Card | Non
     card, tensors, report = weights
     if model is not None and (model.config.pool_norm, card.config.pool_norm) == ("after", "before"):
         card = replace(card, name=model.name, weights=None, timm=model.timm, title=model.title, papers=model.papers)
+        card = replace(card, presets=model.presets)
         wanted = {"pool": model.config.pool, "pool_norm": model.config.pool_norm, **wanted}
     config = replace(card.config, **{name: value for name, value in wanted.items() if value is not None})
     card, tensors, changes = adapt(card, tensors, config, resampling(card))
@@ -547,6 +548,8 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
         )
     if isinstance(model, str) and "." in model and card.weights not in (None, named and named.weights):
         raise CheckpointError(f"{source} holds {card.full_name}, and not {model}")
+    if named is not None and card.name == named.name and not card.presets:
+        card = replace(card, presets=named.presets)  # files of earlier versions have none
     report = Report(
         source=source,
         sha256=card.origin.sha256 or "" if card.origin else "",

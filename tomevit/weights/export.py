@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tomevit.cards import Card
+from tomevit.flops import plain_steps
 from tomevit.output import check_output, explain_os_errors, new_file
+from tomevit.schedule import format_schedule
 from tomevit.weights import checkpoint, rules
 from tomevit.weights.convert import weights_of
 from tomevit.weights.formats import FORMATS
@@ -111,8 +113,8 @@ _WRITERS = {"safetensors": _write_safetensors, "npz": _write_npz, "torch": _writ
 
 def _list_unsaid(card: Card, format: str) -> list[str]:  # noqa: A002
     sentences = []
-    if card.r:
-        sentences.append(f"{format} does not know merging: r = {card.r} is left out")
+    if any(step.total for step in plain_steps(card.r, card.config, card.presets)):
+        sentences.append(f"{format} does not know merging: r = {format_schedule(card.r)} is left out")
         if not card.config.prop_attn:
             sentences.append(f"{format} does not know merging: that attention is not proportional is left out")
     return sentences

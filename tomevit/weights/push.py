@@ -17,10 +17,10 @@ from torch import nn
 
 from tomevit import zoo
 from tomevit.cards import Card, is_ours
-from tomevit.config import RUNTIME, Figure, Source
+from tomevit.config import RUNTIME, Config, Figure, Source
 from tomevit.errors import CheckpointError, UploadError, printable
 from tomevit.flops import flops
-from tomevit.schedule import token_counts
+from tomevit.schedule import Schedule, token_counts
 from tomevit.weights import checkpoint
 from tomevit.weights.adapt import ADAPTABLE
 from tomevit.weights.convert import is_finite, weights_of
@@ -178,7 +178,7 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
     A line of that template which begins with `?field` is there if the field is not empty, one with `?!field` if it is.
     """
     config = card.config
-    tokens = token_counts(card.r, config.depth, config.num_tokens, config.num_prefix)
+    tokens = _tokens(card.r, config)
     fields = {
         "metadata": _metadata(card, repo, base, dataset),
         "card": card,
@@ -192,11 +192,18 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
         "mode": {1: '.convert("L")', 3: '.convert("RGB")'}.get(config.in_chans, ""),
         "classes": (len(card.class_names) <= 20 and card.class_names) or config.num_classes or "none: features",
         "edge": "shorter edge" if card.preprocess.resize == "shorter" else "both edges",
-        "tokens": (tokens[0], tokens[-1]),
-        "merges": tokens[-1] < tokens[0],
+        "tokens": tokens,
+        "merges": tokens[1] < tokens[0],
         "gflops": [flops(config) / 1e9, flops(config, card.r) / 1e9],
         "figures": [
-            f"| {figure.r} | {figure.top1:.2f} {figure.unit} | {_plain(figure.source)} |" for figure in card.figures
+            f"| {_plain(str(figure.r))} | {figure.top1:.2f} {figure.unit} | {_plain(figure.source)} |"
+            for figure in card.figures
+        ],
+        "presets": [
+            f"| {_plain(preset.name)} | {_tokens(list(preset.r), config)[1]} | "
+            f"{flops(config, list(preset.r)) / 1e9:.4g} | {_plain(preset.source)} |"
+            for preset in card.presets
+            if preset.fits(config)
         ],
         "papers": [f"- {_link_arxiv(_plain(paper))}" for paper in card.papers],
     }
@@ -206,6 +213,12 @@ def model_card(card: Card, repo: str, base: Base | None = None, dataset: str | N
         if marker is None or bool(marker[1]) != bool(formatter.get_field(marker[2], (), fields)[0]):
             lines.append(line[marker.end() :] if marker else line)
     return formatter.vformat("\n".join(lines) + "\n", (), fields)
+
+
+def _tokens(r: Schedule, config: Config) -> tuple[int, int]:
+    """How many enter the first block, and how many leave the last."""
+    counts = token_counts(r, config.depth, config.num_tokens, config.num_prefix, config.grid)
+    return counts[0], counts[-1]
 
 
 class _CardFormatter(Formatter):

@@ -28,7 +28,7 @@ from tomevit.deploy.programs.trace import Settings, from_pixels, trace
 from tomevit.errors import join_with_or
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, explain_os_errors, new_file
-from tomevit.schedule import Schedule, check_schedule, schedule_to_json
+from tomevit.schedule import Schedule, schedule_to_json
 from tomevit.transform import Transform
 from tomevit.version import __version__
 from tomevit.weights import checkpoint
@@ -143,7 +143,7 @@ def export_program(
         format: "onnx", for onnxruntime, TensorRT, OpenVINO and others; "openvino", OpenVINO's own; "pt2", for
             `torch.export.load`; "aoti", compiled, for `torch._inductor.aoti_load_package` and C++ without Python, on
             the kind of device that the model is on.
-        r: instead of the model's own.
+        r: instead of the model's own, in any form; words become plain numbers, and these are what the program says.
         dtype: of images, weights and output. Sizes and similarities of tokens are float32 in each. For OpenVINO, of the
             weights as they are stored: images and output are float32, and what it computes in is a setting there.
             "int8" (onnx, openvino): linear layers multiply in 8 bits, and all else is float32. Of ONNX what they
@@ -167,7 +167,7 @@ def export_program(
     card, tensors, _ = weights_of(model)
     named = "the model" if isinstance(model, nn.Module) else os.fspath(model)  # as messages do
     if r is not None:
-        card = replace(card, r=check_schedule(r, card.config.depth))
+        card = replace(card, r=r)
 
     with tqdm(desc="reading", total=5, delay=2, leave=False, disable=None, bar_format="{desc} {elapsed}") as bar:
 
@@ -177,10 +177,11 @@ def export_program(
 
         with torch.no_grad(), _folder_for(out) as folder:
             reference = checkpoint.assemble(card, {name: t.float() for name, t in tensors.items()}, named)
-            if card.config.matching == "random" and any(reference.schedule()):
+            matchings = {step.matching or card.config.matching for step in reference.steps() if step.total}
+            if "random" in matchings:
                 raise ValueError(
                     "matching='random' draws anew at every call, and a program answers the same each time: "
-                    "create the model with matching='bipartite'"
+                    "create the model with matching='bipartite', and name no random matching in r"
                 )
             ends = "float32" if dtype in kind.float32_ends else dtype
             kept = DTYPES[ends]

@@ -46,9 +46,11 @@ from tomevit.tasks.evaluate.statistics import (
     Share,
     Verdict,
     count_rows,
+    distinct_plain,
     judge,
     paired,
     published_accuracies,
+    published_by_schedule,
     wilson,
 )
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
@@ -67,6 +69,7 @@ __all__ = [
     "judge",
     "paired",
     "published_accuracies",
+    "published_by_schedule",
     "wilson",
 ]
 
@@ -102,8 +105,8 @@ def as_json(setting: Mapping[str, Any], evaluation: Evaluation, verdicts: Iterab
     images, evaluated, batch, resumed, complete
     unreadable   one {file, reason} for each
     images_per_second   of this run, reading and all r included; or null
-    rows         one for each r: the fields of Row; shares are {value, lower, upper} in per cent or points; r is as
-                 `model.r`, but (r, inflection) is {"mean": r, "inflection": inflection}
+    rows         one for each r: the fields of Row; shares are {value, lower, upper} in per cent or points; r is as it
+                 was asked for and plain as `model.r`, but (r, inflection) is {"mean": r, "inflection": inflection}
     expected     one for each expectation: the fields of Verdict
     """
     return {"schema": SCHEMA, "command": "eval", **setting} | {
@@ -120,11 +123,11 @@ def as_json(setting: Mapping[str, Any], evaluation: Evaluation, verdicts: Iterab
 
 
 def _fields_as_json(found: Row | Verdict) -> dict[str, Any]:
-    fields = {
+    fields: dict[str, Any] = {
         name: value._asdict() if isinstance(value, Share | Quartiles) else value
         for name, value in found._asdict().items()
     }
-    return fields | {"r": schedule_to_json(found.r)}
+    return fields | {name: schedule_to_json(fields[name]) for name in ("r", "plain") if name in fields}
 
 
 class Step(NamedTuple):
@@ -160,7 +163,8 @@ def evaluate(
         model: on the device and in the dtype to evaluate in.
         files: images (`tomevit.data.labelled_images.labelled`); one that comes twice counts twice.
         labels: the class of each, an output of the model.
-        r_values: in the order of the rows; one that comes twice is evaluated once.
+        r_values: in the order of the rows; one that comes twice is evaluated once, and has one row. Those that only
+            mean the same, as "2x" and an int may, are evaluated once too, and have a row each.
         batch: images per call.
         workers: processes that read, for each process that evaluates.
         state: a file for what is known so far, in its own directory with those of other processes, named alike. If it
@@ -175,14 +179,15 @@ def evaluate(
     """
     r_values = distinct_schedules(r_values)
     _check_arguments(model, files, labels, r_values, batch)
+    columns = distinct_plain(model, r_values)
     batch, state = min(batch, len(files)), None if state is None else Path(state)
     _, world = processes()
-    key = evaluation_key(model, files, labels, r_values, batch) if state is not None or world > 1 else {}
-    table = resume(state, key, blank_table(len(files), len(r_values), batch))
+    key = evaluation_key(model, files, labels, columns, batch) if state is not None or world > 1 else {}
+    table = resume(state, key, blank_table(len(files), len(columns), batch))
     resumed, interrupted = count_done(table), False
     started = saved = time.perf_counter()
     try:
-        with reading(), closing(_fill_table(model, files, labels, r_values, table, batch, workers)) as steps:
+        with reading(), closing(_fill_table(model, files, labels, columns, table, batch, workers)) as steps:
             for step in steps:
                 if progress is not None:
                     progress(step)

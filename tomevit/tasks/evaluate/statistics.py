@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from tomevit.cards import Card
-from tomevit.flops import flops
+from tomevit.flops import flops, plain_steps
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule
+from tomevit.schedule import Schedule, entries
 from tomevit.tasks.evaluate.state import NOT_FINITE, AnswerTable
 
 Z = NormalDist().inv_cdf(0.975)  # of an interval of 95 %
@@ -31,11 +32,15 @@ class Share(NamedTuple):
 class Row(NamedTuple):
     """What was found at one r."""
 
-    r: Schedule
+    r: Schedule  # as it was asked for
+    plain: Schedule  # in numbers: what "2x" means for this model
+    schedule: tuple[int | str, ...]  # what happens in each block, as entries of a list that is an r
     tokens: int  # leaving the last block
     gflops: float  # multiply-adds per image, in 10⁹, as the paper counts them
+    gflops_computed: float  # as they are computed
     flop_ratio: float  # r = 0 over this r, as they are computed
     top1: Share
+    published: float | None  # top-1 of these weights at this schedule, in per cent; None: no figure is known
     top5: Share
     difference: Share | None  # top-1 less that of r = 0 on the same images; None: r = 0 was not evaluated, or is this
     agreement: Share | None  # images with the same answer as at r = 0
@@ -96,6 +101,15 @@ def published_accuracies(card: Card) -> list[Expected]:
     return [Expected(figure.r, figure.top1, figure.source) for figure in card.figures if figure.by in heads]
 
 
+def published_by_schedule(card: Card) -> list[tuple[tuple[int | str, ...], Expected]]:
+    """`published_accuracies`, each behind what happens in each block at its r; none of presets that it lacks."""
+    found = []
+    for each in published_accuracies(card):
+        with suppress(ValueError):
+            found.append((entries(plain_steps(each.r, card.config, card.presets)), each))
+    return found
+
+
 def judge(rows: Iterable[Row], expected: Iterable[Expected]) -> list[Verdict]:
     """Each expectation beside the row of its r; one whose r was not evaluated is left out."""
     measured = {str(row.r): row.top1 for row in rows}
@@ -106,6 +120,14 @@ def judge(rows: Iterable[Row], expected: Iterable[Expected]) -> list[Verdict]:
     ]
 
 
+def distinct_plain(model: VisionTransformer, r_values: Iterable[Schedule]) -> list[Schedule]:
+    """What the r mean for a model, in numbers, once each: the columns that `count_rows` expects."""
+    found: dict[tuple[int | str, ...], Schedule] = {}
+    for r in r_values:
+        found.setdefault(entries(model.steps(r)), model.plain(r))
+    return list(found.values())
+
+
 def count_rows(
     model: VisionTransformer, r_values: Sequence[Schedule], labels: Sequence[int], table: AnswerTable, batch: int
 ) -> list[Row]:
@@ -113,7 +135,7 @@ def count_rows(
 
     Args:
         model: whose answers they are.
-        r_values: the columns of the table.
+        r_values: what the columns of the table are of; those that mean the same share one (`distinct_plain`).
         labels: the right answer for each row of the table.
         table: what is known.
         batch: images per call.
@@ -125,25 +147,34 @@ def count_rows(
     right = answers == torch.tensor(labels, device="cpu")[known, None]
     times = [column[~column.isnan()].tolist() for column in table.seconds.T]
     seconds = [Quartiles.of(column) if column else None for column in times]
-    zero = next((i for i, r in enumerate(r_values) if not any(model.schedule(r))), None)
-    plain = None if zero is None else seconds[zero]
+    schedules = [entries(model.steps(r)) for r in r_values]
+    columns = {schedule: i for i, schedule in enumerate(dict.fromkeys(schedules))}
+    zero = next((columns[schedule] for schedule in schedules if not any(schedule)), None)
+    unmerged = None if zero is None else seconds[zero]
+    published = {schedule: each.top1 for schedule, each in reversed(published_by_schedule(model.card))}
     config, rows = model.config, []
-    for i, r in enumerate(r_values):
+    for r, schedule in zip(r_values, schedules, strict=True):
+        i, plain = columns[schedule], model.plain(r)
         taken = seconds[i]
         compare = zero is not None and i != zero
+        computed = flops(config, plain, computed=True)
         rows.append(
             Row(
                 r=r,
-                tokens=model.token_counts(r)[-1],
-                gflops=flops(config, r) / 1e9,
-                flop_ratio=flops(config, computed=True) / flops(config, r, computed=True),
+                plain=plain,
+                schedule=schedule,
+                tokens=model.token_counts(plain)[-1],
+                gflops=flops(config, plain) / 1e9,
+                gflops_computed=computed / 1e9,
+                flop_ratio=flops(config, computed=True) / computed,
                 top1=wilson(int(right[:, i].sum()), total),
+                published=published.get(schedule),
                 top5=wilson(int(table.among5[known, i].sum()), total),
                 difference=_difference(right[:, i], right[:, zero]) if compare else None,
                 agreement=wilson(int((answers[:, i] == answers[:, zero]).sum()), total) if compare else None,
                 seconds=taken,
                 images_per_second=None if taken is None else batch / taken.median,
-                speed_up=None if taken is None or plain is None else plain.median / taken.median,
+                speed_up=None if taken is None or unmerged is None else unmerged.median / taken.median,
                 not_finite=int((answers[:, i] == NOT_FINITE).sum()),
             )
         )

@@ -43,15 +43,22 @@ class Prediction(NamedTuple):
 class Run:
     """What became of an image at one r. Step 0 is the patch embedding, step i block i."""
 
-    r: Schedule
+    r: Schedule  # as it was asked for
+    plain: Schedule  # in numbers: what "2x" means for this model
     tokens: tuple[int, ...]  # that leave each step, prefix included: depth + 1
     flops: tuple[int, ...]  # multiply-adds of each step, as the paper counts them: depth + 1
-    groups: Tensor  # (depth + 1, rows, columns) int64: the token that each patch is part of behind each step, from 0
+    #: (depth + 1, rows, columns) int64: the token that each patch is part of behind each step, from 0; -1 if dropped
+    groups: Tensor
     attention: Tensor | None  # (depth, rows, columns) float32: of the class token in each block, each patch's share
     prefix_attention: (
         Tensor | None
     )  # (depth, num_prefix) float32: the shares of the prefix, the class token's own first
     answers: tuple[Prediction, ...]  # the most probable first; none from a model without a head
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """How many patches are part of no token behind each step: depth + 1 numbers."""
+        return tuple((self.groups < 0).sum((1, 2)).tolist())
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +82,7 @@ def observe(
     """What merging does to one image, at each r.
 
     Attention is averaged over the heads. A merged token's share is divided among its patches, so that the shares of all
-    patches and of the prefix sum to 1. Where there is no class token, there is none.
+    patches and of the prefix sum to 1; a dropped patch has none. Where there is no class token, there is none.
 
     Args:
         model: in evaluation mode, of one or three channels.
@@ -112,20 +119,22 @@ def observe(
 
 def _run(model: VisionTransformer, steps: Sequence[Tokens], r: Schedule) -> Run:
     """From the tokens of one image behind each step."""
-    config, prefix = model.config, model.config.num_prefix
+    config, prefix, plain = model.config, model.config.num_prefix, model.plain(r)
     slots = [step.slots for step in steps if step.slots is not None]  # traced, so all of them
-    groups = torch.cat(slots)[:, prefix:].sub(prefix).view(-1, *config.grid).cpu()
+    groups = torch.cat(slots)[:, prefix:].sub(prefix).clamp(min=-1).view(-1, *config.grid).cpu()
     attention = prefix_attention = None
     if config.class_token:
         blocks: Any = model.blocks
         weights = [attention_weights(*entering)[0, :, 0].mean(0).cpu() for entering in zip(blocks, steps, strict=False)]
         prefix_attention = torch.stack([weight[:prefix] for weight in weights])
-        attention = torch.stack([weight[prefix:][into] for weight, into in zip(weights, groups, strict=False)])
-        attention /= group_sizes(groups[:-1])
+        entering = groups[:-1]
+        shares = torch.stack([weight[prefix:][into] for weight, into in zip(weights, entering, strict=True)])
+        attention = torch.where(entering < 0, 0.0, shares / group_sizes(entering))
     return Run(
         r=r,
+        plain=plain,
         tokens=tuple(step.x.shape[1] for step in steps),
-        flops=flops_by_step(config, r),
+        flops=flops_by_step(config, plain),
         groups=groups,
         attention=attention,
         prefix_attention=prefix_attention,
@@ -150,7 +159,8 @@ def attention_weights(block: Block, tokens: Tokens, num_queries: int = 1) -> Ten
 
     Args:
         block: in evaluation mode.
-        tokens: that enter it, x (B, N, D); their sizes count where the block's attention is proportional.
+        tokens: that enter it, x (B, N, D); their weights count, and without such their sizes where the block's
+            attention is proportional.
         num_queries: how many tokens, from the front, to ask for. The first is the class token, where there is one.
 
     Returns:
@@ -163,23 +173,25 @@ def attention_weights(block: Block, tokens: Tokens, num_queries: int = 1) -> Ten
     if tokens.rope is not None:
         q, k = attention.rotate(q, tokens.rope[:, :num_queries]), attention.rotate(k, tokens.rope)
     scores = q.to(torch.float32) @ k.to(torch.float32).transpose(-2, -1) * attention.head_dim**-0.5
-    if block.prop_attn and tokens.size is not None:
-        scores += rearrange(tokens.size.log(), "b n 1 -> b 1 1 n")
+    counts = (tokens.size if block.prop_attn else None) if tokens.weight is None else tokens.weight
+    if counts is not None:
+        scores += rearrange(counts.log(), "b n 1 -> b 1 1 n")
     return scores.softmax(-1)
 
 
 def group_sizes(groups: Tensor) -> Tensor:
-    """How many patches each patch's group has.
+    """How many patches each patch's group has; 0 for a patch that was dropped.
 
     Args:
-        groups: (..., rows, columns) int64 from 0, the group of each patch.
+        groups: (..., rows, columns) int64 from 0, the group of each patch; -1 if it was dropped.
 
     Returns:
         As groups.
     """
     flat = groups.flatten(-2)
-    count = torch.zeros_like(flat).scatter_add_(-1, flat, torch.ones_like(flat))
-    return count.gather(-1, flat).view_as(groups)
+    there, group = (flat >= 0).to(torch.int64), flat.clamp(min=0)
+    count = torch.zeros_like(flat).scatter_add_(-1, group, there)
+    return (count.gather(-1, group) * there).view_as(groups)
 
 
 def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:

@@ -59,16 +59,17 @@
 
   // ---------------------------------------------------------------------------------------------------------- groups
 
-  /** The tokens behind a step: the token of each patch; the patches, the first patch and the colour of each token. */
+  /** The tokens behind a step: the token of each patch, -1 if dropped; the patches, the first one and the colour of each. */
   function tokensBehind(run, step) {
     return (run.steps[step] ??= (() => {
-      const of = run.groups.subarray(step * patches, (step + 1) * patches);
-      const count = Math.max(...of) + 1;
+      const count = run.tokens[step] - data.prefix.length;
+      const of = Int32Array.from(run.groups.subarray(step * patches, (step + 1) * patches), (token) => (token < count ? token : -1));
       const size = new Uint16Array(count);
       const first = new Int32Array(count).fill(-1);
       const colour = new Float32Array(3 * count);
       for (let patch = 0; patch < patches; patch++) {
         const token = of[patch];
+        if (token < 0) continue;
         if (first[token] < 0) first[token] = patch;
         size[token]++;
         for (let c = 0; c < 3; c++) colour[3 * token + c] += means[3 * patch + c];
@@ -118,7 +119,8 @@
     const { of, colour } = tokensBehind(run, step);
     for (let patch = 0; patch < patches; patch++) {
       for (let c = 0; c < 3; c++) {
-        image.data[4 * patch + c] = state.view === "image" ? means[3 * patch + c] : colour[3 * of[patch] + c];
+        const own = means[3 * patch + c];
+        image.data[4 * patch + c] = state.view === "image" ? own : of[patch] < 0 ? 0.3 * own : colour[3 * of[patch] + c];
       }
       image.data[4 * patch + 3] = 255;
       if (state.view === "attention") {
@@ -165,6 +167,26 @@
     }
   }
 
+  /** Bright diagonals over the patches that are dropped. */
+  function hatch(context, tokens) {
+    const apart = Math.max(4, Math.floor(cell / 3));
+    context.save();
+    context.beginPath();
+    for (let patch = 0; patch < patches; patch++) {
+      if (tokens.of[patch] < 0) context.rect((patch % columns) * cell, Math.floor(patch / columns) * cell, cell, cell);
+    }
+    context.clip();
+    context.beginPath();
+    for (let x = apart; x < (columns + rows) * cell; x += apart) {
+      context.moveTo(x, 0);
+      context.lineTo(x - rows * cell, rows * cell);
+    }
+    context.strokeStyle = "rgb(255 255 255 / 0.35)";
+    context.lineWidth = Math.max(1, Math.floor(cell / 14));
+    context.stroke();
+    context.restore();
+  }
+
   function drawBase() {
     const { width, height } = base.canvas;
     const run = runs[state.run];
@@ -176,7 +198,8 @@
       const line = Math.max(1, Math.round(0.09 * cell));
       const thin = Math.max(1, Math.round(0.03 * cell));
       const hues = Array.from(tokens.first, (patch, token) => (tokens.size[token] > 1 ? hue(patch) : "rgb(82 82 82)"));
-      outline(base, tokens, (token) => hues[token], (token) => (tokens.size[token] > 1 ? line : thin));
+      outline(base, tokens, (token) => hues[token] ?? null, (token) => (tokens.size[token] > 1 ? line : thin));
+      hatch(base, tokens);
       return;
     }
     base.imageSmoothingEnabled = photo.naturalHeight > 4 * rows;
@@ -192,7 +215,9 @@
       pixels.putImageData(image, 0, 0);
       base.imageSmoothingEnabled = false;
       base.drawImage(pixels.canvas, 0, 0, width, height);
-      outline(base, tokens, () => "rgb(255 255 255 / 0.3)", () => Math.max(1, Math.round(0.025 * cell)));
+      const inside = (token) => (token < 0 ? null : "rgb(255 255 255 / 0.3)");
+      outline(base, tokens, inside, () => Math.max(1, Math.round(0.025 * cell)));
+      hatch(base, tokens);
     }
   }
 
@@ -247,10 +272,11 @@
     const tokens = tokensShown();
     const size = tokens.size[tokens.of[patch]];
     const where = `row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`;
-    const group = size === 1 ? "a token of its own" : `in a token of ${size} patches, ${percent(size / patches)} of all`;
+    const own = size === 1 ? "a token of its own" : `in a token of ${size} patches, ${percent(size / patches)} of all`;
+    const group = tokens.of[patch] < 0 ? "dropped, in no token" : own;
     const parts = [`Patch in ${where}`, `${group}${state.pinned === patch ? "; kept" : ""}`];
-    if (run.attention && state.step > 0) {
-      const entering = tokensBehind(run, state.step - 1);
+    const entering = tokensBehind(run, Math.max(0, state.step - 1));
+    if (run.attention && state.step > 0 && entering.of[patch] >= 0) {
       const share = attended(run, state.step, patch);
       const whole = share * entering.size[entering.of[patch]];
       parts.push(
@@ -266,12 +292,15 @@
     const patch = selected();
     const readout = byId("readout");
     if (patch < 0) {
-      const { size } = tokensShown();
+      const { of, size } = tokensShown();
+      const dropped = of.reduce((count, token) => count + (token < 0), 0);
       const front = data.prefix.length > 2 ? [`${data.prefix.length} that never merge`] : data.prefix.map((name) => `the ${name} token`);
       const largest = Math.max(...size);
       readout.replaceChildren(
-        `${many(size.length + data.prefix.length, "token")}: ${[...front, `${size.length} for ${many(patches, "patch")}`].join(", ")}` +
-          (largest === 1 ? "." : `, the largest for ${largest}. Point at one.`),
+        `${many(size.length + data.prefix.length, "token")}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
+          (largest === 1 ? "" : `, the largest for ${largest}`) +
+          (dropped ? `; ${many(dropped, "patch")} dropped.` : ".") +
+          (largest === 1 ? "" : " Point at one."),
       );
     } else {
       const [where, group, attention] = describe(patch);
@@ -291,7 +320,8 @@
       legend.replaceChildren(`What the model sees: resized and cropped to ${data.size[1]} × ${data.size[0]} pixels.`);
     } else if (state.view === "groups") {
       legend.replaceChildren(
-        "Patches of one token share their mean colour and the hue of their edge. Grey edges hold one patch.",
+        "Patches of one token share their mean colour and the hue of their edge. Grey edges hold one patch." +
+          (run.dropped[depth] ? " Dark, hatched patches are dropped: no token stands for them." : ""),
       );
     } else if (state.step === 0) {
       legend.replaceChildren("There is no attention before block 1.");
@@ -301,7 +331,8 @@
       legend.replaceChildren(
         element("div", { className: "scale" }, "0", scale, most),
         `Attention of the class token in block ${state.step}, mean of the heads, over the tokens that enter; a token's ` +
-          `share is divided among its patches. ${shares.join(", ")}.${data.reads}`,
+          `share is divided among its patches. ${shares.join(", ")}.${data.reads}` +
+          (run.dropped[depth] ? " Hatched patches are dropped before." : ""),
       );
     }
   }
@@ -334,11 +365,13 @@
   function writeTable() {
     if (!byId("figures").open) return;
     const run = runs[state.run];
-    const heads = ["block", "tokens", "largest", UNIT, ...(run.attention ? ["attention to the prefix"] : [])];
+    const dropped = run.dropped[depth] > 0;
+    const heads = ["block", "tokens", "largest", ...(dropped ? ["patches dropped"] : []), UNIT, ...(run.attention ? ["attention to the prefix"] : [])];
     const lines = run.tokens.map((tokens, step) => [
       step === 0 ? "embedding" : step,
       tokens,
       Math.max(...tokensBehind(run, step).size),
+      ...(dropped ? [run.dropped[step]] : []),
       (run.flops[step] / unit).toPrecision(3),
       ...(run.attention ? [step === 0 ? "" : percent(run.prefix[step - 1].reduce((sum, share) => sum + share, 0))] : []),
     ]);
@@ -592,7 +625,8 @@
         "span",
         {},
         element("span", { className: "name" }, element("span", {}, `r = ${run.r}`), best ? element("span", {}, `${best[0]} (${percent(best[1])})`) : ""),
-        element("span", { className: "quiet" }, `${many(run.tokens[depth], "token")} left of ${run.tokens[0]}`),
+        element("span", { className: "quiet" }, `${many(run.tokens[depth], "token")} left of ${run.tokens[0]}${run.dropped[depth] ? `, ${many(run.dropped[depth], "patch")} dropped` : ""}`),
+        run.plain ? element("span", { className: "quiet" }, `here r = ${run.plain}`) : "",
         element("span", { className: "quiet" }, cost === most ? written : `${written}, ${(most / cost).toFixed(2)} times fewer`),
       );
       byId("runs").append(element("label", { className: "run" }, input, element("span", {}, small, words)));

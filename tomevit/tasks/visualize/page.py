@@ -103,7 +103,9 @@ def _run(run: Run) -> dict[str, Any]:
         "r": format_schedule(run.r),
         "tokens": run.tokens,
         "flops": run.flops,
-        "groups": _words(run.groups),
+        "plain": format_schedule(run.plain) if run.plain != run.r else "",
+        "dropped": run.dropped,
+        "groups": _words(run.groups.remainder(2**16)),  # a dropped patch has a number that no token of the step has
         "attention": None,
         "answers": [[printable(answer.name), answer.probability] for answer in run.answers],
     }

@@ -44,26 +44,26 @@ def draw(
     config, runs = observation.config, observation.runs
     blocks = blocks_to_show(config, show, blocks)
     image = observation.image / 255
+    any_dropped = any(run.dropped[-1] for run in runs)
+    merged_note = plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped
     if show == "picture":
         inches = 3.2
         pictures = [[image, *(_tokens(observation, run, config.depth, inches) for run in runs)]]
         columns = ["image", *(f"r = {_short(format_schedule(run.r))}" for run in runs)]
         captions = [[f"{config.num_patches} patches", *(_outcome(run) for run in runs)]]
-        labels, note = [""], plots.MERGED_NOTE
+        labels, note = [""], merged_note
     else:
         inches = 1.9
         columns = ["image", *(f"block {block}" for block in blocks)]
         labels = [_label(run) for run in runs]
         if show == "strip":
             pictures = [[image, *(_tokens(observation, run, block, inches) for block in blocks)] for run in runs]
-            captions = [
-                [f"{config.num_patches} patches", *(f"{run.tokens[block]} tokens" for block in blocks)] for run in runs
-            ]
-            note = plots.MERGED_NOTE
+            captions = [[f"{config.num_patches} patches", *(_left(run, block) for block in blocks)] for run in runs]
+            note = merged_note
         else:
             pictures = [[image, *(_attention(observation, run, block, inches) for block in blocks)] for run in runs]
             captions = [["", *(f"at most {_most(run, block):.2g} %" for block in blocks)] for run in runs]
-            note = ATTENTION_NOTE
+            note = ATTENTION_NOTE + " Hatched patches are dropped before." * any_dropped
     plots.panels(path, suffix, pictures, columns, labels, title, note, captions=captions, inches=inches)
 
 
@@ -110,7 +110,12 @@ def _label(run: Run) -> str:
 
 
 def _outcome(run: Run) -> str:
-    return "\n".join([f"{run.tokens[-1]} tokens, {_cost(run)}", *_answer(run)])
+    return "\n".join([f"{_left(run, len(run.tokens) - 1)}, {_cost(run)}", *_answer(run)])
+
+
+def _left(run: Run, block: int) -> str:
+    dropped = f", {run.dropped[block]} dropped" if run.dropped[block] else ""
+    return f"{run.tokens[block]} tokens{dropped}"
 
 
 def _cost(run: Run) -> str:

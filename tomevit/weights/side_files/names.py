@@ -48,4 +48,5 @@ def named_card(config: Config, kin: str, **rest: Any) -> Card:
         family = "deit_distilled" if config.dist_token else "vit"
         name = f"{family}_{config.embed_dim}x{config.depth}_p{config.patch_size}"
         near = Card(name=name, title="Vision Transformer")
-    return Card(name=near.name, timm=near.timm, title=near.title, papers=near.papers, config=config, **rest)
+    of_architecture = {field: getattr(near, field) for field in ("name", "timm", "title", "papers", "presets")}
+    return Card(**of_architecture, config=config, **rest)
