@@ -25,14 +25,15 @@ from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import Quartiles, ratio_interval
 from tomevit.models import VisionTransformer, unwrap_transformer
-from tomevit.schedule import SHAPES, Schedule, Step
+from tomevit.schedule import Schedule, Step
 from tomevit.tasks.tune import costs
 from tomevit.tasks.tune.answers import Faithfulness, name_of
 from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, num_merging, probes
 from tomevit.tasks.tune.front import Front, Point, best_of, matchings_of
 from tomevit.tasks.tune.record import Record
 from tomevit.tasks.tune.search import exchanges, shortest_paths, spread, undominated
-from tomevit.tasks.tune.setting import check_arguments, choices, describe, num_searched
+from tomevit.tasks.tune.setting import SEARCHED, check_arguments, choices, describe, num_searched
+from tomevit.words import SHAPES
 
 __all__ = ["Front", "Point", "tune"]
 
@@ -61,7 +62,7 @@ def tune(
     *,
     batch: int = 8,
     mode: str = "eager",
-    matchings: Sequence[str] = ("bipartite", "diffrate", "importance", "pitome"),
+    matchings: Sequence[str] = SEARCHED,
     rounds: int = 20,
     seed: int = 0,
     file: str | os.PathLike[str] | None = None,

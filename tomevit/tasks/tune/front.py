@@ -86,14 +86,7 @@ class Front:
         Raises:
             ValueError: none or several are given, or no point keeps it; the message says what can be had.
         """
-        asked = {"speed_up": speed_up, "max_drop": max_drop, "latency": latency}
-        given = {name: value for name, value in asked.items() if value is not None}
-        if len(given) != 1:
-            raise ValueError(f"give one of {join_with_or(asked)}, and not {' and '.join(given) or 'none'}")
-        ((name, value),) = given.items()
-        if not math.isfinite(value) or value < 0 or (value == 0 and name != "max_drop"):
-            least_of_all = "of at least" if name == "max_drop" else "above"
-            raise ValueError(f"{name} is {value}, and must be a number {least_of_all} 0")
+        name, value = promise_of(speed_up=speed_up, max_drop=max_drop, latency=latency)
         if name == "max_drop":
             least = self.points[0].kept - value - 1e-9  # a difference of two per cents may be off by a digit
             return min((p for p in self.points if p.kept >= least), key=lambda p: (p.seconds, p.drift))
@@ -275,6 +268,23 @@ def _speed_up(point: Point) -> float:
     return point.speed_up
 
 
+def promise_of(**asked: float | None) -> tuple[str, float]:
+    """The one promise that is asked for, of the arguments of `Front.at`: its name, and its number.
+
+    Raises:
+        ValueError: there are none or several, or it is no number that could be kept.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) != 1:
+        names = ("speed_up", "max_drop", "latency")
+        raise ValueError(f"give one of {join_with_or(names)}, and not {' and '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if not math.isfinite(value) or value < 0 or (value == 0 and name != "max_drop"):
+        least_of_all = "of at least" if name == "max_drop" else "above"
+        raise ValueError(f"{name} is {value}, and must be a number {least_of_all} 0")
+    return name, value
+
+
 def is_fast_enough(speed_up: float) -> Callable[[Point], bool]:
     """Whether a point is so many times as fast as r = 0, and not slower by its interval's lower end."""
     return lambda point: point.speed_up >= speed_up and (point.speed_up_range is None or point.speed_up_range[0] >= 1)
@@ -290,7 +300,7 @@ def best_of(points: Sequence[Point]) -> tuple[list[Point], str]:
     plain = sorted(undominated(constant, _measures), key=lambda point: (point.kind != "unmerged", -point.seconds))
     # The model as it is stands first, even where something that merges were as faithful and faster.
     front, plain = ([constant[0], *(point for point in each if point is not constant[0])] for each in (front, plain))
-    others = [point for point in front[1:] if point.kind != "constant" and point.speed_up > 1]
+    others = [point for point in front[1:] if point.kind != "constant" and is_fast_enough(1)(point)]
     beside = [(point.drift, drift_at(constant, point.seconds)) for point in others]
     if not any(ours <= theirs / LEAST_GAIN for ours, theirs in beside):
         return plain, NO_GAIN

@@ -14,10 +14,14 @@ from tomevit.errors import join_with_or
 from tomevit.layers.embed import check_images
 from tomevit.measure.bench import MODES, subject
 from tomevit.models import VisionTransformer
-from tomevit.schedule import MATCHING_NAMES
 from tomevit.tasks.tune.costs import num_merging
 from tomevit.weights.checkpoint import digest_of
+from tomevit.words import MATCHING_NAMES
 
+#: Matchings of which a block may merge any number of tokens, and the same ones each time.
+SEARCHABLE = tuple(name for name in MATCHING_NAMES if name not in ("grid", "random"))
+#: Those that are searched where nothing else is said.
+SEARCHED = ("bipartite", "diffrate", "importance", "pitome")
 #: Images that a search takes at least.
 LEAST_IMAGES = 32
 #: Half of the images are searched on, but so many at most: more make the search slow, and the result better known.
@@ -32,11 +36,10 @@ def num_searched(images: int) -> int:
 def choices(config: Config, matchings: Sequence[str]) -> tuple[str, tuple[str | None, ...]]:
     """What the model's own matching is called, and those to choose from, None for the model's own."""
     own = config.matching if isinstance(config.matching, str) else getattr(config.matching, "__name__", "own")
-    known = [name for name in MATCHING_NAMES if name not in ("grid", "random")]
     if isinstance(matchings, str) or not (matchings or callable(config.matching)):
-        raise ValueError(f"matchings is {matchings!r}, and must list some of {', '.join(known)}")
-    if wrong := [name for name in matchings if name not in known]:
-        raise ValueError(f"matchings has {wrong[0]!r}, which cannot be searched; there is {join_with_or(known)}")
+        raise ValueError(f"matchings is {matchings!r}, and must list some of {', '.join(SEARCHABLE)}")
+    if wrong := [name for name in matchings if name not in SEARCHABLE]:
+        raise ValueError(f"matchings has {wrong[0]!r}, which cannot be searched; there is {join_with_or(SEARCHABLE)}")
     names: list[str | None] = [None] if callable(config.matching) else []
     return own, tuple(dict.fromkeys(names + [None if name == config.matching else name for name in matchings]))
 
