@@ -300,7 +300,7 @@ def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
     names, long = _names(points)
     columns: dict[str, Callable[[Point], str]] = {
         "speed-up": lambda p: with_range(p.speed_up, p.speed_up_range, 2),
-        "ms": lambda p: f"{1000 * p.seconds:#.3g}",
+        "ms": lambda p: _milliseconds(p.seconds),
     }
     if points[0].kl is None:
         columns["cosine"] = lambda p: f"{p.cosine:.4f}"
@@ -326,6 +326,11 @@ def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
     if chosen is not None:
         lines.append(f"* chosen: r = {format_schedule(chosen.r)}")
     return [*lines, "", LEGEND]
+
+
+def _milliseconds(seconds: float) -> str:
+    """With three digits."""
+    return f"{1000 * seconds:.{max(0, 3 - len(str(int(1000 * seconds))))}f}"
 
 
 def _names(points: Sequence[Point]) -> tuple[list[str], dict[str, str]]:
