@@ -67,7 +67,11 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.option("--compile", "compiled", is_flag=True, help="The same as --mode compiled.")
 @click.option("--timm/--no-timm", default=None, help="Against timm's model too; default: where it is installed.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each.")
-@click.option("--target", type=click.FloatRange(1, min_open=True), help="Suggest the least r with this speed-up.")
+@click.option(
+    "--target",
+    type=click.FloatRange(1, min_open=True),
+    help="Suggest the least r with this speed-up; with --front the most faithful.",
+)
 @click.option(
     "--front",
     "front_file",
