@@ -311,6 +311,8 @@ def test_where_the_search_gains_nothing_there_is_constant_r() -> None:
     best, note = best_of([*constant, worse])
     assert best == constant
     assert "nothing better than constant r" in note
+    unsure = made(seconds=2.5, drift=0.1, kind="found", r=[6], speed_up_range=(0.9, 2.0))
+    assert best_of([*constant, unsure]) == (constant, note)
     better = made(seconds=2.5, drift=0.1, kind="found", r=[6])
     best, note = best_of([*constant, worse, better])
     assert best == [constant[0], better, constant[2], constant[3]]

@@ -147,8 +147,8 @@ def tune_command(
     --latency chooses a point; what cannot be had ends in status 2 and says what can.
     """
     # Whatever the user may have got wrong comes before a download.
-    promises = {"speed_up": speed_up, "max_drop": max_drop, "latency": latency}
-    promises = {name: value for name, value in promises.items() if value is not None}
+    asked = {"speed_up": speed_up, "max_drop": max_drop, "latency": latency}
+    promises = {name: value for name, value in asked.items() if value is not None}
     if promises:
         promise_of(**promises)
     _check_out(out, chosen=bool(promises))
