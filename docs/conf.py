@@ -104,7 +104,7 @@ def leave_out(_: Sphinx, what: str, __: str, obj: Any, ___: bool, ____: object) 
 
 def tell_schema(_: Sphinx, __: str, name: str, ___: Any, ____: object, lines: list[str]) -> None:
     """What a JSON file has is aligned in columns, below one sentence."""
-    if name.endswith(".as_json"):
+    if name.endswith((".as_json", ".to_json")):
         lines[1:] = ["", ".. code-block:: text", "", *(f"   {line}" for line in lines[2:])]
 
 
@@ -130,7 +130,11 @@ def _mended(documented: Mapping[str, Any], link: re.Match[str]) -> str:
     """The link to a page and a name there, with the name that it has there."""
     before, page, name = link.groups()
     if name not in documented:
-        (name,) = (n for n, e in documented.items() if e.docname == page and n.endswith(f".{name.rpartition('.')[2]}"))
+        last = name.rpartition(".")[2]
+        there = [n for n, e in documented.items() if e.docname == page and n.endswith(f".{last}")]
+        # A method shares its class with the name that it has there; a function may share its own name with a method.
+        of_class = name.rsplit(".", 2)[1]
+        name = min(there, key=lambda n: (n.rsplit(".", 2)[1] != of_class, n.count(".")))
     return f'{before}{page}.html#{name}"'
 
 

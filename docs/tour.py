@@ -50,7 +50,7 @@ for answer in tomevit.classify(model, images[:3], top=2):
 
 # %% [markdown]
 # ## Merge
-# r tokens merge in each block. It takes [several forms](choosing_r.md#four-forms), and can be set at any time, or
+# r tokens merge in each block. It takes [several forms](choosing_r.md), and can be set at any time, or
 # given to one call.
 
 # %%

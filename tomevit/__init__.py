@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from tomevit.models import MaskedAutoencoder as MaskedAutoencoder
     from tomevit.models import VisionTransformer as VisionTransformer
     from tomevit.tasks.classify import classify as classify
+    from tomevit.tasks.tune import Front as Front
+    from tomevit.tasks.tune import tune as tune
     from tomevit.training.parameter_groups import param_groups as param_groups
     from tomevit.training.recipes import Recipe as Recipe
     from tomevit.training.recipes import list_recipes as list_recipes
@@ -56,6 +58,7 @@ _MODULES = {
     "Config": "config",
     "DistilledLogits": "models",
     "DownloadError": "errors",
+    "Front": "tasks.tune",
     "MaskedAutoencoder": "models",
     "Merge": "layers.merge",
     "Preprocess": "config",
@@ -80,6 +83,7 @@ _MODULES = {
     "push": "weights.push",
     "recipe": "training.recipes",
     "save": "weights.checkpoint",
+    "tune": "tasks.tune",
     "unmerge": "layers.merge",
     "verify": "weights.verify",
 }

@@ -54,6 +54,7 @@ PROGRAMS = ("tomevit", "python", "torchrun", "make")
 INSTALLS = "sets up an environment; whoever runs this test has done so"
 MEASURES = "takes minutes; tests/tools/test_bench.py runs it on small models"
 EXPORTS = "takes long; tests/tools/test_export_programs.py does it for every format and option"
+TUNES = "takes minutes, and photographs; tests/tasks/test_tune_command.py runs it on digits"
 TRAINS = (
     "takes a data set and hours; tests/project/test_finetune.py and tests/project/test_torchrun.py run it on digits"
 )
@@ -71,6 +72,9 @@ NOT_RUN = {
     "tomevit bench vit_b16 --batch 1 8 --mode eager optimized --markdown --plot speed.png": MEASURES,
     "tomevit bench mine.safetensors --dtype float32 bfloat16 --target 1.5 --json": MEASURES,
     "tomevit bench deit_s16 --batch 1 8 --target 1.5": MEASURES,
+    "tomevit bench tuned.safetensors --front front.json": TUNES,
+    "tomevit tune photos/ --model vit_b16 --speed-up 1.5 -o tuned.safetensors": TUNES,
+    "tomevit tune photos --model vit_b16 --speed-up 1.5 --front front.json -o tuned.safetensors": TUNES,
     "tomevit export deit_s16.safetensors --format onnx -o deit.onnx --r 13": EXPORTS,
     "tomevit export mine.safetensors --format onnx -o mine.onnx --r 16": EXPORTS,
     "tomevit export mine.safetensors --format onnx -o vit.onnx --r 16": EXPORTS,
@@ -137,7 +141,7 @@ def test_every_block_says_what_it_is() -> None:
 def test_all_that_is_not_run_is_somewhere() -> None:
     lines = {" ".join(words(command.line)) for page in PAGES for block in blocks(page) for command in commands(block)}
     assert NOT_RUN.keys() - lines == set()
-    assert len(NOT_RUN) == 23, "what is not run is worth a second look"
+    assert len(NOT_RUN) == 26, "what is not run is worth a second look"
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_the_reference_has_every_public_name_once(pages: Mapping[Path, Page]) ->
 def test_the_reference_says_what_fields_are(pages: Mapping[Path, Page], site: Path) -> None:
     text = "".join(pages[site / "docs" / "api.html"].text)
     assert "img_size: tuple[int, int] = (224, 224) – height, width in pixels" in text
-    assert "src: Tensor – (B, N - M) int64: the tokens in that join another" in text
+    assert "src: Tensor – (B, S) int64: the tokens in that join another" in text
     modules = "".join(pages[site / "docs" / "api_modules.html"].text)
     assert "tokens: int – leaving the last block" in modules
     assert 'command      "eval"' in modules  # columns stay columns

@@ -26,7 +26,7 @@ from tests.helpers import images_for, randomise, tiny
 from tests.tasks.test_cli import run
 from tomevit import flops
 from tomevit.config import Config, Figure
-from tomevit.measure.bench import Candidate, Comparison, Row, candidates, compare, suggest, sweep, timm_twin
+from tomevit.measure.bench import Candidate, Comparison, Fidelity, Row, candidates, compare, suggest, sweep, timm_twin
 from tomevit.measure.bounds import Limits, bounds
 from tomevit.measure.defaults import default_r
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
@@ -211,7 +211,15 @@ def row(r: int, speed_up: float) -> Row:
     [
         ({8: 0.7, 16: 0.9}, {13: 80.0}, None, 0, "does not pay here: the best, r = 16, has 0.90"),
         ({8: 0.7, 16: 0.9}, {}, 1.5, 0, "does not pay"),
-        ({8: 1.2, 16: 1.8}, {}, None, 16, "not published"),
+        (
+            {8: 1.2, 16: 1.8},
+            {},
+            None,
+            None,
+            "no r is suggested: the accuracy of those that pay is not known; measure it",
+        ),
+        ({8: 1.2, 16: 1.8}, {0: 84.0, 13: 82.5}, None, None, "not known, and is published for r = 13; measure it"),
+        ({8: 1.2, 16: 1.8}, {}, 1.5, 16, "its accuracy is not published: measure it"),
         ({8: 1.2, 13: 1.5, 16: 1.8}, {0: 84.0, 13: 82.5}, None, 13, "82.50 % top-1 against 84.00 % at r = 0"),
         ({8: 1.2, 13: 1.5, 16: 1.8}, {}, 1.2, 8, "reaches 1.2 times: 1.20 times"),
         ({8: 1.2, 13: 1.5, 16: 1.8}, {}, 1.25, 13, "1.50 times"),
@@ -220,11 +228,33 @@ def row(r: int, speed_up: float) -> Row:
     ],
 )
 def test_suggestions(
-    speed_ups: dict[int, float], figures: dict[int, float], target: float | None, r: int, says: str
+    speed_ups: dict[int, float], figures: dict[int, float], target: float | None, r: int | None, says: str
 ) -> None:
     rows = [row(0, 1.0), *(row(*pair) for pair in speed_ups.items())]
     known = [Figure(r=r, top1=top1, source="a paper") for r, top1 in figures.items()]
     found = suggest(rows, known, target)
+    assert found.r == r
+    assert says in found.why
+
+
+@pytest.mark.parametrize(
+    ("kept", "target", "r", "says"),
+    [
+        ({8: 99.5, 13: 99.0, 16: 90.0}, None, 13, "loses 1 point at most: 1.50 times the best unmerged"),
+        ({8: 97.0, 13: 98.0, 16: 90.0}, None, 13, "all that pay lose more than 1 point; the most faithful has 1.50"),
+        ({8: 97.0, 13: 98.0, 16: 98.5}, 1.2, 16, "the most faithful that reaches 1.2 times: 1.80"),
+        ({8: 97.0}, 1.5, 13, "the least merging that reaches 1.5 times: 1.50"),
+        ({16: 99.5}, 2.5, 16, "not reached; the most is 1.80 times the best unmerged (tomevit eager), for 99.50 %"),
+        ({24: 100.0}, None, 8, "the r whose accuracy is published: 1.20"),
+        ({16: 99.5}, None, 16, "for 99.50 % agreement against 100.00 % at r = 0, on 64 images"),
+    ],
+)
+def test_what_was_measured_goes_before_what_is_published(
+    kept: dict[int, float], target: float | None, r: int, says: str
+) -> None:
+    rows = [row(0, 1.0), row(8, 1.2), row(13, 1.5), row(16, 1.8)]
+    fidelity = {(at,) * Config().depth: Fidelity(percent, 100.0, "agreement", 64) for at, percent in kept.items()}
+    found = suggest(rows, [Figure(r=8, top1=80.0, source="a paper")], target, fidelity)
     assert found.r == r
     assert says in found.why
 

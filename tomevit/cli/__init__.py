@@ -41,6 +41,7 @@ VERBS = {
     "eval": Verb("evaluate", "eval_command", "Accuracy and throughput over labelled images, at several r."),
     "embed": Verb("embed", "embed", "A feature vector for every image, in one file."),
     "bench": Verb("bench", "bench", "Throughput at several r, and what bounds it."),
+    "tune": Verb("tune", "tune_command", "Schedules for this device, searched on your images: speed against fidelity."),
     "visualize": Verb("visualize", "visualize", "Which patches of an image are one token behind each block."),
     "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON."),
     "convert": Verb("weights", "convert", "Write a checkpoint of any known format as one self-describing file."),

@@ -16,12 +16,13 @@ from tomevit.cli.options import Many, R, aligned, described, markdown, with_mean
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of, untrained
-from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Row, as_json, setting, sweep, timm_twin
+from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Fidelity, Row, as_json, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
 from tomevit.measure.defaults import default_r
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, format_schedule
+from tomevit.schedule import Schedule, entries, format_schedule
+from tomevit.tasks.tune.front import Front
 
 MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
 COLUMNS = (*MEASURED, *SHARES)
@@ -66,7 +67,17 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.option("--compile", "compiled", is_flag=True, help="The same as --mode compiled.")
 @click.option("--timm/--no-timm", default=None, help="Against timm's model too; default: where it is installed.")
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True, help="Timed calls of each.")
-@click.option("--target", type=click.FloatRange(1, min_open=True), help="Suggest the least r with this speed-up.")
+@click.option(
+    "--target",
+    type=click.FloatRange(1, min_open=True),
+    help="Suggest the least r with this speed-up; with --front the most faithful.",
+)
+@click.option(
+    "--front",
+    "front_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What tomevit tune measured of this model, on any device: compare its schedules, suggest by their fidelity.",
+)
 @reports.form_flags(json="As JSON.", markdown="As Markdown, to paste into an issue.")
 @options.picture
 @reports.out
@@ -83,6 +94,7 @@ def bench(
     timm: bool | None,
     rounds: int,
     target: float | None,
+    front_file: Path | None,
     flag: str | None,
     picture: Path | None,
     out: Path | None,
@@ -90,9 +102,10 @@ def bench(
     """Throughput of a model at several r, against the fastest that merges nothing: itself at r = 0, or timm's.
 
     All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
-    the FLOPs saved becomes time saved, and which r to take. A NAME has fresh weights; they do not matter here.
+    the FLOPs saved becomes time saved, and which r to take, where its accuracy is known: as published, or by --front.
+    A NAME has fresh weights; they do not matter here.
     """
-    check_outputs(picture, out, inputs=[model])
+    check_outputs(picture, out, inputs=[model, *filter(None, [front_file])])
     form = report_form(out, flag, FORMS)
     kind = "" if picture is None else picture_kind(picture)
     if threads is not None:
@@ -101,6 +114,10 @@ def bench(
     subject = untrained(model, img_size)
     modes = tuple(dict.fromkeys((*modes, *(("compiled",) if compiled else ())))) or ("eager",)
     batches = tuple(dict.fromkeys(batches)) or ((1, 8) if place.type == "cpu" else (1, 64))
+    front = None if front_file is None else Front.load(front_file)
+    if front is not None:
+        front.check(subject)
+    found_faithful = [] if front is None else [point.r for point in front.points if point.kind != "unmerged"]
     with_timm, notes = _with_timm(subject, timm)
 
     found: list[Comparison] = []
@@ -108,7 +125,7 @@ def bench(
     with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=BAR) as bar:
         comparisons = sweep(
             subject,
-            r_values or default_r(subject.card),
+            r_values or found_faithful or default_r(subject.card),
             batches=batches,
             dtypes=tuple(dict.fromkeys(dtypes)),
             device=place,
@@ -116,6 +133,7 @@ def bench(
             timm=with_timm,
             rounds=rounds,
             target=target,
+            fidelity=None if front is None else _fidelity(front, subject),
             progress=bar.update,
         )
         interrupted = _interrupted(comparisons, found)
@@ -131,6 +149,17 @@ def bench(
         echo(*lines)
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _fidelity(front: Front, model: VisionTransformer) -> dict[tuple[int | str, ...], Fidelity]:
+    """What a front has of each schedule's answers; its times may be of another device, and do not count here."""
+    first = front.points[0]
+    what = "agreement" if first.top1 is None else "top-1"
+    images = front.setting["images"]["held_back"]
+    return {
+        entries(model.steps(point.r)): Fidelity(point.kept, first.kept, what, images)
+        for point in (*front.points, *front.others)
+    }
 
 
 def _interrupted(comparisons: Iterable[Comparison], found: list[Comparison]) -> bool:
@@ -207,7 +236,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     found = [*([comparison.note] if comparison.note else []), *comparison.hints]
     if comparison.suggestion is not None:
         r, why, plain = comparison.suggestion
-        found.append(f"suggested: r = {with_meaning(r, plain)}; {why}")
+        found.append(why if r is None or plain is None else f"suggested: r = {with_meaning(r, plain)}; {why}")
     return [f"{sentence}." for sentence in found]
 
 

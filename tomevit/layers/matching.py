@@ -127,7 +127,7 @@ def diffrate_matching(x: Tensor, importance: Tensor, drop: int, r: int, num_pref
     """The least important are dropped, and of the others the r least important join the most similar one that stays.
 
     Similarity is the cosine of the tokens themselves; the mean is plain, and a token that joins brings its weight times
-    its similarity, as the code that the published accuracies belong to does it (OpenGVLab/DiffRate@91ae3e3,
+    its similarity, as the code that the published accuracies belong to does it (`OpenGVLab/DiffRate@91ae3e3`,
     DiffRate/patch/deit.py and merge.py; here a negative similarity counts as none, which there has no logarithm).
     """
     match = torch.ops.tomevit.diffrate_matching if r > 0 and backends.hides_merging(x) else _diffrate

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import platform
 import statistics
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.util import find_spec
@@ -44,6 +44,8 @@ PRECISIONS = {
     "float16": (torch.float16, "highest"),
 }
 SCHEMA = 1
+#: Points of accuracy or agreement that an r may lose and be suggested though nobody said how fast it must be.
+SMALL_DROP = 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- candidates
@@ -68,14 +70,14 @@ class Mode(NamedTuple):
     eager: bool  # operators run one by one
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin(model: nn.Module) -> nn.Module:
     """The same model on the same weights, of which modules can be compiled without touching the first."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def _by_block(model: nn.Module) -> nn.Module:
     """Compiled block by block; with dynamic shapes where tokens merge, so that an r does not cost a program each."""
-    model = _twin(model)
+    model = twin(model)
     if isinstance(model, VisionTransformer):
         compile_blocks(model)
     else:
@@ -87,7 +89,7 @@ def _by_block(model: nn.Module) -> nn.Module:
 
 def _whole(model: nn.Module) -> nn.Module:
     """A program with fixed shapes for each r and batch, on CUDA captured as a graph: the most that compiling gives."""
-    compiled: Any = torch.compile(_twin(model), fullgraph=True, dynamic=False, mode="reduce-overhead")
+    compiled: Any = torch.compile(twin(model), fullgraph=True, dynamic=False, mode="reduce-overhead")
     return compiled
 
 
@@ -212,12 +214,29 @@ class Row(NamedTuple):
         return f"{self.implementation} {self.mode}"
 
 
-class Suggestion(NamedTuple):
-    """An r, and why."""
+class Fidelity(NamedTuple):
+    """What was measured of a schedule's answers on images of the user's."""
 
-    r: Schedule  # as it was asked for
+    kept: float  # accuracy, or agreement with r = 0, in per cent
+    unmerged: float  # the same at r = 0
+    what: str  # of these it is
+    images: int  # that it was measured on
+
+    @property
+    def drop(self) -> float:
+        """What merging loses, in points."""
+        return self.unmerged - self.kept
+
+    def __str__(self) -> str:
+        return f"{self.kept:.2f} % {self.what} against {self.unmerged:.2f} % at r = 0, on {self.images} images"
+
+
+class Suggestion(NamedTuple):
+    """An r, and why; or why there is none."""
+
+    r: Schedule | None  # as it was asked for; None: of no r that pays is the accuracy known
     why: str
-    plain: Schedule = 0  # in numbers
+    plain: Schedule | None = 0  # in numbers
 
 
 class Comparison(NamedTuple):
@@ -247,6 +266,7 @@ def compare(
     dtype: str | None = None,
     limits: Limits | None = None,
     target: float | None = None,
+    fidelity: Mapping[tuple[int | str, ...], Fidelity] | None = None,
     progress: Callable[[Candidate], object] | None = None,
 ) -> Comparison:
     """Time candidates in inference, all taking turns, on generated images.
@@ -261,6 +281,7 @@ def compare(
         dtype: a name in PRECISIONS; default: the model's.
         limits: of the device, to find out what binds; None: do not.
         target: the speed-up that the suggestion is to reach.
+        fidelity: as `suggest` has it.
         progress: called after every call, two rounds of warm-up included.
     """
     config, device, kind = model.config, model.device, model.dtype
@@ -298,7 +319,7 @@ def compare(
     if result.best is None:
         return result._replace(rows=[])
     hints = [*_binding(rows), *hints]
-    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target))
+    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target, fidelity))
 
 
 def _bounds_of(
@@ -368,6 +389,7 @@ def sweep(
     timm: bool = False,
     rounds: int = 10,
     target: float | None = None,
+    fidelity: Mapping[tuple[int | str, ...], Fidelity] | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Iterator[Comparison]:
     """Compare at every batch in every dtype, with what binds and which r is suggested; yield each when it is done.
@@ -376,6 +398,7 @@ def sweep(
         model: on any device, in any dtype; it stays as it is.
         batches, dtypes: images per call, and names in PRECISIONS.
         device: to measure on.
+        fidelity: as `suggest` has it.
         progress: called with the share of all work that has been done since the last call.
 
     Other arguments and errors as `bench`, but that a batch which does not fit is left out with a note.
@@ -401,7 +424,15 @@ def sweep(
                     progress(batch * candidate.flops / work)
 
             result = compare(
-                those, ours, batch=batch, rounds=rounds, dtype=dtype, limits=limits, target=target, progress=tell
+                those,
+                ours,
+                batch=batch,
+                rounds=rounds,
+                dtype=dtype,
+                limits=limits,
+                target=target,
+                fidelity=fidelity,
+                progress=tell,
             )
             yield result
             if result.interrupted:
@@ -467,15 +498,22 @@ def _binding(rows: Sequence[Row]) -> list[str]:
     return hints + [f"{kind}: {ADVICE[kind]}" for kind in kinds]
 
 
-def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float | None = None) -> Suggestion:
-    """An r for what was measured.
+def suggest(
+    rows: Sequence[Row],
+    figures: Collection[Figure] = (),
+    target: float | None = None,
+    fidelity: Mapping[tuple[int | str, ...], Fidelity] | None = None,
+) -> Suggestion:
+    """An r for what was measured: without a target one whose accuracy is known, since the fastest merges the most.
 
     Args:
         rows: of one comparison.
         figures: published accuracies of the weights.
-        target: the speed-up to reach with as little merging as possible. None: an r with a published accuracy, if it
-            pays, else the fastest.
+        target: the speed-up to reach: with the least drop where fidelity says that, else with the least merging. None:
+            the fastest that pays and loses SMALL_DROP points at most, or of which an accuracy is published.
+        fidelity: measured on images of the user's, by `Row.schedule`; it goes before what is published.
     """
+    fidelity = fidelity or {}
     merged = sorted((row for row in rows if row.merges), key=lambda row: row.gflops, reverse=True)
     paying = [row for row in merged if row.speed_up > 1]
     if not merged:
@@ -487,19 +525,49 @@ def suggest(rows: Sequence[Row], figures: Collection[Figure] = (), target: float
             f"merging does not pay here: the best, r = {format_schedule(fastest.r)}, has {fastest.speed_up:.2f} times "
             f"the throughput",
         )
-    if target is not None:
-        enough = next((row for row in merged if row.speed_up >= target), None)
-        if enough is None:
-            return _suggestion(fastest, f"{target:g} times is not reached; the most is", figures)
-        return _suggestion(enough, f"the least merging that reaches {target:g} times:", figures)
+
+    if target is None:
+        return _suggest_by_cost(paying, figures, fidelity)
+    enough = [row for row in merged if row.speed_up >= target]
+    if not enough:
+        return _suggestion(fastest, f"{target:g} times is not reached; the most is", figures, fidelity)
+    if measured := [row for row in enough if row.schedule in fidelity]:
+        why = f"the most faithful that reaches {target:g} times:"
+        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, figures, fidelity)
+    return _suggestion(enough[0], f"the least merging that reaches {target:g} times:", figures, fidelity)
+
+
+def _suggest_by_cost(
+    paying: Sequence[Row], figures: Collection[Figure], fidelity: Mapping[tuple[int | str, ...], Fidelity]
+) -> Suggestion:
+    """Of rows that are faster than what merges nothing, the fastest of those whose cost is known and small."""
+    measured = [row for row in paying if row.schedule in fidelity]
+    harmless = [row for row in measured if fidelity[row.schedule].drop <= SMALL_DROP]
     published = [row for row in paying if _published(row, figures) is not None]
-    chosen = max(published or paying, key=lambda row: row.speed_up)
-    why = "the r whose accuracy is published" if published else "the fastest measured"
-    return _suggestion(chosen, f"{why}:", figures)
+    if measured and not harmless:
+        why = f"all that pay lose more than {SMALL_DROP:g} point; the most faithful has"
+        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, figures, fidelity)
+    for those, why in (
+        (harmless, f"the fastest that loses {SMALL_DROP:g} point at most:"),
+        (published, "the r whose accuracy is published:"),
+    ):
+        if those:
+            return _suggestion(max(those, key=lambda row: row.speed_up), why, figures, fidelity)
+    elsewhere = ", ".join(format_schedule(figure.r) for figure in figures if figure.r)
+    known = f", and is published for r = {elsewhere}" if elsewhere else ""
+    return Suggestion(
+        None,
+        f"no r is suggested: the accuracy of those that pay is not known{known}; measure it on your images, by "
+        f"tomevit tune or tomevit eval",
+        None,
+    )
 
 
-def _suggestion(row: Row, why: str, figures: Collection[Figure]) -> Suggestion:
-    return Suggestion(row.r, f"{why} {_gain(row)}{_cost(row, figures)}", row.plain)
+def _suggestion(
+    row: Row, why: str, figures: Collection[Figure], fidelity: Mapping[tuple[int | str, ...], Fidelity]
+) -> Suggestion:
+    cost = f", for {fidelity[row.schedule]}" if row.schedule in fidelity else _cost(row, figures)
+    return Suggestion(row.r, f"{why} {_gain(row)}{cost}", row.plain)
 
 
 def _published(row: Row, figures: Collection[Figure]) -> float | None:
@@ -554,7 +622,7 @@ def as_json(setting: dict[str, Any], comparisons: Iterable[Comparison]) -> dict[
         dtype, batch, rounds    rounds: those that were timed
         note                    why there are fewer rows or rounds than asked for, or ""
         hints                   sentences on what binds
-        suggestion              {r, why, plain}, r and plain as in the rows, or null
+        suggestion              {r, why, plain}, or null; r and plain as in the rows, null where no accuracy is known
         rows                    one for each candidate:
             implementation, mode, tokens, merges
             r                   as it was asked for; (r, inflection) is {"mean": r, "inflection": inflection}
@@ -585,7 +653,9 @@ def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     suggestion = None
     if comparison.suggestion is not None:
         r, why, plain = comparison.suggestion
-        suggestion = {"r": schedule_to_json(r), "why": why, "plain": schedule_to_json(plain)}
+        as_plain = {"r": r, "plain": plain}
+        suggestion = {name: None if each is None else schedule_to_json(each) for name, each in as_plain.items()}
+        suggestion |= {"why": why}
     fields = {name: getattr(comparison, name) for name in ("dtype", "batch", "rounds", "note")}
     return fields | {"hints": list(comparison.hints), "suggestion": suggestion, "rows": rows}
 

@@ -99,7 +99,8 @@ class Limits:
                     layer(x)
 
             with torch.inference_mode():
-                best = min(self._best(self._without_launches(partial(products, way))) for way in ways)
+                calls = [without_launches(partial(products, way), self.device) for way in ways]
+                best = min(map(self._best, calls))
             self._rates[key] = tokens * sum(layer.weight.numel() for layer in layers) / best
         return self._rates[key]
 
@@ -140,17 +141,24 @@ class Limits:
         call()
         return min(seconds(call, self.device) for _ in range(REPEATS))
 
-    def _without_launches(self, call: Callable[[], object]) -> Callable[[], object]:
-        """On CUDA a captured graph: small products take less time than starting them does."""
-        if self.device.type != "cuda":
-            return call
-        with torch.cuda.device(self.device):
-            call()  # libraries allocate their workspace on first use, which capture does not allow
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                call()
-        return graph.replay
+
+def without_launches(call: Callable[[], object], device: torch.device, pool: Any = None) -> Callable[[], object]:
+    """The same call; on CUDA as a captured graph, since small products take less time than starting them does.
+
+    Args:
+        call: that can be captured, in the inference mode in which it is to run.
+        device: where it runs.
+        pool: of `torch.cuda.graph_pool_handle`, in which calls share their memory that never run at the same time.
+    """
+    if device.type != "cuda":
+        return call
+    with torch.cuda.device(device):
+        call()  # libraries allocate their workspace on first use, which capture does not allow
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            call()
+    return graph.replay
 
 
 def bounds(

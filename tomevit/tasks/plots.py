@@ -443,6 +443,47 @@ def speed_up(
     _save(figure, path, suffix[1:])
 
 
+class Measured(NamedTuple):
+    """What one schedule gives."""
+
+    kept: float  # per cent: accuracy or agreement
+    speed_up: float
+    interval: tuple[float, float] | None = None  # around the speed-up; None: not drawn
+
+
+def faithfulness(
+    path: Path, suffix: str, lines: Mapping[str, Sequence[Measured]], ylabel: str, title: str, note: str
+) -> None:
+    """What is kept of the answers over the speed-up, a line for each way to choose a schedule.
+
+    Args:
+        path: the picture to write.
+        suffix: its kind, as in ".png", whatever the path's.
+        lines: points by label, in the order of rising speed-up; the first line stands out.
+        ylabel: what is kept.
+        title: above everything.
+        note: below it, what the figures must be read with.
+    """
+    figure = _figure(7.6, 4.9)
+    axis = figure.subplots()
+    for i, (label, points) in enumerate(lines.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        across, up = [point.speed_up for point in points], [point.kept for point in points]
+        width = 1.2 if i else 1.8
+        axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=5.5, linewidth=width, label=label)
+        for point in points:
+            if point.interval is not None:
+                axis.hlines(point.kept, *point.interval, color=colour, linewidth=1, alpha=0.6)
+    axis.margins(x=0.05, y=0.08)
+    axis.set_xlabel("speed-up over r = 0", fontsize=10.5, color=INK)
+    axis.set_ylabel(ylabel, fontsize=10.5, color=INK)
+    axis.set_title(title, fontsize=12.5, color=INK, pad=12)
+    _tidy(axis)
+    axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
+    figure.supxlabel(note, fontsize=9, color=GREY)
+    _save(figure, path, suffix[1:])
+
+
 def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, note: str) -> None:
     """A share of the time over the number of tokens that enter.
 
