@@ -164,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--keep-head", action="store_true", help="and not a fresh one for the data's classes")
     add("--img-size", type=positive, help="pixels, if others than the model's")
     add("--crop-pct", type=number(float, 0.01, 1), help="share of the image measured on, if another than the model's")
-    add("--r", type=schedule, help="tokens to merge: 8, or 8,-1, or [20,0,7], or 0.08")
+    add("--r", type=schedule, help="tokens to merge: 8, or 8,-1, or [20,0,7], or 0.08, or words such as 2x")
     add("--r-warmup", type=rate, default=0.0, help="epochs in which r rises from 0")
     add("--prop-attn", action=argparse.BooleanOptionalAction, help="if otherwise than the weights ask")
     add("--freeze", type=count, default=0, help="so many blocks keep their weights, and the embedding")
