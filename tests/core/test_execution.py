@@ -103,9 +103,7 @@ def test_a_compiled_model_takes_budgets_with_the_call() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore:.*jit.*is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize(
-    ("r", "strict"), [("1.3x", True), ("1.3x late", False), ("1.2x grid", True), ("8 pitome", False)]
-)
+@pytest.mark.parametrize(("r", "strict"), [("1.3x late", True), ("8 pitome", False)])
 def test_budgets_are_exported_and_traced(r: str, strict: bool) -> None:
     model = tiny(depth=3, pool="avg")
     images = images_for(model, 2)

@@ -529,7 +529,6 @@ def test_published_figures_stand_beside_presets_and_budgets(
         Figure(top1=98.0, r=0, source="a paper"),
         Figure(top1=95.5, r=model.plain("2x"), source="a paper"),
         Figure(top1=20.0, r="diffrate-0.1g", source="another paper"),
-        Figure(top1=10.0, r="diffrate-9g", source="a preset that the card lacks"),
     )
     tomevit.save(model, path, card=replace(model.card, figures=figures, presets=(preset,)))
     words = ("--r", "0", "2x", "1.5x late", "diffrate-0.1g", '[4,"8+3 diffrate"]')

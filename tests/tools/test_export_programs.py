@@ -181,9 +181,6 @@ def test_every_option(tmp_path: Path) -> None:
     [
         ("1.3x late", [12, 26]),
         ([0, "8+3 diffrate"], [0, "8+3 diffrate"]),
-        (["2+1 diffrate", "4 pitome"], ["2+1 diffrate", "4 pitome"]),
-        ("1.2x grid", ["grid"]),
-        (["4 importance", 4], ["4 importance", 4]),
     ],
 )
 def test_an_r_in_words_is_plain_numbers_in_a_program(tmp_path: Path, r: Any, meant: list[Any]) -> None:
@@ -375,9 +372,9 @@ def test_openvinos_own_files(dtype: str, share: float, bound: float, tmp_path: P
     assert program.parity.difference < bound * program.parity.largest
 
 
-@pytest.mark.parametrize("r", [["6+5 diffrate", "6 importance"], ["grid", "4 pitome"]], ids=str)
+@pytest.mark.parametrize("r", [["6+5 diffrate", "6 importance"], ["grid", "4 pitome", "2 redundant"]], ids=str)
 def test_ways_to_merge_answer_alike_everywhere(r: list[int | str], tmp_path: Path) -> None:
-    model, path = tiny(r, depth=2, pool="avg", reg_tokens=2), tmp_path / "model.onnx"
+    model, path = tiny(r, depth=len(r), pool="avg", reg_tokens=2), tmp_path / "model.onnx"
     export_program(model, path)
     assert set(operators(path)) <= set(EVERYWHERE.split())
     for batch in (1, 3):
@@ -490,7 +487,7 @@ def test_torch_archives_answer_alike(tmp_path: Path) -> None:
             assert relative_error(loaded(images.half()).float(), model(images)) < 2e-2
 
 
-@pytest.mark.parametrize("r", [8, "8+3 diffrate", "8 pitome"])
+@pytest.mark.parametrize("r", [8, "8+3 diffrate"])
 def test_compiled_packages_answer_alike(r: Schedule, tmp_path: Path) -> None:
     model = tiny(r if isinstance(r, int) else [r], depth=1, pool="avg")
     # Vector instructions and optimising what surrounds the kernels take half of the time, and are torch's to test.
