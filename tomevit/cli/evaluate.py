@@ -118,16 +118,8 @@ def _parse_expected(
     multiple=True,
     help=f"Values to evaluate; default: 0 and what the weights were trained with. An r: {options.FORMS_OF_R}.",
 )
-@click.option(
-    "--truth",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The images' classes, if there are no folders for them; default: ILSVRC's file, by its name.",
-)
-@click.option(
-    "--classes",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The names of the model's classes, one on each line, in the order of its outputs.",
-)
+@options.truth
+@options.classes
 @click.option("--limit", type=click.IntRange(1), help="So many images only, drawn by chance, the same each time.")
 @options.batch
 @options.img_size

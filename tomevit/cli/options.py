@@ -69,6 +69,16 @@ threads = click.option(
     "--threads", type=click.IntRange(1, MOST_AT_ONCE), help="CPU threads; torch's default if not given."
 )
 workers = click.option("--workers", type=WORKERS, help="Processes that read images; default: as the machine has CPUs.")
+truth = click.option(
+    "--truth",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The images' classes, if there are no folders for them; default: ILSVRC's file, by its name.",
+)
+classes = click.option(
+    "--classes",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The names of the model's classes, one on each line, in the order of its outputs.",
+)
 picture = click.option(
     "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf."
 )

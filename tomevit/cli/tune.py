@@ -81,16 +81,8 @@ class Latency(click.ParamType):  # type: ignore[type-arg]  # generic from click 
     type=click.Path(path_type=Path, dir_okay=False),
     help="Keep all that is measured in a .json; a search that was interrupted goes on from it.",
 )
-@click.option(
-    "--truth",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The images' classes, as eval takes them, if there are no folders for them.",
-)
-@click.option(
-    "--classes",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="The names of the model's classes, one on each line, in the order of its outputs.",
-)
+@options.truth
+@options.classes
 @click.option(
     "--images",
     "count",

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import private
-from tomevit.cards import Card
 from tomevit.config import Config
 from tomevit.flops import flops
 from tomevit.measure.bench import MODES, twin
@@ -259,7 +258,7 @@ def _finalists(
 ) -> dict[tuple[Step, ...], tuple[Schedule, str]]:
     """What is measured on the images held back, each schedule once: r, and where it comes from. r = 0 comes first."""
     shapes = {_plain_steps(model, r) for r in _shapes(model, searched)}
-    presets = [list(p.r) for p in model.card.presets if _fits(model.card, p.num_tokens, len(p.r))]
+    presets = [list(preset.r) for preset in model.card.presets if preset.fits(model.config)]
     wanted: list[tuple[str, Schedule]] = [("unmerged", 0), *(("constant", r) for r in _constants(model))]
     wanted += [*(("preset", r) for r in presets), *(("", r) for r in found)]
     those: dict[tuple[Step, ...], tuple[Schedule, str]] = {}
@@ -267,10 +266,6 @@ def _finalists(
         steps = _plain_steps(model, r)
         those.setdefault(steps, (r, kind or ("shape" if steps in shapes else "found")))
     return those
-
-
-def _fits(card: Card, tokens: int, depth: int) -> bool:
-    return tokens == card.config.num_tokens and depth == card.config.depth
 
 
 def _constants(model: VisionTransformer) -> list[int]:
