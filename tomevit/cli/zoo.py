@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from tomevit.config import POOLED, Config, Figure, Preset, Source
 from tomevit.errors import printable
 from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json
+from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json, token_counts
 
 
 @click.command("list")
@@ -87,12 +85,12 @@ def _accuracy(figure: Figure) -> str:
 
 def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
     """What an r means for a model, and what it costs then."""
-    plain, steps = plain_schedule(r, config, presets), plain_steps(r, config, presets)
+    plain = plain_schedule(r, config, presets)
     return {
         "r": r,
         "plain": plain,
-        "schedule": entries(steps),
-        "tokens": tuple(accumulate((step.total for step in steps), operator.sub, initial=config.num_tokens)),
+        "schedule": entries(plain_steps(plain, config)),
+        "tokens": token_counts(plain, config.depth, config.num_tokens, config.num_prefix, config.grid),
         "gflops": flops(config, plain) / 1e9,
         "gflops_computed": flops(config, plain, computed=True) / 1e9,
     }
