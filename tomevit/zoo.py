@@ -6,7 +6,7 @@ Everything is data in configs/, one TOML file per family:
     [config]                fields of Config that the whole family shares
     [preprocess]            fields of Preprocess, likewise
     [models.SIZE]           fields of Config for one size; `resolutions`, of which the first needs no suffix in the
-                            name; `timm`, timm's names for them
+                            name; `timm`, timm's names for them; `preprocess`, where it is not the family's
     [[weights]]             model, tag, sources, licence, figures; what they were trained with (r, preprocess, and of
                             Config what is in OF_WEIGHTS); the first of a model are its default
     [weights_defaults]      what the weights share
@@ -90,6 +90,7 @@ def _read_family(
     weights, presets = _by_model(data, "weights"), _by_model(data, "presets")
     for size, fields in data["models"].items():
         resolutions, timm = fields.pop("resolutions"), fields.pop("timm", [])
+        preprocess = data["preprocess"] | fields.pop("preprocess", {})
         for resolution, timm_name in itertools.zip_longest(resolutions, timm):
             key = size if resolution == resolutions[0] else f"{size}_{resolution}"
             config = Config(img_size=(resolution, resolution), **data.get("config", {}) | fields)
@@ -99,12 +100,12 @@ def _read_family(
                 title=data["title"],
                 papers=tuple(data["papers"]),
                 config=config,
-                preprocess=_preprocess(data["preprocess"]),
+                preprocess=_preprocess(preprocess),
                 presets=tuple(_preset(config.num_tokens, entry) for entry in presets.pop(key, [])),
             )
             architectures[plain.name] = plain
             cards[plain.name] = tuple(
-                _with_weights(plain, data["preprocess"], entry) for entry in weights.pop(key, [])
+                _with_weights(plain, preprocess, entry) for entry in weights.pop(key, [])
             ) or (plain,)
             if plain.timm:
                 aliases[plain.timm] = plain.name
