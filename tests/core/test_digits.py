@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import tomevit
 from tomevit import zoo
-from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
+from tomevit.tasks.demo import accuracy, held_out
 from tomevit.weights.checkpoint import read
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
@@ -20,7 +20,9 @@ pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 from examples import train_digits
 from examples.data import Digits, load_split, move_digits
 
-SHIPPED = (PLAIN, TRAINED)
+MODELS = ("digits_p1", "digits_p2")
+SHIPPED = tuple(card.full_name for model in MODELS for card in zoo.cards(model))
+LICENCES = {"digits_p1": "CC BY 4.0", "digits_p2": "CC BY-SA 3.0"}
 
 
 def shipped_file(name: str) -> Path:
@@ -34,29 +36,33 @@ def models():
 
 
 def test_the_plain_weights_are_the_default():
-    assert zoo.card("digits_p1").full_name == PLAIN
-    assert [card.full_name for card in zoo.cards("digits_p1")] == list(SHIPPED)
+    assert [zoo.card(model).full_name for model in MODELS] == ["digits_p1.plain", "digits_p2.plain"]
+    assert SHIPPED == ("digits_p1.plain", "digits_p1.tome_r16", "digits_p2.plain", "digits_p2.tome_r13")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_models_are_accurate_without_merging(models, name):
-    assert accuracy(models[name], *held_out(), r=0) >= 97.0
+def test_shipped_models_are_accurate(models, name):
+    # As they were trained: those trained with merging, with merging. digits_p1 loses some by it, of few tokens.
+    least = 95.0 if name == "digits_p1.tome_r16" else 97.0
+    assert accuracy(models[name], *held_out(zoo.card(name).name)) >= least
 
 
-def test_training_with_merging_recovers_most_of_what_merging_costs(models):
-    r = models[TRAINED].r
-    unmerged, off_the_shelf = (accuracy(models[PLAIN], *held_out(), r=value) for value in (0, r))
-    trained = accuracy(models[TRAINED], *held_out())
+@pytest.mark.parametrize("name", ["digits_p1", "digits_p2"])
+def test_training_with_merging_recovers_most_of_what_merging_costs(models, name):
+    plain, trained = (models[card.full_name] for card in zoo.cards(name))
+    unmerged, off_the_shelf = (accuracy(plain, *held_out(name), r=r) for r in (0, 16))
+    recovered = accuracy(trained, *held_out(name), r=16)
     assert unmerged - off_the_shelf > 3
-    assert unmerged - trained < (unmerged - off_the_shelf) / 2
+    assert unmerged - recovered < (unmerged - off_the_shelf) / 2
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_are_small_and_say_where_they_come_from(models, name):
     path, card = shipped_file(name), models[name].card
-    assert path.stat().st_size < 1_000_000
-    assert f"python -m examples.train_digits --r {card.r} " in card.notes
-    assert "CC BY 4.0" in card.notes
+    assert path.stat().st_size < 3_000_000
+    model = "" if card.name == "digits_p1" else f"--model {card.name} "
+    assert f"python -m examples.train_digits {model}--r {card.r} " in card.notes
+    assert LICENCES[card.name] in card.notes
     assert card.licence == "apache-2.0"
     assert card.class_names == tuple("0123456789")
 
@@ -68,36 +74,42 @@ def test_the_listed_card_is_the_files_card(name):
         assert getattr(listed, field) == getattr(filed, field), field
 
 
-def test_r_is_what_the_weights_were_trained_with(models):
-    assert models[PLAIN].r == 0
-    assert models[TRAINED].r == int(TRAINED.removeprefix("digits_p1.tome_r")) > 0
+@pytest.mark.parametrize("name", SHIPPED)
+def test_r_is_what_the_weights_were_trained_with(models, name):
+    tag = name.partition(".")[2]
+    assert models[name].r == (0 if tag == "plain" else int(tag.removeprefix("tome_r")))
 
 
-def test_shipped_images_are_the_held_out_split():
-    _, wanted = load_split()
-    images, labels = held_out()
-    assert torch.equal(images, wanted.images)
-    assert torch.equal(labels, wanted.labels)
-    assert images.shape == (360, 1, 8, 8)
+@pytest.mark.parametrize(("model", "source", "count"), [("digits_p1", "digits", 360), ("digits_p2", "mnist", 500)])
+def test_shipped_images_are_the_held_out_split(model, source, count):
+    _, wanted = load_split(source)
+    images, labels = held_out(model)
+    assert torch.equal(images, wanted.images[:count])
+    assert torch.equal(labels, wanted.labels[:count])
+    assert images.shape == (count, 1, *zoo.card(model).config.img_size)
     assert images.dtype == torch.uint8
-    assert images.max() == 255  # 16 of 16
+    assert images.max() == 255
+    assert labels.bincount().min() >= 34
 
 
-def test_shipped_images_are_written_by_the_script(tmp_path):
-    train_digits.main(["--heldout", str(tmp_path / "images.safetensors")])
-    shipped = Path(str(resources.files("tomevit"))) / "assets" / "digits_heldout.safetensors"
+@pytest.mark.parametrize("model", MODELS)
+def test_shipped_images_are_written_by_the_script(tmp_path, model):
+    train_digits.main(["--model", model, "--heldout", str(tmp_path / "images.safetensors")])
+    shipped = Path(str(resources.files("tomevit"))) / "assets" / f"{model}_heldout.safetensors"
     assert (tmp_path / "images.safetensors").read_bytes() == shipped.read_bytes()
     with safe_open(shipped, framework="pt") as file:
         about = json.loads(file.metadata()["about"])
-    assert about["licence"] == "CC BY 4.0"
-    assert "doi:10.24432/C50P49" in about["source"]
+    assert about["licence"] == LICENCES[model]
+    assert about["source"] == train_digits.RECIPES[model].source
 
 
-def test_no_image_is_on_both_sides_of_a_split():
-    train, held = load_split()
-    fit, validation = load_split(validate=True)
-    assert (len(train.labels), len(held.labels)) == (1437, 360)
-    assert (len(fit.labels), len(validation.labels)) == (1149, 288)
+@pytest.mark.parametrize(
+    ("source", "counts"), [("digits", (1437, 360, 1149, 288)), ("mnist", (4000, 1000, 3200, 800))]
+)
+def test_no_image_is_on_both_sides_of_a_split(source, counts):
+    train, held = load_split(source)
+    fit, validation = load_split(source, validate=True)
+    assert tuple(len(digits.labels) for digits in (train, held, fit, validation)) == counts
     images = {name: _multiset(digits) for name, digits in (("train", train), ("held", held))}
     assert _multiset(fit, validation) == images["train"]
     assert not set(images["train"]) & set(images["held"])
@@ -108,9 +120,10 @@ def _multiset(*several: Digits) -> list[bytes]:
     return sorted(bytes(image.flatten().tolist()) for digits in several for image in digits.images)
 
 
-def test_transform_normalises_the_training_images():
-    train, _ = load_split()
-    prepared = tomevit.transform(tomevit.create("digits_p1"))(train.images)
+@pytest.mark.parametrize(("model", "source"), [("digits_p1", "digits"), ("digits_p2", "mnist")])
+def test_transform_normalises_the_training_images(model, source):
+    train, _ = load_split(source)
+    prepared = tomevit.transform(tomevit.create(model))(train.images)
     assert prepared.mean().abs() < 0.01
     assert prepared.std() == pytest.approx(1, abs=0.01)
 

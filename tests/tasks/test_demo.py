@@ -22,7 +22,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr(demo.click, "echo", lambda text="": lines.append(text))
-        demo.run(out, (16, (4, -1.0), 16, 0), rounds=1)  # what comes twice is measured once
+        demo.run(out, (16, (4, -1.0), 16, 0), model="digits_p1", rounds=1)  # what comes twice is measured once
     return out, "\n".join(lines)
 
 

@@ -25,22 +25,27 @@ from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
 from tomevit.transform import transform
 from tomevit.version import __version__
+from tomevit.zoo import cards
 
-PLAIN = "digits_p1.plain"
-TRAINED = "digits_p1.tome_r16"
-R_VALUES: tuple[Schedule, ...] = (4, 8, 12, 16, 24)
+MODEL = "digits_p2"
+PLAIN, TRAINED = "digits_p1.plain", "digits_p1.tome_r16"
+R_VALUES: tuple[Schedule, ...] = (8, 13, 16, "2x")
 PICTURED = (0, 2, 3, 4, 5, 8)  # classes whose shapes differ most
 
 
-def held_out() -> tuple[Tensor, Tensor]:
-    """The digits that no model was trained on: images (360, 1, 8, 8) uint8, labels (360,) int64."""
-    tensors = load_file(str(resources.files("tomevit") / "assets" / "digits_heldout.safetensors"))
+def held_out(model: str = "digits_p1") -> tuple[Tensor, Tensor]:
+    """Digits that no model was trained on: images (N, 1, H, W) uint8, ink is bright, and labels (N,) int64.
+
+    Args:
+        model: "digits_p1", whose images are 360 of 8x8 pixels, or "digits_p2", with 500 of 28x28.
+    """
+    tensors = load_file(str(resources.files("tomevit") / "assets" / f"{model}_heldout.safetensors"))
     return tensors["images"], tensors["labels"]
 
 
 @torch.inference_mode()
 def accuracy(
-    model: VisionTransformer, images: Tensor, labels: Tensor, r: Schedule | None = None, batch: int = 360
+    model: VisionTransformer, images: Tensor, labels: Tensor, r: Schedule | None = None, batch: int = 100
 ) -> float:
     """Per cent of images classified right.
 
@@ -66,14 +71,17 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds: int = 30) -> None:
-    """Classify every held-out digit at several r, print a table, and write two pictures and all figures.
+def run(
+    out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODEL, batch: int = 50, rounds: int = 12
+) -> None:
+    """Classify held-out digits at several r, print a table, and write two pictures and all figures.
 
-    Measures on one CPU thread.
+    Times one CPU thread.
 
     Args:
         out: the directory for merged_tokens.png, accuracy_throughput.png and results.json; made if need be.
         r_values: what to compare with r = 0; empty: a range.
+        model: "digits_p2", which has as many tokens and blocks as a ViT-B/16 at 224, or the small "digits_p1".
         batch: images per call.
         rounds: timed calls of each r.
 
@@ -81,13 +89,13 @@ def run(out: Path, r_values: Sequence[Schedule] = (), *, batch: int = 60, rounds
         ValueError: an r of no known form, or matplotlib is not installed.
     """
     plots.require_matplotlib()
-    plain, trained = (create(name, pretrained=True) for name in (PLAIN, TRAINED))
+    plain, trained = (create(card.full_name, pretrained=True) for card in cards(model))
     values = distinct_schedules([0, *(r_values or R_VALUES)])
     for r in values:
         plain.schedule(r)  # a wrong r ends here, before anything is measured or written
     out.mkdir(parents=True, exist_ok=True)
 
-    images, labels = held_out()
+    images, labels = held_out(model)
     with one_thread():
         results = _measure(plain, trained, images, labels, values, batch, rounds)
     _print(results)
@@ -145,8 +153,8 @@ def _measure(
 def _print(results: dict[str, Any]) -> None:
     where = results["environment"]
     click.echo(
-        f"{results['images']} held-out handwritten digits, each pixel a token. Accuracy of {results['off_the_shelf']} "
-        f"off the shelf,\nand of {results['trained_with_merging']}, trained with merging. {_setting(results)}.\n"
+        f"{results['images']} held-out handwritten digits. Accuracy of {results['off_the_shelf']} off the shelf,\n"
+        f"and of {results['trained_with_merging']}, trained with merging. {_setting(results)}.\n"
         f"{where['device']}, tomevit {where['tomevit']}, torch {where['torch']}, Python {where['python']}\n"
     )
     heads = ("r", "tokens", "GFLOPs", "off the shelf %", "trained %", "images/s", "speed-up", "FLOP ratio")
@@ -187,22 +195,22 @@ def _setting(results: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def _draw_merging(path: Path, model: VisionTransformer, images: Tensor, labels: Tensor) -> None:
-    """The first held-out digit of some classes, and its tokens after each block."""
+    """The first held-out digit of some classes, and its tokens after four of the blocks."""
     chosen = [int((labels == label).nonzero()[0]) for label in PICTURED]
     steps = model.forward_intermediates(transform(model)(images[chosen]))
-    prefix, grid = model.config.num_prefix, model.config.grid
+    prefix, grid, depth = model.config.num_prefix, model.config.grid, model.config.depth
     slots = [tokens.slots for tokens in steps if tokens.slots is not None]  # traced, so all of them
-    left = [tokens.x.shape[1] - prefix for tokens in steps]
+    shown = range(depth // 4 - 1, depth, depth // 4)
     plots.merged_tokens(
         path,
         list(images[chosen]),
-        [[step[i, prefix:].view(grid) for step in slots] for i in range(len(chosen))],
+        [[slots[block][i, prefix:].view(grid) for block in shown] for i in range(len(chosen))],
         [
-            f"image\n{model.config.num_patches} pixels",
-            *(f"block {i}\n{count} tokens" for i, count in enumerate(left, 1)),
+            f"image\n{model.config.num_tokens} tokens",
+            *(f"after block {block + 1}\n{steps[block].x.shape[1]} tokens" for block in shown),
         ],
         [str(label) for label in PICTURED],
-        f"What is left of the pixels, merging r = {format_schedule(model.r)} in each block",
+        f"What is left when r = {format_schedule(model.r)} tokens merge in each block (the class token is counted)",
     )
 
 
