@@ -187,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train a small vision transformer on handwritten digits.")
     parser.add_argument("--model", choices=[*RECIPES], default=MODEL)
     parser.add_argument("--r", type=int, default=0, help="tokens that merge in each block, in training too")
-    parser.add_argument("--epochs", type=int, help="by default as the model that ships was trained; so are the next two")
+    parser.add_argument(
+        "--epochs", type=int, help="by default as the model that ships was trained; so are the next two"
+    )
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--lr", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)

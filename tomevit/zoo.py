@@ -104,9 +104,9 @@ def _read_family(
                 presets=tuple(_preset(config.num_tokens, entry) for entry in presets.pop(key, [])),
             )
             architectures[plain.name] = plain
-            cards[plain.name] = tuple(
-                _with_weights(plain, preprocess, entry) for entry in weights.pop(key, [])
-            ) or (plain,)
+            cards[plain.name] = tuple(_with_weights(plain, preprocess, entry) for entry in weights.pop(key, [])) or (
+                plain,
+            )
             if plain.timm:
                 aliases[plain.timm] = plain.name
     for table, left in (("weights", weights), ("presets", presets)):

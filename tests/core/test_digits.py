@@ -103,9 +103,7 @@ def test_shipped_images_are_written_by_the_script(tmp_path, model):
     assert about["source"] == train_digits.RECIPES[model].source
 
 
-@pytest.mark.parametrize(
-    ("source", "counts"), [("digits", (1437, 360, 1149, 288)), ("mnist", (4000, 1000, 3200, 800))]
-)
+@pytest.mark.parametrize(("source", "counts"), [("digits", (1437, 360, 1149, 288)), ("mnist", (4000, 1000, 3200, 800))])
 def test_no_image_is_on_both_sides_of_a_split(source, counts):
     train, held = load_split(source)
     fit, validation = load_split(source, validate=True)

@@ -21,7 +21,7 @@ from tests.helpers import images_for, tiny
 from tomevit.layers.matching import bipartite_soft_matching
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, Step, resolve_steps, schedule_from_json
-from tomevit.tasks import demo
+from tomevit.tasks import demo, plots
 from tomevit.tasks.tune import Front, Point, answers, choices, costs, tune
 from tomevit.tasks.tune.costs import BlockRun, Drift, Seconds, block_runs, probes
 from tomevit.tasks.tune.front import best_of, drift_at
@@ -349,7 +349,7 @@ def made(
 
 
 WHERE = {"device": "a chip", "dtype": "float32", "batch": 8, "mode": "eager", "model": "m"}
-WHERE |= {"tokens": 65, "prefix": 1, "depth": 4}
+WHERE |= {"tokens": 65, "prefix": 1, "depth": 4, "matching": "bipartite"}
 NUMBERS = st.floats(0.01, 10, allow_nan=False)
 
 
@@ -437,6 +437,7 @@ def test_a_front_is_for_models_of_its_shape() -> None:
     for other, words in (
         (tiny(depth=3), "4 blocks, m, and this one has 3"),
         (tiny(img_size=(16, 16)), "65 tokens, m, and this one has 17"),
+        (tiny(matching="random"), "whose matching is 'bipartite', and this one's is 'random'"),
     ):
         with pytest.raises(ValueError, match=words):
             front.check(other)
@@ -563,6 +564,19 @@ def test_a_front_becomes_a_picture(tmp_path: Path) -> None:
         front.plot(tmp_path / "front.txt")
     with pytest.raises(ValueError, match=r"\.json"):
         front.save(tmp_path / "front.png")
+
+
+def test_the_line_of_a_front_never_turns_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = (
+        made(seconds=4.0, drift=0.0, kind="unmerged", r=0, top1=90.0),
+        made(seconds=3.0, drift=0.1, r=4, top1=80.0),  # the most faithful by KL, and less accurate than what is faster
+        made(seconds=2.0, drift=0.2, r=8, top1=85.0),
+    )
+    drawn = {}
+    monkeypatch.setattr(plots, "require_matplotlib", lambda: None)
+    monkeypatch.setattr(plots, "faithfulness", lambda path, kind, lines, *_: (drawn.update(lines), path.touch()))
+    Front(setting=WHERE | {"images": {"held_back": 20}}, points=points).plot(tmp_path / "front.png")
+    assert [(point.kept, point.speed_up) for point in drawn["front"]] == [(90.0, 1.0), (85.0, 2.0)]
 
 
 # ------------------------------------------------------------------------------------------------------ wrong arguments

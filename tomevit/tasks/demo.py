@@ -71,9 +71,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(
-    out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODEL, batch: int = 50, rounds: int = 12
-) -> None:
+def run(out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODEL, batch: int = 50, rounds: int = 12) -> None:
     """Classify held-out digits at several r, print a table, and write two pictures and all figures.
 
     Times one CPU thread.

@@ -111,9 +111,15 @@ class Front:
         """That a model has the shape of the one that was measured: its schedules mean something else on others.
 
         Raises:
-            ValueError: it has another number of tokens, of those at the front, or of blocks.
+            ValueError: it has another number of tokens, of those at the front, or of blocks, or merges by another
+                matching where r names none.
         """
         config = model.config
+        if self.setting["matching"] != config.matching:
+            raise ValueError(
+                f"this front was measured with a model whose matching is {self.setting['matching']!r}, and this one's "
+                f"is {config.matching!r}: tune it anew"
+            )
         for name, words, ours in (
             ("tokens", "tokens", config.num_tokens),
             ("prefix", "tokens in front of the patches", config.num_prefix),
@@ -217,6 +223,8 @@ class Front:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw speed-up against agreement, or accuracy where there are labels, with constant r and presets beside.
 
+        The front is drawn through those of its points that are best in what is drawn: the others are best by KL alone.
+
         Raises:
             ValueError: matplotlib is not installed, or the name's ending is no picture's.
             OSError: nothing can be written there.
@@ -227,10 +235,11 @@ class Front:
         if not is_stream(path):
             plots.check_suffix(path)
         where, measured = self.setting, (*self.points, *self.others)
+        drawn = undominated(self.points, lambda p: (-p.speed_up, -p.kept))
         lines = {
             label: [plots.Measured(p.kept, p.speed_up, p.speed_up_range) for p in sorted(those, key=_speed_up)]
             for label, those in {
-                "front": self.points,
+                "front": drawn,
                 "constant r": [p for p in measured if p.kind in ("unmerged", "constant")],
                 "presets": [p for p in measured if p.kind == "preset"],
             }.items()
@@ -248,7 +257,7 @@ class Front:
 
 #: What is looked at of a setting that comes from a file; all else is shown as it is.
 _SETTING: dict[str, Any] = {"model": str, "device": str, "dtype": str, "batch": int, "mode": str}
-_SETTING |= {"tokens": int, "prefix": int, "depth": int}
+_SETTING |= {"tokens": int, "prefix": int, "depth": int, "matching": str}
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
