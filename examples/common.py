@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import tomevit
-from examples.data import Data, Images, init_small, load_data
+from examples.data import DIGITS, Data, Images, init_small, load_data
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets them
 
@@ -24,7 +24,7 @@ RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE",
 def parse_options(description: str | None) -> argparse.Namespace:
     """The options of all five."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, or a folder with train/ and val/")
+    parser.add_argument("--data", default="digits", help="digits, mnist, or a folder with train/ and val/")
     parser.add_argument("--model", default="digits_p1", help="a name of the zoo")
     parser.add_argument("--pretrained", action="store_true", help="begin with the weights of that name")
     # Python 3.11's argparse in torchrun would take an --r for its own.
@@ -65,7 +65,7 @@ def prepare(options: argparse.Namespace, checkpoints: str) -> tuple[tomevit.Visi
         fail(str(error))
     if len(data.train) < options.batch:
         fail(f"--batch is {options.batch}, and there are only {len(data.train)} images to train on")
-    if options.data == "digits" and not options.pretrained:
+    if options.data in DIGITS and not options.pretrained:
         init_small(model)
     model.card = replace(model.card, class_names=data.classes)
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPLIT_SEED = 0  # whatever the seed of the training
+#: The sets of handwritten digits: their images' size, and the model that takes them.
+DIGITS = {"digits": ((8, 8), "digits_p1"), "mnist": ((28, 28), "digits_p2")}
 
 
 class DataError(ValueError):
@@ -233,7 +235,7 @@ def load_split(source: str = "digits", *, validate: bool = False) -> tuple[Digit
         source: "digits" (8x8 pixels) or "mnist" (28x28).
         validate: leave the held-out images aside, a fifth of all, and split the others again, four to one.
     """
-    train, held_out = _split(DIGITS[source]())
+    train, held_out = _split(_mnist() if source == "mnist" else _digits())
     return _split(train) if validate else (train, held_out)
 
 
@@ -250,9 +252,6 @@ def _mnist() -> Digits:
 
     pixels, labels = (torch.from_numpy(array) for array in mnist_data())
     return Digits(pixels.to(torch.uint8).view(-1, 1, 28, 28), labels.to(torch.int64))
-
-
-DIGITS: dict[str, Callable[[], Digits]] = {"digits": _digits, "mnist": _mnist}
 
 
 def _split(digits: Digits) -> tuple[Digits, Digits]:
@@ -287,8 +286,8 @@ def _move_one(image: Tensor) -> Tensor:
 def init_small(model: nn.Module) -> None:
     """Fresh weights for the digits models, at the scale of a narrow model.
 
-    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 or 96 it leaves attention uniform and pixels
-    faint, and many epochs pass before anything is learned.
+    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 or 96 it leaves attention uniform and
+    pixels faint, and many epochs pass before anything is learned.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -14,7 +14,7 @@ import click
 import torch
 
 import tomevit
-from examples.data import Data, augmentation, check_source, init_small, load_data, noise_data
+from examples.data import DIGITS, Data, augmentation, check_source, init_small, load_data, noise_data
 from tomevit import zoo
 from tomevit.cli.options import R
 from tomevit.models import VisionTransformer
@@ -50,18 +50,9 @@ def set_up(options: argparse.Namespace, checkpoint: Record | None) -> tuple[Visi
     preprocess = model.card.preprocess
     preprocess = replace(preprocess, crop_pct=options.crop_pct or preprocess.crop_pct)
     model.card = replace(model.card, preprocess=preprocess)
-    prepare, digits = tomevit.transform(model), options.data == "digits" and not options.dry_run
-    if digits and (model.config.in_chans, model.config.img_size) != (1, (8, 8)):
-        instead = (
-            "leave out --img-size"
-            if options.img_size and model.config.in_chans == 1
-            else "--model digits_p1 takes them"
-        )
-        height, width = model.config.img_size
-        raise ValueError(
-            f"the digits have 1 channel and 8x8 pixels, and {model.card.name} takes {model.config.in_chans} and "
-            f"{height}x{width}; {instead}"
-        )
+    prepare, digits = tomevit.transform(model), options.data in DIGITS and not options.dry_run
+    if digits:
+        _check_digits(model, options)
     augment = augmentation(
         "digits" if digits else "folder", prepare, randaugment=options.randaugment, erasing=options.erasing
     )
@@ -86,6 +77,18 @@ def set_up(options: argparse.Namespace, checkpoint: Record | None) -> tuple[Visi
     if options.pretrained == "none" and digits:
         init_small(model)
     return model, data
+
+
+def _check_digits(model: VisionTransformer, options: argparse.Namespace) -> None:
+    (height, width), taker = DIGITS[options.data]
+    config = model.config
+    if (config.in_chans, config.img_size) == (1, (height, width)):
+        return
+    instead = "leave out --img-size" if options.img_size and config.in_chans == 1 else f"--model {taker} takes them"
+    raise ValueError(
+        f"the {options.data} have 1 channel and {height}x{width} pixels, and {model.card.name} takes {config.in_chans} "
+        f"and {config.img_size[0]}x{config.img_size[1]}; {instead}"
+    )
 
 
 def check_r(model: VisionTransformer, options: argparse.Namespace) -> None:
@@ -150,7 +153,11 @@ def make_parser() -> argparse.ArgumentParser:
         default = " (default: %(default)s)" if kinds.get("default") is not None else ""
         parser.add_argument(name, help=help + default, **kinds)
 
-    add("--data", default="digits", help="digits, or a folder with train/ and val/ in it, a folder per class in each")
+    add(
+        "--data",
+        default="digits",
+        help="digits, mnist, or a folder with train/ and val/ in it, a folder per class in each",
+    )
     add("--limit", type=positive, help="train on so many images only")
     add("--measure", type=positive, help="measure on so many images only")
     add("--validate", action="store_true", help="of the digits, measure on a part of those to train on")
@@ -245,7 +252,7 @@ def read_options(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, R
         options.steps, options.pretrained, options.keep_head = 2, "none", False
     elif out.exists() and not out.is_dir():
         raise ValueError(f"--out is {out}, which is a file; name a folder")
-    if options.validate and options.data != "digits":
+    if options.validate and options.data not in DIGITS:
         raise ValueError("--validate is for the digits; a folder's val/ is what is measured on")
     if options.batch % options.accumulate:
         raise ValueError(f"--batch {options.batch} does not divide into {options.accumulate} parts (--accumulate)")

@@ -111,7 +111,7 @@ def time_steps(study: Study, rounds: int) -> dict[str, Any]:
     labels = digits.labels[: study["batch"]]
     images = tomevit.transform(fresh(0, 0))(digits.images[: study["batch"]])
 
-    def step(r: int) -> Callable[[], None]:
+    def step(r: int) -> Callable[[], object]:
         model = fresh(r, seed=0).train()
         return partial(train_step, model, make_optimiser(model, study["lr"]), images, labels)
 

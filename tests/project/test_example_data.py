@@ -135,7 +135,7 @@ def remove(folder: Path, pattern: str) -> None:
 @pytest.mark.parametrize(
     ("gone", "said"),
     [
-        ("images", "there is no folder .*images; the data are 'digits', or a folder with train/ and val/"),
+        ("images", "there is no folder .*images; the data are 'digits', 'mnist', or a folder with train/ and val/"),
         ("images/train", "has no train/ in it"),
         ("images/val", "has no val/ in it"),
         ("images/train/*", "train has no folders in it; it must have one per class"),

@@ -291,7 +291,7 @@ def refusal(capsys: pytest.CaptureFixture[str], out: Path, options: str) -> str:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--data nowhere", "there is no folder nowhere; the data are 'digits', or a folder"),
+        ("--data nowhere", "there is no folder nowhere; the data are 'digits', 'mnist', or a folder"),
         (
             "--model vit_b16",
             "the digits have 1 channel and 8x8 pixels, and vit_b16 takes 3 and 224x224; --model digits_p1",
