@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--tune-images", type=int, default=usual.tune_images, help="of the training part; 0: no tuned schedules")
     add("--rankings", action="store_true", help="see above")
     add("--out", type=Path, default=Path("build/methods"), help="the folder; one that is there is gone on with")
-    add("--store", action="store_true", help=f"into {page.RESULTS.relative_to(page.ROOT)}, and onto the page")
+    add("--store", action="store_true", help="into benchmarks/results/methods, and onto docs/methods.md")
     args = parser.parse_args(arguments)
     for name in ("rounds", "batch"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -99,7 +99,6 @@ def go_on(store: Store, subjects: Sequence[Subject], settings: Settings, until: 
         step, all_left = steps[0], sum(each.work for each in steps)
         if time.monotonic() >= until:
             return len(steps)
-        print(f"{step.label} …", flush=True)
         for share in step.run():
             taken, finished = time.monotonic() - started, done + share * step.work
             left = taken / finished * (all_left - share * step.work)

@@ -37,10 +37,9 @@ def section(setting: dict[str, Any], groups: Sequence[Group]) -> str:
     """What stands on the page: for each group which way wins, and one table of all."""
     if not groups:
         return NOTHING
-    parts = [_about(setting, groups)]
+    parts = [_about(setting, groups), LEGEND]
     for group in groups:
-        parts += [f"### {group.name}", _of_files(group), *sentences(group)]
-    parts += ["### All at equal time", _equal_time(groups)]
+        parts += [f"### {group.name}", _of_files(group), _equal_time(group), *sentences(group)]
     pictures = dict.fromkeys(group.architecture for group in groups)
     parts += [f"![{name}: accuracy and KL over throughput](images/{picture_name(name)})" for name in pictures]
     return "\n\n".join(parts)
@@ -81,48 +80,64 @@ def sentences(group: Group) -> list[str]:
     """For each speed-up: which way has the most right, and which differ from the baseline beyond chance."""
     found, beyond = [], []
     for target in TARGETS:
-        there = {way: places[target] for way, places in group.places.items() if target in places}
+        there = [way for way, places in group.places.items() if target in places]
         if not there:
             beyond.append(f"{target:g}")
             continue
-        parts = [f"**{target:g} times** as fast as r = 0: {_winner(group, target)}"]
-        if BASELINE in there:
-            parts.append(_against_baseline(group, target))
-        else:
-            parts.append(f"Constant {BASELINE} is not so fast.")
-        if missing := [way for way in group.ways if way not in there and way != BASELINE]:
-            parts.append(f"Not so fast: {', '.join(missing)}.")
-        found.append(" ".join(parts))
+        parts = [_winner(group, there, target), _least_moved(group, there, target)]
+        if BASELINE in there and len(there) > 1:
+            parts.append(_against_baseline(group, there, target))
+        missing = [called(way) for way in group.ways if way not in there]
+        if len(there) < len(missing):
+            parts.append(f"Only {_list(map(called, there))} {'is' if len(there) == 1 else 'are'} so fast.")
+        elif missing:
+            parts.append(f"Not so fast: {_list(missing)}.")
+        found.append(f"**{target:g} times** as fast as r = 0: {' '.join(parts)}")
     return found + ([f"No way is {join_with_or(beyond)} times as fast as r = 0 here."] if beyond else [])
 
 
-def _winner(group: Group, target: float) -> str:
-    there = [way for way, places in group.places.items() if target in places]
+def _winner(group: Group, there: Sequence[str], target: float) -> str:
     best = max(there, key=lambda way: group.places[way][target].top1)
-    tied = [way for way in there if way != best and group.difference(best, way, target).verdict == "tied"]
-    top1 = f"{group.places[best][target].top1:.1f} %"
+    others = [way for way in there if way != best]
+    tied = [way for way in others if group.difference(best, way, target).verdict == "tied"]
+    behind = [way for way in others if way not in tied]
+    start = f"{called(best)} has the most right, {group.places[best][target].top1:.1f} %"
+    if not others:
+        return f"{start}."
     if not tied:
-        return f"{called(best)} wins, with {top1} right{', ahead of all others' if len(there) > 1 else ''}."
-    most = "a tie of all" if len(tied) == len(there) - 1 else f"a tie with {', '.join(map(called, tied))}"
-    return f"{called(best)} has the most right, {top1}, in {most}."
+        return f"{start}, and is ahead of all others."
+    if not behind:
+        return f"{start}, in a tie of all."
+    if len(behind) < len(tied):
+        return (
+            f"{start}; only {_list(map(called, behind))} {'is' if len(behind) == 1 else 'are'} behind it beyond chance."
+        )
+    return f"{start}, in a tie with {_list(map(called, tied))}."
 
 
-def _against_baseline(group: Group, target: float) -> str:
-    verdicts: dict[str, list[str]] = {"ahead": [], "behind": [], "tied": []}
-    differences = {
-        way: group.difference(way, BASELINE, target)
-        for way, places in group.places.items()
-        if way != BASELINE and target in places
-    }
-    for way, each in sorted(differences.items(), key=lambda item: -item[1].value):
-        verdicts[each.verdict].append(called(way) if each.verdict == "tied" else f"{called(way)} by {_points(each)}")
+def _least_moved(group: Group, there: Sequence[str], target: float) -> str:
+    best = min(there, key=lambda way: group.places[way][target].kl)
+    beside = ""
+    if best != BASELINE and BASELINE in there:
+        beside = f" ({called(BASELINE)}: {group.places[BASELINE][target].kl:.3f})"
+    return f"The least KL has {called(best)}: {group.places[best][target].kl:.3f}{beside}."
+
+
+def _against_baseline(group: Group, there: Sequence[str], target: float) -> str:
+    differences = {way: group.difference(way, BASELINE, target) for way in there if way != BASELINE}
+    ranked = sorted(differences.items(), key=lambda item: -item[1].value)
     parts = []
     for verdict, word in (("ahead", "Ahead of"), ("behind", "Behind")):
-        if verdicts[verdict]:
-            parts.append(f"{word} constant {BASELINE}: {'; '.join(verdicts[verdict])}.")
-    if verdicts["tied"]:
-        parts.append(f"Tied with constant {BASELINE}: {', '.join(verdicts['tied'])}.")
+        if those := [f"{way} by {_points(each)}" for way, each in ranked if each.verdict == verdict]:
+            parts.append(f"{word} {called(BASELINE)}: {'; '.join(those)}.")
+    if tied := [way for way, each in ranked if each.verdict == "tied"]:
+        parts.append(f"Tied with {called(BASELINE)}: {'all others' if len(tied) == len(ranked) else _list(tied)}.")
     return " ".join(parts)
+
+
+def _list(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def called(way: str) -> str:
@@ -141,22 +156,22 @@ def _points(each: Difference) -> str:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def _equal_time(groups: Iterable[Group]) -> str:
-    """Each way's accuracy and KL at each speed-up."""
-    groups = list(groups)
-    reached = [t for t in TARGETS if any(t in places for group in groups for places in group.places.values())]
-    columns = ["weights", "way", *(f"{target:g} times" for target in reached)]
-    rows = [
-        [group.name, called(way), *(_cell(group, way, target) for target in reached)]
-        for group in groups
-        for way in group.ways
-    ]
-    legend = (
-        "Top-1 in per cent, and behind the stroke the KL divergence from r = 0 in nats. ▲ ahead of and ▼ behind "
-        f"constant {BASELINE} on the same images, at 95 % confidence; without a sign it is a tie, or that one itself; "
-        "a dash: not so fast."
-    )
-    return "\n".join([*markdown(columns, rows), "", legend])
+LEGEND = (
+    "In the tables top-1 in per cent, and behind the stroke the KL divergence from r = 0 in nats. ▲ ahead of and ▼ "
+    f"behind constant {BASELINE} on the same images, at 95 % confidence; no sign: a tie; a dash: not so fast."
+)
+
+
+def _equal_time(group: Group) -> str:
+    """Each way's accuracy and KL at each speed-up that some way reaches."""
+    reached = [target for target in TARGETS if _is_reached([group], target)]
+    columns = ["way", *(f"{target:g} times" for target in reached)]
+    rows = [[called(way), *(_cell(group, way, target) for target in reached)] for way in group.ways]
+    return "\n".join(markdown(columns, rows))
+
+
+def _is_reached(groups: Iterable[Group], target: float) -> bool:
+    return any(target in places for group in groups for places in group.places.values())
 
 
 def _cell(group: Group, way: str, target: float) -> str:
@@ -229,7 +244,7 @@ def draw(path: Path, setting: dict[str, Any], groups: Sequence[Group]) -> None:
         f"{first.num_images} held-out images; {first.architecture}, {machine(setting)}. Medians of {first.rounds} "
         "rounds. Dotted: so many times as fast as r = 0."
     )
-    rulers = {f"{target:g}×": first.rate * target for target in TARGETS}
+    rulers = {f"{target:g}×": first.rate * target for target in TARGETS if _is_reached(groups, target)}
     with new_file(path) as draft:
         plots.fidelity_throughput(draft, panels, [called(way) for way in marked], rulers, note)
 

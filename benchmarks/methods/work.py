@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,17 +204,21 @@ def _tune(store: Store, subject: Subject) -> Iterator[float]:
     file = store.folder / f"front_{subject.group}_{subject.digest}_{settings.tune_images}_b{subject.batch}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     images = tomevit.transform(subject.model)(train[chosen])
-    front = tomevit.tune(
-        subject.model, images, batch=subject.batch, rounds=min(TUNE_ROUNDS, settings.rounds), file=file
-    )
-    found: dict[str, dict[str, Any]] = {}
+
+    def tell(what: str, done: int, total: int) -> None:
+        if done == 0:
+            print(f"{subject.name}: tuning, {what}, {total} steps", flush=True)
+
+    front = tomevit.tune(subject.model, images, batch=subject.batch, rounds=TUNE_ROUNDS, file=file, progress=tell)
+    chosen_r: dict[str, Schedule] = {}
     for target in TARGETS:
-        try:
-            r = front.at(speed_up=target).r
-        except ValueError:  # no schedule is so fast here
-            continue
-        name = schedule_name(subject.model, r)
-        found.setdefault(name, {"budget": f"{target:g} times", "r": schedule_to_json(r)})
+        with suppress(ValueError):  # no schedule is so fast here
+            chosen_r[f"{target:g} times"] = front.at(speed_up=target).r
+    chosen_r["fastest"] = front.points[-1].r
+    found: dict[str, dict[str, Any]] = {}
+    for budget, r in chosen_r.items():
+        found.setdefault(schedule_name(subject.model, r), {"budget": budget, "r": schedule_to_json(r)})
+    found.pop(schedule_name(subject.model, 0), None)
     store.put(
         {"key": key, "kind": "tuned", "weights": subject.digest, "note": front.note, "found": list(found.values())}
     )

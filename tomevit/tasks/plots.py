@@ -508,7 +508,7 @@ def fidelity_throughput(
         rulers: labelled throughputs, which are marked.
         note: below everything, what the figures must be read with.
     """
-    from matplotlib.ticker import LogFormatterMathtext
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
     figure = _figure(1.6 + 4.4 * len(panels), 7.4)
     axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
@@ -516,7 +516,7 @@ def fidelity_throughput(
         above, below = axes[:, column]
         for label, points in lines.items():
             i = marked.index(label) if label in marked else None
-            colour, width, order = ("#c9ccd2", 1.0, 1) if i is None else (COLOURS[i], 1.8, 3)
+            colour, width, layer = ("#c9ccd2", 1.0, 1) if i is None else (COLOURS[i], 1.8, 3)
             marker = "" if i is None else "os^D"[i]
             across = [point.throughput for point in points]
             above.plot(
@@ -526,7 +526,7 @@ def fidelity_throughput(
                 marker=marker,
                 markersize=5,
                 linewidth=width,
-                zorder=order,
+                zorder=layer,
                 label="other ways" if i is None else label,
             )
             # On a logarithmic axis r = 0, which does not move the answers, has no place.
@@ -538,10 +538,11 @@ def fidelity_throughput(
                 marker=marker,
                 markersize=5,
                 linewidth=width,
-                zorder=order,
+                zorder=layer,
             )
         below.set_yscale("log")
-        below.yaxis.set_major_formatter(LogFormatterMathtext())
+        below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        below.yaxis.set_minor_formatter(NullFormatter())
         for axis in (above, below):
             _tidy(axis)
             for at in rulers.values():
