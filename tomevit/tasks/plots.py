@@ -484,6 +484,99 @@ def faithfulness(
     _save(figure, path, suffix[1:])
 
 
+class Fidelity(NamedTuple):
+    """What one schedule of a way gives."""
+
+    throughput: float  # images per second
+    accuracy: float  # per cent
+    kl: float  # nats
+
+
+def fidelity_throughput(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[Fidelity]]],
+    marked: Sequence[str],
+    rulers: Mapping[str, float],
+    note: str,
+) -> None:
+    """Accuracy above and KL divergence below, over throughput, a column for each set of weights.
+
+    Args:
+        path: the PNG to write.
+        panels: for each column's title, its lines by label, of rising throughput.
+        marked: labels of the few lines in colour; all others are grey, and named together.
+        rulers: labelled throughputs, which are marked.
+        note: below everything, what the figures must be read with.
+    """
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+    figure = _figure(1.6 + 4.4 * len(panels), 7.4)
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex=True, sharey="row")
+    for column, (title, lines) in enumerate(panels.items()):
+        above, below = axes[:, column]
+        for label, points in lines.items():
+            i = marked.index(label) if label in marked else None
+            colour, width, layer = ("#c9ccd2", 1.0, 1) if i is None else (COLOURS[i], 1.8, 3)
+            marker = "" if i is None else "os^D"[i]
+            across = [point.throughput for point in points]
+            above.plot(
+                across,
+                [point.accuracy for point in points],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=width,
+                zorder=layer,
+                label="other ways" if i is None else label,
+            )
+            # On a logarithmic axis r = 0, which does not move the answers, has no place.
+            apart = [point for point in points if point.kl > 0]
+            below.plot(
+                [point.throughput for point in apart],
+                [point.kl for point in apart],
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linewidth=width,
+                zorder=layer,
+            )
+        below.set_yscale("log")
+        below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        below.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (above, below):
+            _tidy(axis)
+            for at in rulers.values():
+                axis.axvline(at, color=GREY, linewidth=0.9, linestyle=(0, (1, 3)), zorder=2)
+        for label, at in rulers.items():
+            above.annotate(
+                label,
+                (at, 1.0),
+                (0, 3),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=GREY,
+            )
+        above.set_title(title, fontsize=11, color=INK, pad=18)
+        below.set_xlabel("throughput, images/s", fontsize=10.5, color=INK)
+    axes[0][0].set_ylabel("top-1 accuracy, %", fontsize=10.5, color=INK)
+    axes[1][0].set_ylabel("KL divergence from r = 0, nats", fontsize=10.5, color=INK)
+    named = dict(zip(*axes[0][0].get_legend_handles_labels()[::-1], strict=True))
+    order = [label for label in (*marked, "other ways") if label in named]
+    figure.legend(
+        [named[label] for label in order],
+        order,
+        frameon=False,
+        fontsize=10,
+        labelcolor=INK,
+        ncols=len(order),
+        loc="outside upper center",
+    )
+    figure.supxlabel("\n".join(wrap(note, 40 + 55 * len(panels))), fontsize=9, color=GREY)
+    _save(figure, path)
+
+
 def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, note: str) -> None:
     """A share of the time over the number of tokens that enter.
 

@@ -1,0 +1,1 @@
+"""Ways to merge, compared at equal measured time."""
