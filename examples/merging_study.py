@@ -12,8 +12,8 @@ without the preparation of the images.
 Each training is stored as soon as it is through: after an interruption the same command goes on, and --seeds may grow.
 
     python -m examples.merging_study --only time             # time the steps (again), on a quiet machine
-    python -m examples.merging_study --readme README.md      # write the table between the marks there as well
-    python -m examples.merging_study --check README.md       # exit with 1 if the table there is another
+    python -m examples.merging_study --readme docs/finetuning.md    # write the table between the marks there as well
+    python -m examples.merging_study --check docs/finetuning.md     # exit with 1 if the table there is another
 """
 
 from __future__ import annotations
@@ -279,7 +279,7 @@ def as_text(study: Study) -> str:
 
 
 def as_markdown(study: Study, picture: str) -> str:
-    """All that stands between the marks of the README; `picture` is a path relative to it.
+    """All that stands between the marks of a page; `picture` is a path relative to it.
 
     Raises:
         ValueError: no seed is complete.
@@ -307,7 +307,7 @@ def split(readme: Path) -> tuple[str, str]:
 
 
 def insert(study: Study, picture: Path, readme: Path) -> str:
-    """The text of a README, with the section between its marks as it should be."""
+    """The text of a page, with the section between its marks as it should be."""
     before, after = split(readme)
     section = as_markdown(study, Path(os.path.relpath(picture, readme.parent)).as_posix())
     return f"{before}{START}\n{section}\n{END}{after}"
