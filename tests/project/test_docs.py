@@ -36,6 +36,7 @@ from PIL import Image
 
 import tomevit
 import tomevit.layers
+from benchmarks import peers  # noqa: F401  # the way to import timm beside a CPU torch, for the page about it
 from examples.common import parse_options
 from tests import foreign
 from tests.server import Server
@@ -134,6 +135,17 @@ def test_every_block_says_what_it_is() -> None:
         "docs/index.md",
         *(f"docs/api{part}.md" for part in ("", "_layers", "_modules")),
     }
+
+
+def test_the_library_at_a_glance_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "at_a_glance.md").read_text(encoding="utf-8")
+    assert [name for name in tomevit.__all__ if f"tomevit.{name}" not in text] == []
+    assert [verb for verb in cli.VERBS if f"\ntomevit {verb} " not in text] == []
+
+
+def test_every_command_has_an_example() -> None:
+    shown = [words(command.line)[:2] for block in blocks("docs/commands.md") for command in commands(block)]
+    assert [verb for verb in cli.VERBS if ["tomevit", verb] not in shown] == []
 
 
 def test_all_that_is_not_run_is_somewhere() -> None:
@@ -250,9 +262,21 @@ def given_digits(folder: Path, publishers: Server) -> dict[str, Any]:
     return {}
 
 
+def given_a_folder_of_digits(folder: Path, publishers: Server) -> dict[str, Any]:
+    """As docs/looking.md writes it; and beside it, for commands, a checkpoint."""
+    for i, (image, label) in enumerate(zip(*held_out(), strict=True)):
+        file = folder / "digits" / str(label.item()) / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    return given_a_small_model(folder, publishers)
+
+
 #: What pages take for granted.
 GIVEN: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
     "README.md": given_to_the_readme,
+    "docs/at_a_glance.md": given_to_the_readme,
+    "docs/commands.md": given_a_folder_of_digits,
+    "docs/embeddings.md": given_a_folder_of_digits,
     "docs/weights.md": given_a_small_model,
     "docs/finetuning.md": given_to_finetuning,
     "docs/export.md": given_digits,
