@@ -274,6 +274,7 @@ def given_a_folder_of_digits(folder: Path, publishers: Server) -> dict[str, Any]
 #: What pages take for granted.
 GIVEN: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
     "README.md": given_to_the_readme,
+    "docs/index.md": given_to_the_readme,
     "docs/at_a_glance.md": given_to_the_readme,
     "docs/commands.md": given_a_folder_of_digits,
     "docs/embeddings.md": given_a_folder_of_digits,
@@ -284,7 +285,7 @@ GIVEN: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
 
 
 #: Pages that take models of which a forward pass lasts.
-NARROW = ("README.md", "docs/at_a_glance.md", "docs/finetuning.md")
+NARROW = ("README.md", "docs/index.md", "docs/at_a_glance.md", "docs/finetuning.md")
 
 #: tests/clients/test_page.py runs its blocks, where the packages are that they take.
 ELSEWHERE = "docs/works_with.md"
