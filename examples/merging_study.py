@@ -243,7 +243,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-HEADS = ("r", "tokens that remain", "FLOP ratio", "off the shelf, %", "trained with merging, %", "ms per step", "speed-up")
+HEADS = ("r", "tokens left", "FLOP ratio", "off the shelf, %", "trained with merging, %", "ms per step", "speed-up")
 
 
 def notes(study: Study) -> list[str]:
