@@ -46,8 +46,8 @@ def three_models() -> str:
         [
             tables.table(columns, rows),
             "",
-            "Accuracies on ImageNet-1k, as published, merging off the shelf. Times as fast: measured on two CPU cores, with",
-            "batches of 8, against the fastest model that merges nothing, ours or timm's ([how, and more](docs/speed.md)).",
+            "Accuracies on ImageNet-1k, as published, merging off the shelf. Times as fast: measured on two CPU cores,",
+            "batches of 8, against the fastest that merges nothing, ours or timm's ([how, and more](docs/speed.md)).",
         ]
     )
 
