@@ -83,7 +83,7 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
         _patch(below, picture, " + ".join(map(str, members)), i, 0, colour=colour, below=True)
     titles = (
         f"{count} patches in two sets, even and odd; each even one finds the odd one that it is most similar to",
-        f"the r = {r} most similar pairs merge into their mean; {count - r} tokens are left: even ones, then odd ones",
+        f"the r = {r} most similar pairs merge into their mean; {count - r} tokens remain: even ones, then odd ones",
     )
     for axis, title, top in zip((above, below), titles, (2.7, 0.8), strict=True):
         axis.set_title(title, fontsize=11, color=plots.INK, loc="left", x=0.01)
@@ -104,7 +104,7 @@ def _patch(axis: Axes, picture: Tensor, name: str, x: float, y: float, *, colour
 
 @torch.inference_mode()
 def over_depth(path: Path) -> None:
-    """Photographs, and what is left of their patches after some blocks of ViT-S/16 with fresh weights."""
+    """Photographs, and what remains of their patches after some blocks of ViT-S/16 with fresh weights."""
     torch.manual_seed(0)
     model = tomevit.create("vit_s16", r=16)
     names, blocks = ("china", "flower"), (1, 3, 5, 7, 9, 12)
@@ -113,17 +113,17 @@ def over_depth(path: Path) -> None:
     steps = [every[block - 1] for block in blocks]
     prefix, grid = model.config.num_prefix, model.config.grid
     slots = [tokens.slots for tokens in steps if tokens.slots is not None]  # traced, so all of them
-    left = [tokens.x.shape[1] - prefix for tokens in steps]
+    remaining = [tokens.x.shape[1] for tokens in steps]
     plots.merged_tokens(
         path,
         [photograph(name, 24 * grid[0]) for name in names],  # a patch is drawn with 24 pixels
         [[step[i, prefix:].view(grid) for step in slots] for i in range(len(names))],
         [
-            f"image\n{model.config.num_patches} patches",
-            *(f"block {block}\n{count} tokens" for block, count in zip(blocks, left, strict=True)),
+            f"image\n{model.config.num_tokens} tokens",
+            *(f"after block {block}\n{count} tokens" for block, count in zip(blocks, remaining, strict=True)),
         ],
         [""] * len(names),
-        f"ViT-S/16 with fresh weights, merging r = {model.r} in each block",
+        f"ViT-S/16 with fresh weights, merging r = {model.r} in each block; tokens are counted with the class token",
     )
 
 
@@ -140,7 +140,7 @@ def schedules(path: Path) -> None:
     axis.set_xticks(range(config.depth + 1), [*map(str, range(1, config.depth + 1)), "out"])
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens entering block", fontsize=10.5, color=plots.INK)
-    axis.set_title("ViT-B/16: how many tokens are left, and what it saves", fontsize=12, color=plots.INK)
+    axis.set_title("ViT-B/16: how many tokens remain, and what it saves", fontsize=12, color=plots.INK)
     axis.legend(frameon=False, fontsize=9.5, labelcolor=plots.INK, loc="lower left")
     plots._tidy(axis)
     plots._save(figure, path)

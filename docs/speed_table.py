@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import tomevit
+from docs import tables, weights_table
 from tomevit.cli.options import with_range
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -14,16 +17,65 @@ NAMES = {"vit_s16": "ViT-S/16", "vit_b16": "ViT-B/16", "vit_l16": "ViT-L/16", "v
 FIRST = "efficiency_vit_b16_224_float32_b8_cpu.json"
 HEAD = ["", "dtype", "batch", "r", "images/s", "best unmerged", "speed-up", "FLOP ratio", "efficiency", "over timm"]
 HEAD += ["over the reference"]
+#: What the README begins with: the best trade-off, one at fewer pixels, and one that is free for commerce.
+THREE = ("swag_l16_512.ft_in1k", "swag_b16_384.ft_in1k", "vit_b16.augreg_in21k_ft_in1k")
 Row = dict[str, Any]
+
+
+def three_models() -> str:
+    """Published accuracies of three sets of weights, and beside them how much faster they are with merging."""
+    columns = ("model", "r", "top-1, %", "merged, %", "points", "FLOPs, times fewer", "times as fast", "licence")
+    found = {row.card.full_name: row for row in tables.merged_figures()}
+    rows = []
+    for name in THREE:
+        row = found[name]
+        card, r = row.card, row.merged.r
+        rows.append(
+            (
+                f"`{card.name}`",
+                r,
+                f"{row.plain.top1:.2f}",
+                f"{row.merged.top1:.2f}",
+                f"{row.merged.top1 - row.plain.top1:+.2f}".replace("-", "−"),
+                f"{row.flop_ratio:.2f}",
+                measured_speed_up(card.config, r),
+                weights_table.LICENCES[card.licence or ""],
+            )
+        )
+    return "\n".join(
+        [
+            tables.table(columns, rows),
+            "",
+            "Accuracies on ImageNet-1k, as published, merging off the shelf. Times as fast: measured on two CPU cores,",
+            "batches of 8, against the fastest that merges nothing, ours or timm's ([how, and more](docs/speed.md)).",
+        ]
+    )
+
+
+def measured_speed_up(config: tomevit.Config, r: object) -> str:
+    """Over the fastest unmerged model, as stored for this architecture and r in batches of 8; the first in `order`."""
+    for result in sorted(map(stored_result, RESULTS.glob("efficiency_*_b8_cpu.json")), key=order):
+        measured = tomevit.card(result["model"]).config
+        if replace(measured, img_size=tuple(result["img_size"]), init=config.init) == config:
+            (comparison,) = result["comparisons"]
+            ours = fastest(row for row in comparison["rows"] if row["implementation"] == "tomevit" and row["r"] == r)
+            if ours is not None:
+                return f"{ours['speed_up']:.2f}"
+    return "not measured"
+
+
+def stored_result(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
 
 
 def first() -> str:
     """ViT-B/16 as users meet it first, of one run: as created and as optimized, over timm's fastest."""
-    result = json.loads((RESULTS / FIRST).read_text(encoding="utf-8"))
+    result = stored_result(RESULTS / FIRST)
     (comparison,) = result["comparisons"]
     speed = {(row["implementation"], row["mode"], row["r"]): row["images_per_second"] for row in comparison["rows"]}
     timm = max(rate for (implementation, *_), rate in speed.items() if implementation == "timm")
-    lines = ["| | tokens leaving | GFLOPs | images/s | over timm | optimized | over timm |", "|" + "---|" * 7]
+    lines = ["| | tokens that remain | GFLOPs | images/s | over timm | optimized | over timm |", "|" + "---|" * 7]
     for row in sorted(comparison["rows"], key=lambda row: row["implementation"] != "timm"):
         implementation, mode, r = row["implementation"], row["mode"], row["r"]
         name = {"timm": f"timm {result['timm']}, {mode}", "tomevit": f"tomevit, r = {r}"}
@@ -42,7 +94,7 @@ def first() -> str:
             f"and from `tomevit.optimize`,",
             f"interleaved, medians of {comparison['rounds']} rounds:",
             f"{result['device']}, {result['threads']} threads, torch {result['torch']}, Python {result['python']};",
-            f"[stored](benchmarks/results/{FIRST}).",
+            f"[stored](../benchmarks/results/{FIRST}).",
         ]
     )
 
@@ -50,9 +102,8 @@ def first() -> str:
 def section() -> str:
     """A line for each setting and r: the fastest of ours, over the fastest of all that merge nothing."""
     lines = [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    stored = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("efficiency_*.json")]
     places = set()
-    for result in sorted(stored, key=order):
+    for result in sorted(map(stored_result, RESULTS.glob("efficiency_*.json")), key=order):
         places.add(", ".join(f"{name} {result[name]}" for name in ("torch", "python")) + f", {result['device']}")
         lines += [f"| {' | '.join(cells)} |" for cells in rows(result)]
     assert len(places) == 1, f"the table must say which row is of which: {places}"

@@ -209,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "published": published,
     "licences": licences,
     "commands": commands,
+    "families": weights_table.summary,
     "weights": weights_table.section,
     "page": shown_page,
     "works_with": works_with,

@@ -85,7 +85,7 @@ plt.show()
 
 # %% [markdown]
 # ## Look inside
-# `forward_intermediates` returns the tokens behind every block. `slots` says where each initial token is now, so it
+# `forward_intermediates` returns the tokens after every block. `slots` says where each initial token is now, so it
 # tells which pixels became one. Pixels of one token share a colour here.
 
 # %%
@@ -108,7 +108,7 @@ plt.show()
 
 # %% [markdown]
 # ## Back to the grid
-# `forward_features` returns the tokens behind the last block: here 9 of 65. Their sizes say how many initial tokens
+# `forward_features` returns the tokens after the last block: here 9 of 65. Their sizes say how many initial tokens
 # each stands for, and `unmerge` gives each pixel the vector of its token.
 
 # %%

@@ -22,11 +22,8 @@ LICENCES = {
 
 
 def summary() -> str:
-    """A row for each family, with a few words before it."""
+    """A row for each family."""
     lines = [
-        f"The zoo knows {len(_published())} public sets of weights. Each with its figure, licence and source: `tomevit",
-        "list --weights`, `tomevit info NAME`, or the page [Weights and licences](docs/weights.md) of the site.",
-        "",
         "| family | sets | architectures | licence |",
         "|---|---:|---|---|",
     ]

@@ -12,8 +12,8 @@ without the preparation of the images.
 Each training is stored as soon as it is through: after an interruption the same command goes on, and --seeds may grow.
 
     python -m examples.merging_study --only time             # time the steps (again), on a quiet machine
-    python -m examples.merging_study --readme README.md      # write the table between the marks there as well
-    python -m examples.merging_study --check README.md       # exit with 1 if the table there is another
+    python -m examples.merging_study --readme docs/finetuning.md    # write the table between the marks there as well
+    python -m examples.merging_study --check docs/finetuning.md     # exit with 1 if the table there is another
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def train_all(study: Study, seeds: int, jobs: int, path: Path) -> None:
     missing = [(r, seed) for seed in range(seeds) for r in study["r"] if (r, seed) not in done]
     if not missing:
         return
-    options = argparse.Namespace(**{name: study[name] for name in FIXED})
+    options = argparse.Namespace(**{name: study[name] for name in FIXED}, bfloat16=False)
     bar = tqdm(total=len(done) + len(missing), initial=len(done), desc="trainings", disable=None)
     with bar, ProcessPoolExecutor(jobs, get_context("spawn"), prepare_process) as pool:
         try:
@@ -243,7 +243,7 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-HEADS = ("r", "tokens leaving", "FLOP ratio", "off the shelf, %", "trained with merging, %", "ms per step", "speed-up")
+HEADS = ("r", "tokens left", "FLOP ratio", "off the shelf, %", "trained with merging, %", "ms per step", "speed-up")
 
 
 def notes(study: Study) -> list[str]:
@@ -279,7 +279,7 @@ def as_text(study: Study) -> str:
 
 
 def as_markdown(study: Study, picture: str) -> str:
-    """All that stands between the marks of the README; `picture` is a path relative to it.
+    """All that stands between the marks of a page; `picture` is a path relative to it.
 
     Raises:
         ValueError: no seed is complete.
@@ -307,7 +307,7 @@ def split(readme: Path) -> tuple[str, str]:
 
 
 def insert(study: Study, picture: Path, readme: Path) -> str:
-    """The text of a README, with the section between its marks as it should be."""
+    """The text of a page, with the section between its marks as it should be."""
     before, after = split(readme)
     section = as_markdown(study, Path(os.path.relpath(picture, readme.parent)).as_posix())
     return f"{before}{START}\n{section}\n{END}{after}"

@@ -163,19 +163,22 @@ def accuracy(model: VisionTransformer, digits: Digits, r: int) -> float:
 def make_card(options: argparse.Namespace) -> tomevit.Card:
     """What the file says about itself."""
     recipe = RECIPES[options.model]
+    earlier = tomevit.load(options.start).card.notes.partition(" Data: ")[0] if options.start else ""
     command = "python -m examples.train_digits"
     command += f" --model {options.model}" if options.model != MODEL else ""
     command += f" --r {options.r} --epochs {options.epochs} --batch {options.batch} --lr {options.lr:g}"
     command += f" --seed {options.seed}"
     command += f" --limit {options.limit}" if options.limit else ""
     command += " --validate" if options.validate else ""
+    command += " --start with what came of it" if options.start else ""
+    trained = f"{earlier.removesuffix('.')}, then: {command}" if earlier else f"Trained with: {command}"
     return replace(
         tomevit.card(options.model),
         weights=tag(options.r),
         licence="apache-2.0",
         sources=(),
         class_names=tuple("0123456789"),
-        notes=f"Trained with: {command}. Data: {recipe.source} ({recipe.licence}).",
+        notes=f"{trained}. Data: {recipe.source} ({recipe.licence}).",
     )
 
 
@@ -193,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--lr", type=float, help="the highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a weights file to go on from, as this program writes them")
     parser.add_argument("--limit", type=int, help="train on so many images only")
     parser.add_argument("--validate", action="store_true", help="measure on a part of the training images")
     parser.add_argument("--eval-r", type=int, nargs="*", default=[0], help="further r to measure at")
@@ -211,6 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits, measured_on = load_split(recipe.data, validate=options.validate)
     digits = Digits(digits.images[: options.limit], digits.labels[: options.limit])
     model = fresh(options.r, options.seed, options.model)
+    if options.start:
+        model.load_state_dict(tomevit.load(options.start).state_dict())
     train(model, digits, options)
     if recipe.half:
         model.half().float()  # what is measured is what the file holds

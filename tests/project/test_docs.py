@@ -36,6 +36,7 @@ from PIL import Image
 
 import tomevit
 import tomevit.layers
+from benchmarks import peers  # noqa: F401  # the way to import timm beside a CPU torch, for the page about it
 from examples.common import parse_options
 from tests import foreign
 from tests.server import Server
@@ -136,6 +137,17 @@ def test_every_block_says_what_it_is() -> None:
     }
 
 
+def test_the_library_at_a_glance_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "at_a_glance.md").read_text(encoding="utf-8")
+    assert [name for name in tomevit.__all__ if f"tomevit.{name}" not in text] == []
+    assert [verb for verb in cli.VERBS if f"\ntomevit {verb} " not in text] == []
+
+
+def test_every_command_has_an_example() -> None:
+    shown = [words(command.line)[:2] for block in blocks("docs/commands.md") for command in commands(block)]
+    assert [verb for verb in cli.VERBS if ["tomevit", verb] not in shown] == []
+
+
 def test_all_that_is_not_run_is_somewhere() -> None:
     lines = {" ".join(words(command.line)) for page in PAGES for block in blocks(page) for command in commands(block)}
     assert NOT_RUN.keys() - lines == set()
@@ -160,10 +172,15 @@ def publishers(
 
 
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All models as deep as they are, with as many tokens and heads, and with channels that are quickly computed."""
+    """All models as deep as they are, with as many tokens and heads, and with channels that are quickly computed.
+
+    Those of the digits stay: their weights are shipped.
+    """
     whole = zoo._zoo()
 
     def thin(card: tomevit.Card) -> tomevit.Card:
+        if card.name.startswith("digits"):
+            return card
         return replace(card, config=replace(card.config, embed_dim=8 * card.config.num_heads))
 
     architectures = {name: thin(card) for name, card in whole.architectures.items()}
@@ -187,9 +204,7 @@ def given_to_the_readme(folder: Path, publishers: Server) -> dict[str, Any]:
     weights["head.bias"][0] = 1e3  # all it sees are tenches, and so is all that is in imagenet/
     published = foreign.write(folder / "published.safetensors", weights).read_bytes()
     publishers.put_hub("timm/vit_base_patch16_224.augreg_in21k_ft_in1k", "model.safetensors", published)
-    encoder = foreign.fill(foreign.mae_encoder(foreign.sizes(tomevit.card("mae_cls_b16.pretrain").config)))
-    file = foreign.write(folder / "encoder.safetensors", encoder)
-    publishers.put_hub("timm/vit_base_patch16_224.mae", "model.safetensors", file.read_bytes())
+    put_autoencoder(folder, publishers)
     image = Image.new("RGB", (320, 240), "orange")
     for name in ("photo.jpg", "photos/1.jpg", "imagenet/n01440764/1.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,6 +218,18 @@ def given_to_the_readme(folder: Path, publishers: Server) -> dict[str, Any]:
         "image": image,
         "loader": [(torch.randn(2, 3, 224, 224), torch.tensor([3, 9]))],
     }
+
+
+def given_to_finetuning(folder: Path, publishers: Server) -> dict[str, Any]:
+    """What `given_a_small_model` gives, and a published autoencoder."""
+    put_autoencoder(folder, publishers)
+    return given_a_small_model(folder, publishers)
+
+
+def put_autoencoder(folder: Path, publishers: Server) -> None:
+    encoder = foreign.fill(foreign.mae_encoder(foreign.sizes(tomevit.card("mae_cls_b16.pretrain").config)))
+    file = foreign.write(folder / "encoder.safetensors", encoder)
+    publishers.put_hub("timm/vit_base_patch16_224.mae", "model.safetensors", file.read_bytes())
 
 
 def given_a_small_model(folder: Path, publishers: Server) -> dict[str, Any]:
@@ -235,14 +262,30 @@ def given_digits(folder: Path, publishers: Server) -> dict[str, Any]:
     return {}
 
 
+def given_a_folder_of_digits(folder: Path, publishers: Server) -> dict[str, Any]:
+    """As docs/looking.md writes it; and beside it, for commands, a checkpoint."""
+    for i, (image, label) in enumerate(zip(*held_out(), strict=True)):
+        file = folder / "digits" / str(label.item()) / f"{i:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[0].numpy()).save(file)
+    return given_a_small_model(folder, publishers)
+
+
 #: What pages take for granted.
 GIVEN: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
     "README.md": given_to_the_readme,
+    "docs/index.md": given_to_the_readme,
+    "docs/at_a_glance.md": given_to_the_readme,
+    "docs/commands.md": given_a_folder_of_digits,
+    "docs/embeddings.md": given_a_folder_of_digits,
     "docs/weights.md": given_a_small_model,
-    "docs/finetuning.md": given_a_small_model,
+    "docs/finetuning.md": given_to_finetuning,
     "docs/export.md": given_digits,
 }
 
+
+#: Pages that take models of which a forward pass lasts.
+NARROW = ("README.md", "docs/index.md", "docs/at_a_glance.md", "docs/finetuning.md")
 
 #: tests/clients/test_page.py runs its blocks, where the packages are that they take.
 ELSEWHERE = "docs/works_with.md"
@@ -252,8 +295,9 @@ ELSEWHERE = "docs/works_with.md"
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != ELSEWHERE])
 def test_every_block_runs(page: str, folder: Path, publishers: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    if page == "README.md":
+    if page in NARROW:
         narrow(monkeypatch)
+    monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO((folder / "photo.jpg").read_bytes()))
     names: dict[str, Any] = {"__name__": "__main__"} | GIVEN.get(page, lambda *_: {})(folder, publishers)
     for block, below in zip_longest(blocks(page), blocks(page)[1:]):
         where = f"{page}:{block.line}"

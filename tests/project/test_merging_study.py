@@ -284,11 +284,11 @@ def test_an_unfinished_study_has_no_table(stored: Path, readme: Path, capsys: py
     assert said == "merging_study: the study has no seed with a training at every r yet\n"
 
 
-# --- What the README shows --------------------------------------------------------------------------------------------
+# --- What the page shows ----------------------------------------------------------------------------------------------
 
 
-def test_the_readme_is_current_and_made_by_the_command_as_it_stands() -> None:
-    main(["--out", str(RESULTS), "--check", str(ROOT / "README.md")])
+def test_the_page_is_current_and_made_by_the_command_as_it_stands() -> None:
+    main(["--out", str(RESULTS), "--check", str(ROOT / "docs" / "finetuning.md")])
     study, usual = load(RESULTS), merging_study.read_options([])
     assert {name: study[name] for name in merging_study.FIXED} == {
         name: getattr(usual, name, train_digits.MODEL) for name in merging_study.FIXED
