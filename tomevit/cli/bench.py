@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
@@ -21,6 +20,7 @@ from tomevit.measure.bounds import SHARES
 from tomevit.measure.defaults import default_r
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, entries, format_schedule
 from tomevit.tasks.tune.front import Front
 
@@ -122,7 +122,7 @@ def bench(
 
     found: list[Comparison] = []
     where = setting(subject, device=place, rounds=rounds, timm=with_timm, name=model)
-    with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=BAR) as bar:
+    with progress_bar(total=1.0, bar_format=BAR) as bar:
         comparisons = sweep(
             subject,
             r_values or found_faithful or default_r(subject.card),

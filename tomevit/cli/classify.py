@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from tqdm import tqdm
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
@@ -27,6 +26,7 @@ from tomevit.errors import ImageError, printable
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, format_schedule, schedule_to_json
 from tomevit.tasks.classify import Answer, Guess, Summary, Tally, answers, check_classifiable
 from tomevit.version import __version__
@@ -134,13 +134,13 @@ def _report_answers(
             report(line)
 
     report_all(form.head(setting))
-    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar, suppress(KeyboardInterrupt):
+    with progress_bar(total=len(sources), unit=" images") as bar, suppress(KeyboardInterrupt):
         for answer, source in zip(run, sources, strict=True):
             answer = answer._replace(image=source if isinstance(source, str) else "-")
             tally.add(answer)
             if form.keeps:
                 kept.append(answer)
-            with tqdm.external_write_mode():
+            with bar.external_write_mode():
                 if answer.error:
                     echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
                 else:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from tqdm import tqdm
 
 from tomevit.cards import Card
 from tomevit.cli import options, reports
@@ -27,6 +26,7 @@ from tomevit.flops import plain_steps
 from tomevit.measure.bench import subject
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule
 from tomevit.tasks.classify import check_head
 from tomevit.tasks.evaluate import (
@@ -216,7 +216,7 @@ def _evaluate(task: _Task, batch: int, workers: int, *, restart: bool) -> Evalua
     rank, _ = processes()
     if task.state is not None and restart and rank == 0:
         forget(task.state)
-    with tqdm(unit=" images", delay=2, leave=False, disable=True if rank else None) as bar:
+    with progress_bar(unit=" images", shown=not rank) as bar:
         return evaluate(
             task.model,
             task.images.files,
@@ -363,7 +363,7 @@ def _random_subset(images: Labelled, limit: int | None) -> Labelled:
     )
 
 
-def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
+def _update_bar(bar: Bar, rank: int, step: Step) -> None:
     """How far it is, on the bar of the first process."""
     if step.done == 0 and rank == 0 and step.resumed:
         echo(f"going on from {step.resumed} images of an earlier run", err=True)

@@ -11,7 +11,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tomevit.cards import Card
 from tomevit.cli import options, reports
@@ -25,6 +24,7 @@ from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.measure.bench import MODES
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, check_outputs, is_stream
+from tomevit.progress import progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.tune import Front, Point, tune
 from tomevit.tasks.tune.front import promise_of
@@ -206,7 +206,7 @@ def _choose(front: Front, promises: dict[str, float]) -> tuple[Point | None, Val
 @contextmanager
 def _progress(front_file: Path | None) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of `tomevit.tune`, and what to say when it is interrupted."""
-    with tqdm(delay=2, leave=False, disable=None) as bar:
+    with progress_bar() as bar:
 
         def tell(stage: str, done: int, total: int) -> None:
             if done == 0:
@@ -268,7 +268,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
         ValueError: too few can be read.
     """
     images, places = [], []
-    bar = tqdm(desc="reading images", total=len(found.files), delay=2, leave=False, disable=None)
+    bar = progress_bar(desc="reading images", total=len(found.files), unit=" images")
     with bar, reading(), closing(stream(found.files, transform(model), workers=workers)) as parts:
         for part in parts:
             images.append(part.images)
