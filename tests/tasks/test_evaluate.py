@@ -29,8 +29,9 @@ from tests.tasks.test_cli import run
 from tomevit.cli import running
 from tomevit.config import Figure, Preset
 from tomevit.data.labelled_images import labelled
+from tomevit.measure.published import published_accuracies
 from tomevit.tasks import demo, plots
-from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, published_accuracies, wilson
+from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, wilson
 
 PLAIN, TRAINED = demo.PLAIN, demo.TRAINED
 COUNT = 83  # digits, of 360: no multiple of a batch

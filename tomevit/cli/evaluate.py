@@ -24,6 +24,7 @@ from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.errors import printable
 from tomevit.flops import plain_steps
 from tomevit.measure.bench import subject
+from tomevit.measure.published import published_by_schedule
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, is_stream, new_file
 from tomevit.progress import Bar, progress_bar
@@ -40,7 +41,6 @@ from tomevit.tasks.evaluate import (
     evaluate,
     forget,
     judge,
-    published_by_schedule,
 )
 
 RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")

@@ -23,6 +23,7 @@ from torch import Tensor
 from tomevit.data.distributed import processes
 from tomevit.data.images import Batch, reading, stream
 from tomevit.measure.memory import explain_out_of_memory
+from tomevit.measure.published import Expected
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, distinct_schedules, schedule_to_json
@@ -41,7 +42,6 @@ from tomevit.tasks.evaluate.state import (
     unreadable_images,
 )
 from tomevit.tasks.evaluate.statistics import (
-    Expected,
     Row,
     Share,
     Verdict,
@@ -49,8 +49,6 @@ from tomevit.tasks.evaluate.statistics import (
     distinct_plain,
     judge,
     paired,
-    published_accuracies,
-    published_by_schedule,
     wilson,
 )
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
@@ -68,8 +66,6 @@ __all__ = [
     "forget",
     "judge",
     "paired",
-    "published_accuracies",
-    "published_by_schedule",
     "wilson",
 ]
 
