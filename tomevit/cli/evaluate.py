@@ -427,7 +427,8 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     """What is to be said below the table, each on a line of its own."""
     said = list(result["notes"])
     if found.interrupted:
-        said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
+        done = found.evaluated + len(found.unreadable)
+        said.append(f"Interrupted: {done} of {found.images} images are done. They are drawn by chance.")
     said += [
         f"{format_schedule(row.r)} is r = {format_schedule(row.plain)} here."
         for row in found.rows
