@@ -454,6 +454,23 @@ def test_markdown_and_a_plot_against_timm(capsys: pytest.CaptureFixture[str], tm
         assert says in text
 
 
+def test_where_nothing_can_be_measured_the_status_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(self: Any, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, *args, **kwargs)
+
+    forward = tomevit.VisionTransformer.forward
+    monkeypatch.setattr(tomevit.VisionTransformer, "forward", no_memory)
+    status, out, err = run(capsys, *SMALL, "--json", "--no-timm", "--r", "1", "--batch", "2")
+    assert json.loads(out)["comparisons"][0]["rows"] == []
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("tomevit: nothing was measured")
+    assert run(capsys, *SMALL, "--no-timm", "--r", "1", "--batch", "1", "2")[0] == 0
+
+
 def test_a_file_is_measured_and_text_is_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     tomevit.save(tiny(), tmp_path / "mine.safetensors")
     status, out, _ = run(

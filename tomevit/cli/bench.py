@@ -149,6 +149,8 @@ def bench(
         echo(*lines)
     if interrupted:
         raise KeyboardInterrupt
+    if not any(comparison.rows for comparison in found):
+        raise ValueError("nothing was measured: no batch fits into the memory of the device; give a smaller --batch")
 
 
 def _fidelity(front: Front, model: VisionTransformer) -> dict[tuple[int | str, ...], Fidelity]:

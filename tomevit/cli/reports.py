@@ -35,11 +35,32 @@ def form_flags(**helps: str) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         for form in reversed(NAMES):
-            hidden = form not in helps
-            function = click.option(f"--{form}", "flag", flag_value=form, hidden=hidden, help=helps.get(form))(function)
+            flag = click.option(
+                f"--{form}",
+                is_flag=True,
+                expose_value=False,
+                callback=_take_form,
+                hidden=form not in helps,
+                help=helps.get(form),
+            )
+            function = flag(function)
         return function
 
     return decorate
+
+
+def _take_form(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    """Hand the form of a flag that was given to the command, as its `flag`.
+
+    Raises:
+        click.UsageError: a flag for another form was given too.
+    """
+    before = ctx.params.setdefault("flag", None)
+    if not wanted:
+        return
+    if before is not None:
+        raise click.UsageError(f"--{before} and --{param.name} ask for two forms of one report: give one of them", ctx)
+    ctx.params["flag"] = param.name
 
 
 def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> str:

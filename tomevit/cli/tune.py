@@ -141,6 +141,9 @@ def tune_command(
     # Whatever the user may have got wrong comes before a download.
     asked = {"speed_up": speed_up, "max_drop": max_drop, "latency": latency}
     promises = {name: value for name, value in asked.items() if value is not None}
+    if len(promises) > 1:
+        options_given = " and ".join(f"--{name.replace('_', '-')}" for name in promises)
+        raise click.UsageError(f"give one of --speed-up, --max-drop or --latency, and not {options_given}")
     if promises:
         promise_of(**promises)
     _check_out(out, chosen=bool(promises))
