@@ -119,7 +119,18 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["info", "vit_b16", "--img-size", "big"], "224x320"),
         (["info", "vit_b16", "--r", "0.9"], "0.5"),
         (["info", "vit_b16", "--r", "-3"], "negative"),
-        (["info", "vit_b16", "--r", "8,2"], "inflection"),
+        (["info", "vit_b16", "--r", "8.0,2"], "is no r"),
+        (["info", "vit_b16", "--r", "8,-2"], "inflection"),
+        (
+            ["info", "vit_b16", "--r", "8,1"],
+            "may be two r, or r = 8 with the inflection 1: write --r 8 1, or --r 8,1.0",
+        ),
+        (
+            ["info", "vit_b16", "--r", "8,8,13"],
+            "may be several r, or one for each block: write --r 8 13, or --r [8,8,13]",
+        ),
+        (["info", "vit_b16", "--r", "8,13,2x"], "is no r"),
+        (["classify", "a.png", "--r", "8,13"], "'8,13' names several r, and this takes one"),
         (["info", "vit_b16", "--r", "eight"], "8,-1"),
         (["info", "vit_b16", "--r", "9x"], "cannot be reached"),
         (["info", "vit_b16", "--r", "2x early"], "'early' is neither a shape (late, deferred) nor a matching"),
@@ -213,6 +224,33 @@ def test_what_follows_an_r_is_one_more_or_the_model(capsys, tmp_path, monkeypatc
     _, out, _ = run(capsys, "info", "--r", "8", "diffrate-0.1g")
     assert next(line for line in out.splitlines() if line.startswith("r = ")).startswith("r = 8 ")
     assert out.count("\nr = ") == 1
+
+
+@pytest.mark.parametrize("many", [["0", "8", "13"], ["0,8,13"], ["0,8", "13"], ["0", "--r=8,13"]])
+def test_several_r_are_written_apart_or_with_commas(capsys, many):
+    _, out, _ = run(capsys, "info", "--json", "--r", *many, "vit_b16")
+    assert [at["r"] for at in json.loads(out)["schedules"]] == [0, 8, 13]
+
+
+@pytest.mark.parametrize("verb", ["bench", "demo", "eval", "info", "visualize"])
+def test_every_verb_that_takes_several_r_takes_commas(verb):
+    command = cli.load_command(verb)
+    needed = {
+        "eval": ["--data", ".", "--model", "vit_b16"],
+        "info": ["vit_b16"],
+        "visualize": ["a.png", "-o", "a.html"],
+    }
+    for several in (["8", "13"], ["8,13"]):
+        assert command.make_context(verb, [*needed.get(verb, []), "--r", *several]).params["r_values"] == (8, 13)
+    assert command.make_context(verb, [*needed.get(verb, []), "--r", "8,-1"]).params["r_values"] == ((8, -1.0),)
+    assert command.make_context(verb, [*needed.get(verb, []), "--r", "8,1.0"]).params["r_values"] == ((8, 1.0),)
+
+
+def test_other_values_may_have_commas_too():
+    context = cli.load_command("bench").make_context(
+        "bench", ["--batch", "1,8", "--dtype", "float32,bfloat16", "--r=8"]
+    )
+    assert (context.params["batches"], context.params["dtypes"]) == ((1, 8), ("float32", "bfloat16"))
 
 
 def test_info_says_what_words_mean(capsys, tmp_path):

@@ -22,6 +22,12 @@ FORMS_OF_R = (
 )
 
 
+SEVERAL_R = (
+    "Several r follow one another, as in --r 8 13, or are whole numbers between commas, as in --r 8,13. 8,-1 is one r, "
+    "with its inflection, and [8,13] one of two blocks."
+)
+
+
 class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
     """8, or 8,-1 for (r, inflection), or [20,0,7] for single blocks, or 0.08 for a share, or words, as in '2x late'."""
 
@@ -30,6 +36,8 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
+        if not getattr(param, "multiple", False) and re.fullmatch(r"\d+,(\d\d+|[2-9])(,\d+)*", value):
+            self.fail(f"{value!r} names several r, and this takes one", param, ctx)
         try:
             return parse_schedule(value)
         except ValueError as error:
@@ -85,29 +93,71 @@ picture = click.option(
 
 
 class Many(click.Command):
-    """A command whose repeatable options take several values at once: --r 0 8 13 means --r 0 --r 8 --r 13."""
+    """A command whose repeatable options take several values at once.
+
+    --r 0 8 13 means --r 0 --r 8 --r 13, and so does --r 0,8,13: whole numbers between commas are several values, and
+    what has anything else, as 8,-1 and 8,0.5, is one r with its inflection. One number for each block is in brackets.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         kinds = {name: p.type for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
         spread: list[str] = []
         option = None
         for argument in args:
+            name, equals, value = argument.partition("=")
             if option is not None and _is_value(kinds[option], argument):
-                if spread[-1] != option:
-                    spread.append(option)
+                for each in _values(kinds[option], argument, ctx):
+                    spread += [each] if spread[-1] == option else [option, each]
+            elif equals and name in kinds:
+                option = None
+                spread += [f"{name}={each}" for each in _values(kinds[name], value, ctx)]
             else:
                 option = argument if argument in kinds else None
-            spread.append(argument)
+                spread.append(argument)
         return super().parse_args(ctx, spread)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if any(isinstance(param.type, R) and param.multiple for param in self.params):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(SEVERAL_R)
+        super().format_epilog(ctx, formatter)
 
 
 def _is_value(kind: Any, argument: str) -> bool:
     """Whether an argument is one more value: a model's name or a path, which may follow, is none."""
     if isinstance(kind, click.Choice):
-        return argument in kind.choices
+        return {*argument.split(",")} <= {*kind.choices}
     looks_like_one = re.match(r"[\d\[.]", argument) is not None or _names_preset(argument.partition("=")[0])
     # Unlike pathlib's, this takes no name for too long.
     return looks_like_one and not os.path.isfile(argument)  # noqa: PTH113
+
+
+def _values(kind: Any, argument: str, ctx: click.Context) -> list[str]:
+    """The values of an argument that may have several, between commas.
+
+    Raises:
+        click.UsageError: two readings are as likely.
+    """
+    several = argument.split(",")
+    if isinstance(kind, click.Choice | click.types.IntParamType):
+        return several
+    if not isinstance(kind, R) or not re.fullmatch(r"\d+(,\d+)+", argument):
+        return [argument]
+    apart = " ".join(several)
+    if len(several) == 2 and int(several[1]) <= 1:
+        raise click.UsageError(
+            f"--r {argument} may be two r, or r = {several[0]} with the inflection {several[1]}: write --r {apart}, or "
+            f"--r {several[0]},{several[1]}.0",
+            ctx,
+        )
+    if len({*several}) < len(several):
+        raise click.UsageError(
+            f"--r {argument} may be several r, or one for each block: write --r {' '.join(dict.fromkeys(several))}, or "
+            f"--r [{argument}]",
+            ctx,
+        )
+    return several
 
 
 def _names_preset(text: str) -> bool:
