@@ -14,10 +14,11 @@ import torch
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, aligned, described, markdown
+from tomevit.cli.options import Many, R, described
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
+from tomevit.cli.tables import Column, Table, show
 from tomevit.config import Config
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
@@ -43,8 +44,11 @@ from tomevit.tasks.evaluate import (
     judge,
 )
 
-RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
-COLUMNS = ("r", "tokens", *RIGHT, "published", "images/s", "speed-up", "GFLOPs", "FLOP ratio")
+COLUMNS = (
+    *(Column("r"), Column("tokens", 4), Column("top-1 %"), Column("95 %"), Column("top-5 %", 6), Column("95 %", 7)),
+    *(Column("vs r = 0"), Column("95 %", 3), Column("agree %", 2), Column("published", 2)),
+    *(Column("images/s", 1), Column("speed-up"), Column("GFLOPs", 5), Column("FLOP ratio", 4)),
+)
 LEGEND = (
     "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
     "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read. "
@@ -243,10 +247,10 @@ def _report(
         raise ValueError(f"none of the {found.images} images can be read, as {printable(file)}: {printable(reason)}")
     result = as_json(setting, found, verdicts)
     try:
-        echo(*FORMS[request.flag or "text"](result, found, verdicts))
+        show(FORMS[request.flag or "text"](result, found, verdicts))
     finally:  # also where what is printed finds no reader
         if request.out is not None and not found.interrupted:
-            write_report(request.out, "\n".join(FORMS[task.form](result, found, verdicts)))
+            write_report(request.out, FORMS[task.form](result, found, verdicts))
     if found.interrupted:
         if found.rows:
             goes_on = "the same command goes on from there"
@@ -376,13 +380,13 @@ def _update_bar(bar: Bar, rank: int, step: Step) -> None:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
+def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str | Table]:
+    table = ["", Table(COLUMNS, [*map(_cells, found.rows)]), "", LEGEND] if found.rows else []
     return [*_heading(result), *table, *_sentences(result, found, verdicts)]
 
 
 def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
+    table = ["", *Table(COLUMNS, [*map(_cells, found.rows)]).markdown(), "", LEGEND, ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
     return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tomevit.cli.console import echo
 from tomevit.schedule import Schedule, format_schedule, parse_schedule
 from tomevit.words import ALLOWED, parse_words
 
@@ -179,17 +178,6 @@ def with_range(value: float, interval: tuple[float, float] | None, digits: int) 
     return f"{value:.{digits}f}{beside}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print aligned."""
-    echo(*aligned(columns, rows))
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a table in Markdown, which a bare asterisk could take for emphasis; aligned as `aligned` does."""
-    for cells in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows):
-        yield f"| {' | '.join(map(str, cells))} |".replace("*", r"\*")
-
-
 def machine(where: Mapping[str, Any]) -> str:
     """Where and with which versions something was measured, from `measure.bench.subject`, in words."""
     threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
@@ -203,12 +191,3 @@ def described(where: Mapping[str, Any]) -> str:
     height, width = where["img_size"]
     rounds = f"{where['rounds']} rounds, " if "rounds" in where else ""
     return f"{where['model']}, {height}x{width}, {rounds}{machine(where)}"
-
-
-def aligned(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a table: the first column to the left, the others to the right."""
-    cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for first, *others in cells:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        yield "  ".join([first.ljust(widths[0]), *right])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from tomevit.cli.console import echo
+from tomevit.cli.tables import Table, fitted
 from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
 
@@ -90,8 +91,9 @@ def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> s
     return flag or named or "text"
 
 
-def write_report(out: Path, text: str) -> None:
+def write_report(out: Path, parts: Iterable[str | Table]) -> None:
     """Put a report in place, and say so."""
+    text = "\n".join(fitted(parts, None))
     with new_file(out) as draft:
         draft.write_text(f"{text}\n", encoding="utf-8", errors="surrogateescape")  # names are as they are on disk
     echo(f"written to {out}", err=True)

@@ -15,10 +15,11 @@ from torch import Tensor
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, aligned, described, with_range
+from tomevit.cli.options import Many, described, with_range
 from tomevit.cli.plot import picture_kind
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
+from tomevit.cli.tables import Column, Table, show
 from tomevit.data.images import reading, search, stream
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.measure.bench import MODES
@@ -37,6 +38,7 @@ LEGEND = (
     "which is a batch. It holds for this device, dtype, batch and mode alone. Agree: the same answer as at r = 0. "
     "KL: how far the classes' probabilities moved from those of r = 0, in nats."
 )
+RANKS = {"KL": 2, "ms": 1}  # of columns that a narrow terminal has no room for
 SHORT = 18  # characters that the r of a row may have; of a longer one the row has a name
 
 
@@ -180,7 +182,7 @@ def tune_command(
         subject.r = chosen.r
         checkpoint.save(subject, out)
         echo(f"written to {out}", err=True)
-    echo(*form(front, chosen, model if Path(model).exists() else subject.card.full_name))
+    show(form(front, chosen, model if Path(model).exists() else subject.card.full_name))
     if refusal is not None:
         raise refusal
 
@@ -290,7 +292,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
+def _as_text(front: Front, chosen: Point | None, name: str) -> list[str | Table]:
     where, points = front.setting, front.points
     names, long = _names(points)
     columns: dict[str, Callable[[Point], str]] = {
@@ -308,12 +310,12 @@ def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
         [names[i] + " *" * (point is chosen), *(cell(point) for cell in columns.values())]
         for i, point in enumerate(points)
     ]
-    lines = [
+    lines: list[str | Table] = [
         described(where | {"model": name}),
         f"{where['dtype']}, batch {where['batch']}, {where['mode']}; {where['images']['search']} images searched on, "
         f"figures of {where['images']['held_back']} others",
         "",
-        *aligned(["r", *columns], rows),
+        Table([Column("r"), *(Column(column, RANKS.get(column, 0)) for column in columns)], rows),
         "",
         *(f"{short}: r = {written}" for short, written in long.items()),
         front.note,

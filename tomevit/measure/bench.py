@@ -27,6 +27,7 @@ from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import join_with_or
 from tomevit.flops import flops
 from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
+from tomevit.measure.defaults import SMALL_DROP
 from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
 from tomevit.measure.published import BySchedule, published_at, published_by_schedule
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
@@ -44,8 +45,6 @@ PRECISIONS = {
     "float16": (torch.float16, "highest"),
 }
 SCHEMA = 1
-#: Points of accuracy or agreement that an r may lose and be suggested though nobody said how fast it must be.
-SMALL_DROP = 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- candidates
