@@ -1,6 +1,7 @@
 """The commands, run as a user runs them."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -271,6 +272,50 @@ def test_no_arguments_show_the_verbs(capsys):
     status, out, _ = run(capsys)
     assert status == 0
     assert {"list", "info", "demo", "bench"} <= set(out.split())
+
+
+def test_help_has_groups_whole_summaries_and_where_the_docs_are(capsys, monkeypatch):
+    for columns in ("80", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = run(capsys, "--help")
+        assert max(map(len, out.splitlines())) <= int(columns)
+        words = " ".join(out.split())
+        for title, verbs in cli.GROUPS.items():
+            assert f"{title}:\n" in out
+            for name, verb in verbs.items():
+                assert f"{name} {verb.help}" in words
+        assert f"Documentation: {cli.documentation()}." in words
+
+
+@pytest.mark.parametrize(
+    ("urls", "where"),
+    [
+        (None, "README.md and docs/ in the repository"),
+        (["Homepage, https://a.org"], "https://a.org"),
+        (["Homepage, https://a.org", "Documentation, https://a.org/docs"], "https://a.org/docs"),
+    ],
+)
+def test_where_the_docs_are_is_what_the_package_says(monkeypatch, urls, where):
+    class Package:
+        def get_all(self, name):
+            assert name == "Project-URL"
+            return urls
+
+    monkeypatch.setattr(cli, "metadata", lambda name: Package())
+    assert cli.documentation() == where
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_has_an_example_that_it_takes(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    verb, *arguments = shlex.split(cli.VERBS[name].example)
+    assert verb == name
+    for file in ("eval.json", "checkpoint.pth", "mine.safetensors", "photo.jpg"):
+        Path(file).touch()
+    cli.load_command(name).make_context(name, arguments)
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert f"Example: tomevit {cli.VERBS[name].example}" in " ".join(out.split())
 
 
 def test_the_installed_command_and_an_import_without_side_effects():
