@@ -402,3 +402,67 @@ def test_a_directory_of_results_does_not_hide_the_model_of_its_name(capsys, tmp_
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "info", "vit_b16")
     assert (status, out.splitlines()[0]) == (0, "vit_b16: Vision Transformer (vit_base_patch16_224 in timm)")
+
+
+def test_list_says_what_merging_costs_and_which_r_to_take(capsys):
+    _, out, _ = run(capsys, "list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    swag, vit, deit = rows["swag_l16_512"], rows["vit_b16"], rows["deit_s16"]
+    assert (swag["top1"], swag["merged"], swag["recommended"]) == (
+        88.07,
+        {"r": 40, "top1": 87.8},
+        {"r": 40, "known": True},
+    )
+    # r = 13 costs 1.97 points: half of the 16 that leave next to nothing.
+    assert (vit["merged"], vit["recommended"]) == ({"r": 13, "top1": 82.6}, {"r": 8, "known": False})
+    assert deit["recommended"] == {"r": "diffrate-2.9g", "known": True}
+    assert rows["dinov2_b14"]["merged"] is None
+    _, out, _ = run(capsys, "list", "deit_s16*", "--weights", "--json")
+    assert [row["recommended"]["r"] for row in json.loads(out)] == ["diffrate-2.9g", 13]
+    _, out, _ = run(capsys, "list", "vit_b16")
+    heads, cells = (line.split() for line in out.splitlines())
+    assert heads == [
+        "name",
+        "pixels",
+        "params",
+        "M",
+        "GFLOPs",
+        "classes",
+        "top-1",
+        "merged",
+        "take",
+        "r",
+        "weights",
+        "presets",
+    ]
+    assert cells[1:3] + cells[5:10] == ["224x224", "86.57", "84.53", "82.60", "at", "13", "~8"]
+
+
+def test_list_sorts_and_selects(capsys):
+    def rows(*arguments):
+        return json.loads(run(capsys, "list", "--json", *arguments)[1])
+
+    params = [row["params"] for row in rows("--sort", "params")]
+    assert params == sorted(params)
+    top1 = [row["top1"] for row in rows("--sort", "top1")]
+    known = [value for value in top1 if value is not None]
+    assert known == sorted(known, reverse=True)
+    assert top1[len(known) :] == [None] * (len(top1) - len(known))
+    assert [row["name"] for row in rows("--family", "mae", "--sort", "name")] == ["mae_b16", "mae_h14", "mae_l16"]
+    assert {row["licence"] for row in rows("--licence", "CC-*")} == {"cc-by-nc-4.0"}
+    assert {row["licence"] for row in rows("--weights", "--licence", "mit", "--family", "eva02")} == {"mit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sort", "beauty"], "top1"),
+        (["--family", "deitt"], "no family 'deitt'; did you mean deit"),
+        (["--licence", "gpl"], "no weights have the licence 'gpl'; there are apache-2.0,"),
+        (["--licence", "mit", "--family", "dinov2"], "no model is of this licence, family and pattern together"),
+    ],
+)
+def test_what_list_cannot_select_is_told(capsys, arguments, says):
+    status, out, err = run(capsys, "list", *arguments)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert says in err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,7 @@ def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
     )
 
 
-FORMS = {
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
     "text": _as_text,
     "json": lambda where, found, notes: json_lines(as_json(where, found)),  # noqa: ARG005
     "markdown": _as_markdown,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -381,8 +381,10 @@ def _update_bar(bar: Bar, rank: int, step: Step) -> None:
 
 
 def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str | Table]:
-    table = ["", Table(COLUMNS, [*map(_cells, found.rows)]), "", LEGEND] if found.rows else []
-    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
+    lines: list[str | Table] = [*_heading(result)]
+    if found.rows:
+        lines += ["", Table(COLUMNS, [*map(_cells, found.rows)]), "", LEGEND]
+    return [*lines, *_sentences(result, found, verdicts)]
 
 
 def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
@@ -459,7 +461,7 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     return said
 
 
-FORMS = {
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
     "text": _as_text,
     "json": lambda result, found, verdicts: json_lines(result),  # noqa: ARG005
     "markdown": _as_markdown,

@@ -6,6 +6,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tomevit.cli.console import echo, is_terminal
@@ -20,7 +21,8 @@ class Column(NamedTuple):
     rank: int = 0  # 0: it stays; of the others the highest goes first
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
     """The first column to the left, the others to the right."""
 
     columns: Sequence[Column]

@@ -349,4 +349,4 @@ def _as_json(front: Front, chosen: Point | None, name: str) -> list[str]:  # noq
     return json_lines(found | {"chosen": None if chosen is None else found["points"][front.points.index(chosen)]})
 
 
-FORMS = {"text": _as_text, "json": _as_json}
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {"text": _as_text, "json": _as_json}
