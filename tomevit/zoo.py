@@ -265,6 +265,14 @@ def architecture(name: str) -> Card:
     return _zoo().architectures[card(name).name]
 
 
+def families() -> dict[str, tuple[str, ...]]:
+    """The names of each family's models, by the name of its file in configs/."""
+    found: dict[str, list[str]] = {file.stem: [] for file in sorted(configs().glob("*.toml"))}
+    for name in _zoo().architectures:
+        found[max((family for family in found if name.startswith(f"{family}_")), key=len)].append(name)
+    return {family: tuple(names) for family, names in found.items()}
+
+
 def architectures() -> tuple[Card, ...]:
     """The cards of all architectures, without weights."""
     return tuple(_zoo().architectures.values())

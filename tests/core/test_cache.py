@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -234,11 +235,47 @@ def test_a_server_may_ask_for_a_pause(server: Server, naps: list[float], value: 
     assert least <= max(naps) <= most
 
 
-def test_nobody_listens() -> None:
+#: Of a server that is not reached: nobody listens there, and no name of these means anything (RFC 2606).
+UNREACHED = ["http://127.0.0.1:{closed}", "http://tomevit.invalid"]
+
+
+@pytest.fixture(params=UNREACHED)
+def unreached(request: pytest.FixtureRequest) -> str:
     with Server() as closed:
-        url = closed.url
-    with pytest.raises(DownloadError, match=r"/w\.pth cannot be reached .*gave up after 5 attempts"):
-        obtain(card(at(f"{url}/w.pth")))
+        port = closed.url.rpartition(":")[2]
+    address: str = request.param
+    return address.format(closed=port)
+
+
+def test_without_a_network_it_is_given_up_in_seconds(unreached: str, naps: list[float]) -> None:
+    with pytest.raises(DownloadError, match=r"/w\.pth cannot be reached .*after 2 attempts: is there a network"):
+        obtain(card(at(f"{unreached}/w.pth")))
+    assert sum(naps) < 3
+
+
+def test_so_is_the_hub(unreached: str, naps: list[float], set_environment: Callable[..., None]) -> None:
+    set_environment(HF_ENDPOINT=unreached)
+    with pytest.raises(DownloadError, match=r"owner/repo cannot be reached \(.*\): is there a network"):
+        obtain(card(on_hub()))
+    assert sum(naps) < 3
+
+
+def test_a_network_that_fails_on_the_way_is_waited_for(
+    server: Server, naps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.put("/w.pth", DATA)
+    server.faults["/w.pth"] = [Fault(cut=CUT)]
+    connect, calls = socket.create_connection, []
+
+    def failing(*args: Any, **how: Any) -> Any:
+        calls.append(args)
+        if 2 <= len(calls) <= 4:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return connect(*args, **how)
+
+    monkeypatch.setattr(socket, "create_connection", failing)
+    assert converted_from(obtain(card(at(url)))) == DATA
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize(
@@ -733,7 +770,7 @@ def test_hugging_faces_cache_is_read_when_nobody_listens(
     naps.clear()
     with pytest.raises(DownloadError, match="owner/other cannot be reached"):
         obtain(card(on_hub("owner/other")))
-    assert sum(naps) < 30  # huggingface_hub tried for 23 seconds, once and not for each file name
+    assert sum(naps) < 3
 
 
 # The cache.

@@ -41,3 +41,14 @@ def run_at_terminal(*arguments: str, encoding: str = "utf-8", columns: int = 80)
     status = stop.value.code or 0
     assert isinstance(status, int)
     return status, b"".join(shown).decode(encoding, "surrogateescape").replace("\r\n", "\n")
+
+
+def rendered(shown: str) -> list[str]:
+    """The lines that are left to see of what a terminal got: a carriage return goes back, and what follows covers."""
+    lines = []
+    for line in shown.split("\n"):
+        left = ""
+        for part in line.split("\r"):
+            left = part + left[len(part) :]
+        lines.append(left.rstrip())
+    return lines

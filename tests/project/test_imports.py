@@ -25,6 +25,7 @@ FIRST = (
         "opening",
         "locks",
         "output",
+        "progress",
         "typed",
         "words",
         "schedule",

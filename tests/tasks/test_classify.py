@@ -30,6 +30,7 @@ from tests.tools.test_images import FILES, turned
 from tomevit import Card, Config, card, class_names, classify, list_models
 from tomevit.data.class_names import IMAGENET, imagenet
 from tomevit.data.images import read
+from tomevit.measure.timing import WARMUP
 from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
 from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
 
@@ -173,9 +174,11 @@ def test_the_speed_up_is_of_the_same_batches_in_turn(
     monkeypatch.setattr(type(digits), "forward", recorded)
     monkeypatch.setattr("tomevit.measure.timing.timed", clock)
     found = classify(digits, held_out()[0][:8], r=16, compare=True, batch=3)
-    warm_up, measured = calls[:2], calls[2:]
-    assert sorted(warm_up) == [(1, 0), (1, 16)]
-    assert measured == [(3, 16), (3, 0), (3, 0), (3, 16), (2, 16), (2, 0)]
+    both_at_3, both_at_2 = [(3, 16), (3, 0)], [(2, 16), (2, 0)]
+    warm_up, measured = calls[:4], calls[4:8]
+    assert warm_up == both_at_3 * WARMUP
+    assert measured == [(3, 16), (3, 0), (3, 0), (3, 16)]
+    assert calls[8:] == [*both_at_2 * WARMUP, *both_at_2], "a batch of another size is warmed up too"
     assert {(answer.seconds, answer.seconds_unmerged) for answer in found} == {(1.5, 3.0)}
     assert summarise(found).speed_up == 2.0
 

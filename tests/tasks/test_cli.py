@@ -1,6 +1,7 @@
 """The commands, run as a user runs them."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -119,7 +120,17 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["info", "vit_b16", "--img-size", "big"], "224x320"),
         (["info", "vit_b16", "--r", "0.9"], "0.5"),
         (["info", "vit_b16", "--r", "-3"], "negative"),
-        (["info", "vit_b16", "--r", "8,2"], "inflection"),
+        (["info", "vit_b16", "--r", "8,-2"], "inflection"),
+        (
+            ["info", "vit_b16", "--r", "8,1"],
+            "may be two r, or r = 8 with the inflection 1: write --r 8 1, or --r 8,1.0",
+        ),
+        (
+            ["info", "vit_b16", "--r", "8,8,13"],
+            "may be several r, or one for each block: write --r 8 13, or --r [8,8,13]",
+        ),
+        (["info", "vit_b16", "--r", "8,13,2x"], "is no r"),
+        (["classify", "a.png", "--r", "8,13"], "'8,13' names several r, and this takes one"),
         (["info", "vit_b16", "--r", "eight"], "8,-1"),
         (["info", "vit_b16", "--r", "9x"], "cannot be reached"),
         (["info", "vit_b16", "--r", "2x early"], "'early' is neither a shape (late, deferred) nor a matching"),
@@ -141,6 +152,11 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["bench", "--mode", "fast"], "compiled"),
         (["bench", "--out", "/nowhere/table.txt"], "no directory /nowhere"),
         (["bench", "--plot", "picture.xyz"], ".png, .svg or .pdf"),
+        (["bench", "--json", "--markdown"], "--json and --markdown ask for two forms of one report"),
+        (["bench", "--csv", "--json"], "--csv and --json ask for two forms"),
+        (["classify", "a.png", "--csv", "--json"], "--csv and --json ask for two forms"),
+        (["eval", "--data", ".", "--model", "vit_b16", "--markdown", "--json"], "--markdown and --json ask for two"),
+        (["tune", ".", "--model", "vit_b16", "--json", "--csv"], "--json and --csv ask for two forms"),
         (["demo", "--r", "-1"], "negative"),
         (["demo", "--r", "8", "9x"], "cannot be reached"),
     ],
@@ -210,6 +226,33 @@ def test_what_follows_an_r_is_one_more_or_the_model(capsys, tmp_path, monkeypatc
     assert out.count("\nr = ") == 1
 
 
+@pytest.mark.parametrize("many", [["0", "8", "13"], ["0,8,13"], ["0,8", "13"], ["0", "--r=8,13"]])
+def test_several_r_are_written_apart_or_with_commas(capsys, many):
+    _, out, _ = run(capsys, "info", "--json", "--r", *many, "vit_b16")
+    assert [at["r"] for at in json.loads(out)["schedules"]] == [0, 8, 13]
+
+
+@pytest.mark.parametrize("verb", ["bench", "demo", "eval", "info", "visualize"])
+def test_every_verb_that_takes_several_r_takes_commas(verb):
+    command = cli.load_command(verb)
+    needed = {
+        "eval": ["--data", ".", "--model", "vit_b16"],
+        "info": ["vit_b16"],
+        "visualize": ["a.png", "-o", "a.html"],
+    }
+    for several in (["8", "13"], ["8,13"]):
+        assert command.make_context(verb, [*needed.get(verb, []), "--r", *several]).params["r_values"] == (8, 13)
+    assert command.make_context(verb, [*needed.get(verb, []), "--r", "8,-1"]).params["r_values"] == ((8, -1.0),)
+    assert command.make_context(verb, [*needed.get(verb, []), "--r", "8,1.0"]).params["r_values"] == ((8, 1.0),)
+
+
+def test_other_values_may_have_commas_too():
+    context = cli.load_command("bench").make_context(
+        "bench", ["--batch", "1,8", "--dtype", "float32,bfloat16", "--r=8"]
+    )
+    assert (context.params["batches"], context.params["dtypes"]) == ((1, 8), ("float32", "bfloat16"))
+
+
 def test_info_says_what_words_mean(capsys, tmp_path):
     picture = tmp_path / "tokens.svg"
     status, out, _ = run(capsys, "info", "deit_s16", "--r", "2x", "2x late", "1.5x grid", "--plot", str(picture))
@@ -229,6 +272,50 @@ def test_no_arguments_show_the_verbs(capsys):
     status, out, _ = run(capsys)
     assert status == 0
     assert {"list", "info", "demo", "bench"} <= set(out.split())
+
+
+def test_help_has_groups_whole_summaries_and_where_the_docs_are(capsys, monkeypatch):
+    for columns in ("80", "60"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = run(capsys, "--help")
+        assert max(map(len, out.splitlines())) <= int(columns)
+        words = " ".join(out.split())
+        for title, verbs in cli.GROUPS.items():
+            assert f"{title}:\n" in out
+            for name, verb in verbs.items():
+                assert f"{name} {verb.help}" in words
+        assert f"Documentation: {cli.documentation()}." in words
+
+
+@pytest.mark.parametrize(
+    ("urls", "where"),
+    [
+        (None, "README.md and docs/ in the repository"),
+        (["Homepage, https://a.org"], "https://a.org"),
+        (["Homepage, https://a.org", "Documentation, https://a.org/docs"], "https://a.org/docs"),
+    ],
+)
+def test_where_the_docs_are_is_what_the_package_says(monkeypatch, urls, where):
+    class Package:
+        def get_all(self, name):
+            assert name == "Project-URL"
+            return urls
+
+    monkeypatch.setattr(cli, "metadata", lambda name: Package())
+    assert cli.documentation() == where
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_verb_has_an_example_that_it_takes(capsys, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    verb, *arguments = shlex.split(cli.VERBS[name].example)
+    assert verb == name
+    for file in ("eval.json", "checkpoint.pth", "mine.safetensors", "photo.jpg"):
+        Path(file).touch()
+    cli.load_command(name).make_context(name, arguments)
+    status, out, _ = run(capsys, name, "--help")
+    assert status == 0
+    assert f"Example: tomevit {cli.VERBS[name].example}" in " ".join(out.split())
 
 
 def test_the_installed_command_and_an_import_without_side_effects():
@@ -315,3 +402,67 @@ def test_a_directory_of_results_does_not_hide_the_model_of_its_name(capsys, tmp_
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "info", "vit_b16")
     assert (status, out.splitlines()[0]) == (0, "vit_b16: Vision Transformer (vit_base_patch16_224 in timm)")
+
+
+def test_list_says_what_merging_costs_and_which_r_to_take(capsys):
+    _, out, _ = run(capsys, "list", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    swag, vit, deit = rows["swag_l16_512"], rows["vit_b16"], rows["deit_s16"]
+    assert (swag["top1"], swag["merged"], swag["recommended"]) == (
+        88.07,
+        {"r": 40, "top1": 87.8},
+        {"r": 40, "known": True},
+    )
+    # r = 13 costs 1.97 points: half of the 16 that leave next to nothing.
+    assert (vit["merged"], vit["recommended"]) == ({"r": 13, "top1": 82.6}, {"r": 8, "known": False})
+    assert deit["recommended"] == {"r": "diffrate-2.9g", "known": True}
+    assert rows["dinov2_b14"]["merged"] is None
+    _, out, _ = run(capsys, "list", "deit_s16*", "--weights", "--json")
+    assert [row["recommended"]["r"] for row in json.loads(out)] == ["diffrate-2.9g", 13]
+    _, out, _ = run(capsys, "list", "vit_b16")
+    heads, cells = (line.split() for line in out.splitlines())
+    assert heads == [
+        "name",
+        "pixels",
+        "params",
+        "M",
+        "GFLOPs",
+        "classes",
+        "top-1",
+        "merged",
+        "take",
+        "r",
+        "weights",
+        "presets",
+    ]
+    assert cells[1:3] + cells[5:10] == ["224x224", "86.57", "84.53", "82.60", "at", "13", "~8"]
+
+
+def test_list_sorts_and_selects(capsys):
+    def rows(*arguments):
+        return json.loads(run(capsys, "list", "--json", *arguments)[1])
+
+    params = [row["params"] for row in rows("--sort", "params")]
+    assert params == sorted(params)
+    top1 = [row["top1"] for row in rows("--sort", "top1")]
+    known = [value for value in top1 if value is not None]
+    assert known == sorted(known, reverse=True)
+    assert top1[len(known) :] == [None] * (len(top1) - len(known))
+    assert [row["name"] for row in rows("--family", "mae", "--sort", "name")] == ["mae_b16", "mae_h14", "mae_l16"]
+    assert {row["licence"] for row in rows("--licence", "CC-*")} == {"cc-by-nc-4.0"}
+    assert {row["licence"] for row in rows("--weights", "--licence", "mit", "--family", "eva02")} == {"mit"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--sort", "beauty"], "top1"),
+        (["--family", "deitt"], "no family 'deitt'; did you mean deit"),
+        (["--licence", "gpl"], "no weights have the licence 'gpl'; there are apache-2.0,"),
+        (["--licence", "mit", "--family", "dinov2"], "no model is of this licence, family and pattern together"),
+    ],
+)
+def test_what_list_cannot_select_is_told(capsys, arguments, says):
+    status, out, err = run(capsys, "list", *arguments)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert says in err

@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.stats import binomtest
 from torch import Tensor
 
@@ -29,8 +31,9 @@ from tests.tasks.test_cli import run
 from tomevit.cli import running
 from tomevit.config import Figure, Preset
 from tomevit.data.labelled_images import labelled
+from tomevit.measure.published import published_accuracies
 from tomevit.tasks import demo, plots
-from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, published_accuracies, wilson
+from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, wilson
 
 PLAIN, TRAINED = demo.PLAIN, demo.TRAINED
 COUNT = 83  # digits, of 360: no multiple of a batch
@@ -142,11 +145,17 @@ def test_every_image_is_read_once_for_all_r(
     digits: Path, model: tomevit.VisionTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, labels = files_of(digits)
-    read: list[str] = []
+    of, read = dict(zip(files, labels, strict=True)), []
     real = tomevit.data.images.read
     monkeypatch.setattr("tomevit.data.images.read", lambda source, **how: read.append(source) or real(source, **how))
     evaluate(model, files, labels, [0, 4, 8], batch=9)
-    assert read == files
+    assert sorted(read) == files
+    assert len({of[file] for file in read[:20]}) > 5, "the first are of few classes"
+
+    again: list[str] = []
+    monkeypatch.setattr("tomevit.data.images.read", lambda source, **how: again.append(source) or real(source, **how))
+    evaluate(model, files, labels, [0], batch=9)
+    assert again == read
 
 
 def test_what_cannot_be_read_is_named_and_does_not_count(
@@ -376,6 +385,17 @@ def test_a_state_of_another_evaluation_is_refused(
         evaluate(model, files, labels, [0, 8], batch=16, state=state)
     assert state.read_bytes() == whole
 
+    listed = tmp_path / "listed"
+    with safe_open(state, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata["evaluation"] = json.dumps(
+        {name: value for name, value in json.loads(metadata["evaluation"]).items() if name != "order"}
+    )
+    save_file(tensors, listed, metadata)  # as a version wrote it that went through the images as they are listed
+    with pytest.raises(ValueError, match="with order as listed, not by chance; go on with the same, or remove it"):
+        evaluate(model, files, labels, [0, 8], state=listed)
+
     moved = tmp_path / "moved"
     moved.symlink_to(digits)
     there = [str(moved / Path(file).relative_to(digits)) for file in files]
@@ -398,11 +418,20 @@ def test_unreadable_files_are_remembered(digits: Path, model: tomevit.VisionTran
     files, labels = files_of(digits)
     files, labels = [str(tmp_path / "none.png"), *files], [0, *labels]
     state = tmp_path / "state"
-    first = evaluate(model, files, labels, batch=8, state=state, progress=interrupt_after(16))
-    assert (first.interrupted, first.complete, first.evaluated) == (True, False, 15)
+    steps: list[Step] = []
+
+    def interrupt(step: Step) -> None:
+        steps.append(step)
+        if step.unreadable:
+            raise KeyboardInterrupt
+
+    first = evaluate(model, files, labels, batch=8, state=state, progress=interrupt)
+    done = steps[-1].done
+    assert 0 < done < COUNT, "nothing is left to go on with: nothing was tested"
+    assert (first.interrupted, first.complete, first.evaluated) == (True, False, done - 1)
     again = evaluate(model, files, labels, batch=8, state=state)
     assert again.unreadable == first.unreadable == [(files[0], "No such file or directory")]
-    assert (again.resumed, again.evaluated, again.complete) == (16, COUNT, True)
+    assert (again.resumed, again.evaluated, again.complete) == (done, COUNT, True)
     finished = evaluate(model, files, labels, batch=8, state=state)
     assert (finished.resumed, finished.rate) == (COUNT + 1, None)
     assert finished.rows == again.rows

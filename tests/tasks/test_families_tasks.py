@@ -24,9 +24,9 @@ from tomevit.layers import Merge
 from tomevit.measure.bench import timm_twin
 from tomevit.measure.bounds import Limits
 from tomevit.measure.defaults import default_r
+from tomevit.measure.published import published_accuracies
 from tomevit.tasks.embed import extractor, pooling, width
 from tomevit.tasks.embedding_files import read
-from tomevit.tasks.evaluate.statistics import published_accuracies
 from tomevit.tasks.visualize import attention_weights, observe, page
 
 DIFFERENT = ("siglip", "dinov2 linear", "pe core", "eva02 large")

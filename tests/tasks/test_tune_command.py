@@ -167,7 +167,10 @@ def test_an_interrupted_search_goes_on_from_its_file(
     ("options", "says"),
     [
         (["--latency", "20"], "'20' is no time with its unit, as in 20ms or 0.02s"),
-        (["--speed-up", "2", "--max-drop", "1"], "give one of speed_up, max_drop or latency, and not speed_up and"),
+        (
+            ["--speed-up", "2", "--max-drop", "1"],
+            "give one of --speed-up, --max-drop or --latency, and not --speed-up",
+        ),
         (["--speed-up", "nan"], "must be a number above 0"),
         (["--max-drop", "-1"], "must be a number of at least 0"),
         (["-o", "x.safetensors"], "name --speed-up, --max-drop or --latency"),

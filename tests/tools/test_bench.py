@@ -29,6 +29,7 @@ from tomevit.config import Config, Figure
 from tomevit.measure.bench import Candidate, Comparison, Fidelity, Row, candidates, compare, suggest, sweep, timm_twin
 from tomevit.measure.bounds import Limits, bounds
 from tomevit.measure.defaults import default_r
+from tomevit.measure.published import Expected, published_by_schedule
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
 from tomevit.schedule import format_schedule
 
@@ -206,6 +207,10 @@ def row(r: int, speed_up: float) -> Row:
     )
 
 
+def published(r: int, top1: float) -> tuple[tuple[int | str, ...], Expected]:
+    return (r,) * Config().depth, Expected(r, top1, "a paper")
+
+
 @pytest.mark.parametrize(
     ("speed_ups", "figures", "target", "r", "says"),
     [
@@ -231,7 +236,7 @@ def test_suggestions(
     speed_ups: dict[int, float], figures: dict[int, float], target: float | None, r: int | None, says: str
 ) -> None:
     rows = [row(0, 1.0), *(row(*pair) for pair in speed_ups.items())]
-    known = [Figure(r=r, top1=top1, source="a paper") for r, top1 in figures.items()]
+    known = [published(r, top1) for r, top1 in figures.items()]
     found = suggest(rows, known, target)
     assert found.r == r
     assert says in found.why
@@ -254,21 +259,25 @@ def test_what_was_measured_goes_before_what_is_published(
 ) -> None:
     rows = [row(0, 1.0), row(8, 1.2), row(13, 1.5), row(16, 1.8)]
     fidelity = {(at,) * Config().depth: Fidelity(percent, 100.0, "agreement", 64) for at, percent in kept.items()}
-    found = suggest(rows, [Figure(r=8, top1=80.0, source="a paper")], target, fidelity)
+    found = suggest(rows, [published(8, 80.0)], target, fidelity)
     assert found.r == r
     assert says in found.why
 
 
-def test_suggestions_know_figures_by_the_name_of_a_preset_and_by_what_words_mean() -> None:
-    figures = [Figure(r="diffrate-2.9g", top1=82.0, source="a paper"), Figure(r=13, top1=83.0, source="a paper")]
+def test_suggestions_know_figures_by_what_happens_in_each_block() -> None:
+    figures = (Figure(r="diffrate-2.9g", top1=82.0, source="a paper"), Figure(r=13, top1=83.0, source="a paper"))
+    card = replace(tomevit.card("deit_s16"), figures=figures)
+    known = published_by_schedule(card)
+    (preset,) = [preset for preset in card.presets if preset.name == "diffrate-2.9g"]
+    assert [schedule for schedule, _ in known] == [preset.r, (13,) * 12]
     unlisted = row(16, 1.9)._replace(r=[16, "8 pitome"], plain=[16, "8 pitome"])
-    named = row(8, 1.4)._replace(r="diffrate-2.9g", plain=["8+3 diffrate"])
-    assert suggest([row(0, 1.0), named, unlisted], figures).r == "diffrate-2.9g"
-    found = suggest([row(0, 1.0), row(13, 1.5)._replace(r="1.9x"), named], figures)
-    assert (found.r, found.plain) == ("1.9x", 13)
-    assert "83.00 % top-1, as published" in found.why
-    card = tomevit.card("deit_s16")
-    assert default_r(replace(card, figures=tuple(figures))) == [8, 13, 16, "diffrate-2.9g"]
+    for r in ("diffrate-2.9g", list(preset.r)):  # by its name, and block by block
+        named = row(8, 1.4)._replace(r=r, plain=list(preset.r), schedule=preset.r)
+        assert suggest([row(0, 1.0), named, unlisted], known).r == r
+        found = suggest([row(0, 1.0), row(13, 1.5)._replace(r="1.9x"), named], known)
+        assert (found.r, found.plain) == ("1.9x", 13)
+        assert "83.00 % top-1, as published" in found.why
+    assert default_r(card) == [8, 13, 16, "diffrate-2.9g"]
 
 
 def test_words_are_measured_as_what_they_mean(capsys: pytest.CaptureFixture[str]) -> None:
@@ -443,6 +452,23 @@ def test_markdown_and_a_plot_against_timm(capsys: pytest.CaptureFixture[str], tm
     assert f"timm {timm.__version__}" in text
     for says in ("torch", "thread", "32x32", "**bfloat16, batch 2**", "timm eager", "bound by", "suggested: r = "):
         assert says in text
+
+
+def test_where_nothing_can_be_measured_the_status_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(self: Any, images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images, *args, **kwargs)
+
+    forward = tomevit.VisionTransformer.forward
+    monkeypatch.setattr(tomevit.VisionTransformer, "forward", no_memory)
+    status, out, err = run(capsys, *SMALL, "--json", "--no-timm", "--r", "1", "--batch", "2")
+    assert json.loads(out)["comparisons"][0]["rows"] == []
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith("tomevit: nothing was measured")
+    assert run(capsys, *SMALL, "--no-timm", "--r", "1", "--batch", "1", "2")[0] == 0
 
 
 def test_a_file_is_measured_and_text_is_a_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

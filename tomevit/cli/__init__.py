@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import NamedTuple
 
 import click
@@ -25,30 +26,87 @@ from tomevit.version import __version__
 
 
 class Verb(NamedTuple):
-    """Where a command is, and what the list of commands says of it."""
+    """Where a command is, and what the lists of commands say of it."""
 
     module: str  # of tomevit.cli
     function: str
     help: str  # the first sentence of its own help
+    example: str  # a call of it
     torch: bool = True  # whether it cannot start without
 
 
-VERBS = {
-    "list": Verb("zoo", "list_command", "What models there are.", torch=False),
-    "info": Verb("zoo", "info", "One model, or all that a file says of itself.", torch=False),
-    "demo": Verb("demo", "demo", "Classify images at several r, with a small model that ships with tomevit."),
-    "classify": Verb("classify", "classify", "The likeliest classes of images."),
-    "eval": Verb("evaluate", "eval_command", "Accuracy and throughput over labelled images, at several r."),
-    "embed": Verb("embed", "embed", "A feature vector for every image, in one file."),
-    "bench": Verb("bench", "bench", "Throughput at several r, and what bounds it."),
-    "tune": Verb("tune", "tune_command", "Schedules for this device, searched on your images: speed against fidelity."),
-    "visualize": Verb("visualize", "visualize", "Which patches of an image are one token behind each block."),
-    "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON."),
-    "convert": Verb("weights", "convert", "Write a checkpoint of any known format as one self-describing file."),
-    "verify": Verb("weights", "verify", "Check a file that tomevit wrote."),
-    "push": Verb("weights", "push", "Share a file that tomevit wrote on the Hugging Face hub."),
-    "export": Verb("export", "export", "Write a model as a program, or in another project's format."),
+#: The commands, below what they are for.
+GROUPS = {
+    "What there is": {
+        "list": Verb("zoo", "list_command", "What models there are.", "list 'deit*' --sort top1", torch=False),
+        "info": Verb(
+            "zoo", "info", "One model, or all that a file says of itself.", "info vit_b16 --r 8 13", torch=False
+        ),
+        "demo": Verb(
+            "demo",
+            "demo",
+            "Classify images at several r, with a small model that ships with tomevit.",
+            "demo --r 8 13 16",
+        ),
+    },
+    "Use a model": {
+        "classify": Verb(
+            "classify",
+            "classify",
+            "The likeliest classes of images.",
+            "classify photo.jpg --model vit_b16 --r 13 --compare",
+        ),
+        "embed": Verb(
+            "embed", "embed", "A feature vector for every image, in one file.", "embed photos/ -o photos.parquet --r 8"
+        ),
+    },
+    "Measure, and choose r": {
+        "eval": Verb(
+            "evaluate",
+            "eval_command",
+            "Accuracy and throughput over labelled images, at several r.",
+            "eval --data imagenet/val --model vit_b16 --r 0 8 13 -o eval.json",
+        ),
+        "bench": Verb(
+            "bench", "bench", "Throughput at several r, and what bounds it.", "bench vit_b16 --r 8 13 --batch 8"
+        ),
+        "tune": Verb(
+            "tune",
+            "tune_command",
+            "Schedules for this device, searched on your images: speed against fidelity.",
+            "tune photos/ --model vit_b16 --speed-up 1.5 -o tuned.safetensors",
+        ),
+        "visualize": Verb(
+            "visualize",
+            "visualize",
+            "Which patches of an image are one token behind each block.",
+            "visualize photo.jpg --model vit_b16 --r 8 13 -o photo.html",
+        ),
+        "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON.", "plot eval.json -o eval.png"),
+    },
+    "Weights and programs": {
+        "convert": Verb(
+            "weights",
+            "convert",
+            "Write a checkpoint of any known format as one self-describing file.",
+            "convert checkpoint.pth -o mine.safetensors",
+        ),
+        "verify": Verb("weights", "verify", "Check a file that tomevit wrote.", "verify mine.safetensors"),
+        "push": Verb(
+            "weights",
+            "push",
+            "Share a file that tomevit wrote on the Hugging Face hub.",
+            "push mine.safetensors owner/name",
+        ),
+        "export": Verb(
+            "export",
+            "export",
+            "Write a model as a program, or in another project's format.",
+            "export vit_b16 --format onnx --r 8 -o vit_b16.onnx",
+        ),
+    },
 }
+VERBS = {name: verb for verbs in GROUPS.values() for name, verb in verbs.items()}
 
 
 class Verbs(click.Group):
@@ -61,8 +119,24 @@ class Verbs(click.Group):
         return load_command(cmd_name) if cmd_name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+        widest = max(map(len, VERBS))
+        for title, verbs in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(widest), verb.help) for name, verb in verbs.items()])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        formatter.write_paragraph()
+        formatter.write_text(f"tomevit VERB --help has its options and an example. Documentation: {documentation()}.")
+
+
+def documentation() -> str:
+    """Where the documentation is: the project's address, where its package has one."""
+    try:
+        urls = metadata("tomevit").get_all("Project-URL") or []
+    except PackageNotFoundError:  # it runs from its repository
+        urls = []
+    known = dict(url.split(", ", 1) for url in urls if ", " in url)
+    return known.get("Documentation") or next(iter(known.values()), "README.md and docs/ in the repository")
 
 
 def load_command(name: str) -> click.Command:
@@ -71,6 +145,7 @@ def load_command(name: str) -> click.Command:
     if verb.torch:
         import_torch()
     command: click.Command = getattr(import_module(f"tomevit.cli.{verb.module}"), verb.function)
+    command.epilog = f"Example: tomevit {verb.example}"
     return command
 
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from tqdm import tqdm
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, aligned, described, markdown, with_meaning, with_range
+from tomevit.cli.options import Many, R, described, with_meaning, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of, untrained
+from tomevit.cli.tables import Column, Table, show
 from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Fidelity, Row, as_json, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
 from tomevit.measure.defaults import default_r
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, entries, format_schedule
 from tomevit.tasks.tune.front import Front
 
-MEASURED = ("", "r", "tokens", "images/s", "ms", "quartiles", "speed-up", "FLOP ratio", "efficiency")
-COLUMNS = (*MEASURED, *SHARES)
+COLUMNS = (
+    *(Column(""), Column("r"), Column("tokens", 3), Column("images/s"), Column("ms", 2), Column("quartiles", 4)),
+    *(Column("speed-up"), Column("FLOP ratio", 1), Column("efficiency", 1)),
+    *(Column(name, 5) for name in SHARES),
+)
 LEGEND = (
     "Times are of a batch. Speed-up is over the fastest that merges nothing, marked *. Efficiency is the speed-up over "
     "the FLOP ratio of what is computed, with the range of 95 % confidence; 1 is its limit. The last columns are "
@@ -122,7 +126,7 @@ def bench(
 
     found: list[Comparison] = []
     where = setting(subject, device=place, rounds=rounds, timm=with_timm, name=model)
-    with tqdm(total=1.0, delay=2, leave=False, disable=None, bar_format=BAR) as bar:
+    with progress_bar(total=1.0, bar_format=BAR) as bar:
         comparisons = sweep(
             subject,
             r_values or found_faithful or default_r(subject.card),
@@ -140,15 +144,17 @@ def bench(
 
     lines = FORMS[form](where, found, notes)
     if out is not None:
-        write_report(out, "\n".join(lines))
+        write_report(out, lines)
     if picture is not None and any(comparison.rows for comparison in found):
         with new_file(picture) as draft:
             draw(draft, kind, {model: as_json(where, found)})
         echo(f"written to {picture}", err=True)
     if out is None:  # at last, for it may find no reader
-        echo(*lines)
+        show(lines)
     if interrupted:
         raise KeyboardInterrupt
+    if not any(comparison.rows for comparison in found):
+        raise ValueError("nothing was measured: no batch fits into the memory of the device; give a smaller --batch")
 
 
 def _fidelity(front: Front, model: VisionTransformer) -> dict[tuple[int | str, ...], Fidelity]:
@@ -188,12 +194,12 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[str]:
-    lines = [described(where)]
+def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[str | Table]:
+    lines: list[str | Table] = [described(where)]
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
-            lines += aligned(COLUMNS, _cells(comparison))
+            lines.append(_table(comparison))
         lines += _sentences(comparison)
     return [*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)]
 
@@ -203,14 +209,14 @@ def _as_markdown(where: dict[str, Any], found: Sequence[Comparison], notes: Sequ
     for comparison in found:
         lines += ["", f"**{comparison.dtype}, batch {comparison.batch}**", ""]
         if comparison.rows:
-            lines += [*markdown(COLUMNS, _cells(comparison)), ""]
+            lines += [*_table(comparison).markdown(), ""]
         lines += [f"- {sentence}" for sentence in _sentences(comparison)]
     return [*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)]
 
 
-def _cells(comparison: Comparison) -> list[list[str]]:
+def _table(comparison: Comparison) -> Table:
     best = comparison.best
-    return [_row_cells(row, row is best) for row in comparison.rows]
+    return Table(COLUMNS, [_row_cells(row, row is best) for row in comparison.rows])
 
 
 def _row_cells(row: Row, best: bool) -> list[str]:
@@ -253,7 +259,7 @@ def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
     )
 
 
-FORMS = {
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
     "text": _as_text,
     "json": lambda where, found, notes: json_lines(as_json(where, found)),  # noqa: ARG005
     "markdown": _as_markdown,

@@ -14,27 +14,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from tqdm import tqdm
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
 from tomevit.cli.options import R
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
+from tomevit.cli.tables import terminal_width, wrapped
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import read, search
 from tomevit.errors import ImageError, printable
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, format_schedule, schedule_to_json
 from tomevit.tasks.classify import Answer, Guess, Summary, Tally, answers, check_classifiable
 from tomevit.version import __version__
 
 SCHEMA = 1
-WIDTH = 80  # of text
+WIDTH = 80  # of text, at most
 BLOCKS = 10  # images that have several lines each; of more each has one
-NAME = 34  # the widest column of classes, where each image has one line
+BESIDE_NAME = 46  # columns that the shares and the file have beside the class, where each image has one line
 
 
 @click.command()
@@ -95,7 +96,8 @@ def classify(
     if workers is None:
         workers = 0 if on_cpu else min(readers(place), len(sources) // batch)
     name = model if Path(model).exists() else loaded.card.full_name
-    setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright)
+    columns = min(WIDTH, (terminal_width() if out is None else None) or WIDTH)
+    setting = _setting(loaded, name, len(sources), top, batch, compare=compare, upright=upright, columns=columns)
     run = answers(loaded, sources, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
     with _reporting(out) as report:
         summary = _report_answers(run, sources, form, setting, report)
@@ -134,13 +136,13 @@ def _report_answers(
             report(line)
 
     report_all(form.head(setting))
-    with tqdm(total=len(sources), delay=2, unit="image", leave=False, disable=None) as bar, suppress(KeyboardInterrupt):
+    with progress_bar(total=len(sources), unit=" images") as bar, suppress(KeyboardInterrupt):
         for answer, source in zip(run, sources, strict=True):
             answer = answer._replace(image=source if isinstance(source, str) else "-")
             tally.add(answer)
             if form.keeps:
                 kept.append(answer)
-            with tqdm.external_write_mode():
+            with bar.external_write_mode():
                 if answer.error:
                     echo(f"tomevit: {_file(answer)}: {answer.error}", err=True)
                 else:
@@ -209,6 +211,7 @@ class _Setting(NamedTuple):
     compare: bool
     images: int
     one_line_each: bool  # of text
+    columns: int  # of text
     width: int  # of the column of classes there
     upright: bool
     batch: int
@@ -217,7 +220,15 @@ class _Setting(NamedTuple):
 
 
 def _setting(
-    model: VisionTransformer, name: str, images: int, top: int, batch: int, *, compare: bool, upright: bool
+    model: VisionTransformer,
+    name: str,
+    images: int,
+    top: int,
+    batch: int,
+    *,
+    compare: bool,
+    upright: bool,
+    columns: int,
 ) -> _Setting:
     classes = class_names(model.card)
     return _Setting(
@@ -228,7 +239,8 @@ def _setting(
         compare=compare,
         images=images,
         one_line_each=images > BLOCKS or min(top, model.config.num_classes) == 1,
-        width=_width(classes, compare),
+        columns=columns,
+        width=_width(classes, compare, columns - BESIDE_NAME),
         upright=upright,
         batch=batch,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -257,11 +269,12 @@ def _short_name(setting: _Setting, index: int) -> str:
 def _text_head(setting: _Setting) -> list[str]:
     source, before, left = setting.classes.source, setting.tokens[0], setting.tokens[-1]
     kinds = {"": "classes without names", "own": "the model's own classes"}
-    lines = [
+    said = (
         f"{printable(setting.model)}, r = {format_schedule(setting.r)}: {left} of {before} tokens leave the last block",
         kinds.get(source, f"classes of {source}, by the size of the head"),
         "",
-    ]
+    )
+    lines = [line for sentence in said for line in wrapped(sentence, setting.columns)]
     if setting.one_line_each:
         columns = [f"{'r = 0':>8}"] * setting.compare + [f"{_heading_of_r(setting):>8}"]
         lines.append("  ".join([*columns, "class".ljust(setting.width), "image"]))
@@ -300,7 +313,7 @@ def _block(setting: _Setting, answer: Answer) -> list[str]:
         before = [] if answer.changed is None else [_percent(guess.unmerged)]
         cells = [*before, _percent(guess.probability)]
         name = printable(guess.name) or _short_name(setting, guess.class_index)
-        lines.append("  ".join([*cells, _shorten(name, WIDTH - 10 * len(cells))]))
+        lines.append("  ".join([*cells, _shorten(name, setting.columns - 10 * len(cells))]))
     return lines
 
 
@@ -326,14 +339,14 @@ def _text_foot(setting: _Setting, found: Summary, _: Sequence[Answer]) -> list[s
         sentences.append(f"Not read: {found.unreadable}.")
     if (done := found.images + found.unreadable) < setting.images:
         sentences.append(f"Interrupted after {done} of {_count(setting.images)}.")
-    lines = [line for sentence in sentences for line in textwrap.wrap(sentence, WIDTH)]
+    lines = [line for sentence in sentences for line in textwrap.wrap(sentence, setting.columns)]
     return ["", *lines] if setting.one_line_each and lines else lines
 
 
-def _width(classes: ClassNames, compare: bool) -> int:
+def _width(classes: ClassNames, compare: bool, most: int) -> int:
     """Of the column of classes, where each image has one line."""
     longest = max(len(printable(classes.short(index))) for index in range(len(classes.names)))
-    return min(NAME, 2 * longest + 3 if compare else max(longest, 5))
+    return min(most, 2 * longest + 3 if compare else max(longest, 5))
 
 
 def _heading_of_r(setting: _Setting) -> str:

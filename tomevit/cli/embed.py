@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 import click
-from tqdm import tqdm
 
 from tomevit.cli import options, running
 from tomevit.cli.console import echo
@@ -18,6 +17,7 @@ from tomevit.cli.running import card_of_argument, own_device, readers, trained
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output
+from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import Schedule
 from tomevit.tasks.embed import Data, Pool, Report, check_pool, check_suffix, locate
 from tomevit.tasks.embed import embed as run_embed
@@ -137,7 +137,7 @@ def _print(report: Report, out: Path, dtype: str) -> None:
 @contextmanager
 def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar for each stage of `tomevit.tasks.embed.embed`, and what to say when it is interrupted."""
-    bar: tqdm[NoReturn] | None = None
+    bar: Bar | None = None
     stage, last, of = "", 0, ""
 
     def tell(now: str, done: int, total: int | None) -> None:
@@ -147,15 +147,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
                 bar.close()
             elif done and shown:
                 echo(f"tomevit: going on behind {done:,} images whose parts are in {out}.parts", err=True)
-            bar = tqdm(
-                desc=now,
-                total=total,
-                initial=done,
-                delay=2,
-                unit=" images",
-                leave=False,
-                disable=None if shown else True,
-            )
+            bar = progress_bar(desc=now, total=total, initial=done, unit=" images", shown=shown)
             stage, last, of = now, done, "" if total is None else f" of {total:,}"
         bar.update(done - last)
         last = done

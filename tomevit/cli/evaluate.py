@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,23 +10,25 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from tqdm import tqdm
 
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, aligned, described, markdown
+from tomevit.cli.options import Many, R, described
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
+from tomevit.cli.tables import Column, Table, show
 from tomevit.config import Config
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.errors import printable
 from tomevit.flops import plain_steps
 from tomevit.measure.bench import subject
+from tomevit.measure.published import published_by_schedule
 from tomevit.models import VisionTransformer
 from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule
 from tomevit.tasks.classify import check_head
 from tomevit.tasks.evaluate import (
@@ -40,11 +42,13 @@ from tomevit.tasks.evaluate import (
     evaluate,
     forget,
     judge,
-    published_by_schedule,
 )
 
-RIGHT = ("top-1 %", "95 %", "top-5 %", "95 %", "vs r = 0", "95 %", "agree %")
-COLUMNS = ("r", "tokens", *RIGHT, "published", "images/s", "speed-up", "GFLOPs", "FLOP ratio")
+COLUMNS = (
+    *(Column("r"), Column("tokens", 4), Column("top-1 %"), Column("95 %"), Column("top-5 %", 6), Column("95 %", 7)),
+    *(Column("vs r = 0"), Column("95 %", 3), Column("agree %", 2), Column("published", 2)),
+    *(Column("images/s", 1), Column("speed-up"), Column("GFLOPs", 5), Column("FLOP ratio", 4)),
+)
 LEGEND = (
     "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
     "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read. "
@@ -216,7 +220,7 @@ def _evaluate(task: _Task, batch: int, workers: int, *, restart: bool) -> Evalua
     rank, _ = processes()
     if task.state is not None and restart and rank == 0:
         forget(task.state)
-    with tqdm(unit=" images", delay=2, leave=False, disable=True if rank else None) as bar:
+    with progress_bar(unit=" images", shown=not rank) as bar:
         return evaluate(
             task.model,
             task.images.files,
@@ -243,10 +247,10 @@ def _report(
         raise ValueError(f"none of the {found.images} images can be read, as {printable(file)}: {printable(reason)}")
     result = as_json(setting, found, verdicts)
     try:
-        echo(*FORMS[request.flag or "text"](result, found, verdicts))
+        show(FORMS[request.flag or "text"](result, found, verdicts))
     finally:  # also where what is printed finds no reader
         if request.out is not None and not found.interrupted:
-            write_report(request.out, "\n".join(FORMS[task.form](result, found, verdicts)))
+            write_report(request.out, FORMS[task.form](result, found, verdicts))
     if found.interrupted:
         if found.rows:
             goes_on = "the same command goes on from there"
@@ -363,7 +367,7 @@ def _random_subset(images: Labelled, limit: int | None) -> Labelled:
     )
 
 
-def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
+def _update_bar(bar: Bar, rank: int, step: Step) -> None:
     """How far it is, on the bar of the first process."""
     if step.done == 0 and rank == 0 and step.resumed:
         echo(f"going on from {step.resumed} images of an earlier run", err=True)
@@ -376,13 +380,15 @@ def _update_bar(bar: tqdm[Any], rank: int, step: Step) -> None:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *aligned(COLUMNS, map(_cells, found.rows)), "", LEGEND] if found.rows else []
-    return [*_heading(result), *table, *_sentences(result, found, verdicts)]
+def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str | Table]:
+    lines: list[str | Table] = [*_heading(result)]
+    if found.rows:
+        lines += ["", Table(COLUMNS, [*map(_cells, found.rows)]), "", LEGEND]
+    return [*lines, *_sentences(result, found, verdicts)]
 
 
 def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *markdown(COLUMNS, map(_cells, found.rows)), "", LEGEND, ""] if found.rows else []
+    table = ["", *Table(COLUMNS, [*map(_cells, found.rows)]).markdown(), "", LEGEND, ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
     return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
 
@@ -427,7 +433,8 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     """What is to be said below the table, each on a line of its own."""
     said = list(result["notes"])
     if found.interrupted:
-        said.append(f"Interrupted: {found.evaluated + len(found.unreadable)} of {found.images} images are done.")
+        done = found.evaluated + len(found.unreadable)
+        said.append(f"Interrupted: {done} of {found.images} images are done. They are drawn by chance.")
     said += [
         f"{format_schedule(row.r)} is r = {format_schedule(row.plain)} here."
         for row in found.rows
@@ -454,7 +461,7 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     return said
 
 
-FORMS = {
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
     "text": _as_text,
     "json": lambda result, found, verdicts: json_lines(result),  # noqa: ARG005
     "markdown": _as_markdown,

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tomevit.cli.console import echo
 from tomevit.schedule import Schedule, format_schedule, parse_schedule
 from tomevit.words import ALLOWED, parse_words
 
@@ -19,6 +18,12 @@ from tomevit.words import ALLOWED, parse_words
 FORMS_OF_R = (
     "8, 8,-1, [20,0,7], 0.08, a budget of FLOPs such as 2x or 60%, also '2x late', '2x deferred', '2x diffrate', "
     "'8 pitome', '1.5x grid', or a preset of the model"
+)
+
+
+SEVERAL_R = (
+    "Several r follow one another, as in --r 8 13, or are whole numbers between commas, as in --r 8,13. 8,-1 is one r, "
+    "with its inflection, and [8,13] one of two blocks."
 )
 
 
@@ -30,6 +35,8 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
+        if not getattr(param, "multiple", False) and re.fullmatch(r"\d+,(\d\d+|[2-9])(,\d+)*", value):
+            self.fail(f"{value!r} names several r, and this takes one", param, ctx)
         try:
             return parse_schedule(value)
         except ValueError as error:
@@ -85,29 +92,71 @@ picture = click.option(
 
 
 class Many(click.Command):
-    """A command whose repeatable options take several values at once: --r 0 8 13 means --r 0 --r 8 --r 13."""
+    """A command whose repeatable options take several values at once.
+
+    --r 0 8 13 means --r 0 --r 8 --r 13, and so does --r 0,8,13: whole numbers between commas are several values, and
+    what has anything else, as 8,-1 and 8,0.5, is one r with its inflection. One number for each block is in brackets.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         kinds = {name: p.type for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
         spread: list[str] = []
         option = None
         for argument in args:
+            name, equals, value = argument.partition("=")
             if option is not None and _is_value(kinds[option], argument):
-                if spread[-1] != option:
-                    spread.append(option)
+                for each in _values(kinds[option], argument, ctx):
+                    spread += [each] if spread[-1] == option else [option, each]
+            elif equals and name in kinds:
+                option = None
+                spread += [f"{name}={each}" for each in _values(kinds[name], value, ctx)]
             else:
                 option = argument if argument in kinds else None
-            spread.append(argument)
+                spread.append(argument)
         return super().parse_args(ctx, spread)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if any(isinstance(param.type, R) and param.multiple for param in self.params):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(SEVERAL_R)
+        super().format_epilog(ctx, formatter)
 
 
 def _is_value(kind: Any, argument: str) -> bool:
     """Whether an argument is one more value: a model's name or a path, which may follow, is none."""
     if isinstance(kind, click.Choice):
-        return argument in kind.choices
+        return {*argument.split(",")} <= {*kind.choices}
     looks_like_one = re.match(r"[\d\[.]", argument) is not None or _names_preset(argument.partition("=")[0])
     # Unlike pathlib's, this takes no name for too long.
     return looks_like_one and not os.path.isfile(argument)  # noqa: PTH113
+
+
+def _values(kind: Any, argument: str, ctx: click.Context) -> list[str]:
+    """The values of an argument that may have several, between commas.
+
+    Raises:
+        click.UsageError: two readings are as likely.
+    """
+    several = argument.split(",")
+    if isinstance(kind, click.Choice | click.types.IntParamType):
+        return several
+    if not isinstance(kind, R) or not re.fullmatch(r"\d+(,\d+)+", argument):
+        return [argument]
+    apart = " ".join(several)
+    if len(several) == 2 and int(several[1]) <= 1:
+        raise click.UsageError(
+            f"--r {argument} may be two r, or r = {several[0]} with the inflection {several[1]}: write --r {apart}, or "
+            f"--r {several[0]},{several[1]}.0",
+            ctx,
+        )
+    if len({*several}) < len(several):
+        raise click.UsageError(
+            f"--r {argument} may be several r, or one for each block: write --r {' '.join(dict.fromkeys(several))}, or "
+            f"--r [{argument}]",
+            ctx,
+        )
+    return several
 
 
 def _names_preset(text: str) -> bool:
@@ -129,17 +178,6 @@ def with_range(value: float, interval: tuple[float, float] | None, digits: int) 
     return f"{value:.{digits}f}{beside}"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print aligned."""
-    echo(*aligned(columns, rows))
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a table in Markdown, which a bare asterisk could take for emphasis; aligned as `aligned` does."""
-    for cells in (columns, ["---", *["---:"] * (len(columns) - 1)], *rows):
-        yield f"| {' | '.join(map(str, cells))} |".replace("*", r"\*")
-
-
 def machine(where: Mapping[str, Any]) -> str:
     """Where and with which versions something was measured, from `measure.bench.subject`, in words."""
     threads = f", {where['threads']} thread{'s' * (where['threads'] != '1')}" if "threads" in where else ""
@@ -153,12 +191,3 @@ def described(where: Mapping[str, Any]) -> str:
     height, width = where["img_size"]
     rounds = f"{where['rounds']} rounds, " if "rounds" in where else ""
     return f"{where['model']}, {height}x{width}, {rounds}{machine(where)}"
-
-
-def aligned(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:
-    """The lines of a table: the first column to the left, the others to the right."""
-    cells = [list(columns), *([str(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    for first, *others in cells:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        yield "  ".join([first.ljust(widths[0]), *right])

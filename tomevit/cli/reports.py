@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from tomevit.cli.console import echo
+from tomevit.cli.tables import Table, fitted
 from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
 
@@ -35,11 +36,32 @@ def form_flags(**helps: str) -> Callable[[F], F]:
 
     def decorate(function: F) -> F:
         for form in reversed(NAMES):
-            hidden = form not in helps
-            function = click.option(f"--{form}", "flag", flag_value=form, hidden=hidden, help=helps.get(form))(function)
+            flag = click.option(
+                f"--{form}",
+                is_flag=True,
+                expose_value=False,
+                callback=_take_form,
+                hidden=form not in helps,
+                help=helps.get(form),
+            )
+            function = flag(function)
         return function
 
     return decorate
+
+
+def _take_form(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    """Hand the form of a flag that was given to the command, as its `flag`.
+
+    Raises:
+        click.UsageError: a flag for another form was given too.
+    """
+    before = ctx.params.setdefault("flag", None)
+    if not wanted:
+        return
+    if before is not None:
+        raise click.UsageError(f"--{before} and --{param.name} ask for two forms of one report: give one of them", ctx)
+    ctx.params["flag"] = param.name
 
 
 def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> str:
@@ -69,8 +91,9 @@ def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> s
     return flag or named or "text"
 
 
-def write_report(out: Path, text: str) -> None:
+def write_report(out: Path, parts: Iterable[str | Table]) -> None:
     """Put a report in place, and say so."""
+    text = "\n".join(fitted(parts, None))
     with new_file(out) as draft:
         draft.write_text(f"{text}\n", encoding="utf-8", errors="surrogateescape")  # names are as they are on disk
     echo(f"written to {out}", err=True)

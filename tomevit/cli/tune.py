@@ -11,20 +11,21 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, aligned, described, with_range
+from tomevit.cli.options import Many, described, with_range
 from tomevit.cli.plot import picture_kind
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
+from tomevit.cli.tables import Column, Table, show
 from tomevit.data.images import reading, search, stream
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.measure.bench import MODES
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, check_outputs, is_stream
+from tomevit.progress import progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.tune import Front, Point, tune
 from tomevit.tasks.tune.front import promise_of
@@ -37,6 +38,7 @@ LEGEND = (
     "which is a batch. It holds for this device, dtype, batch and mode alone. Agree: the same answer as at r = 0. "
     "KL: how far the classes' probabilities moved from those of r = 0, in nats."
 )
+RANKS = {"KL": 2, "ms": 1}  # of columns that a narrow terminal has no room for
 SHORT = 18  # characters that the r of a row may have; of a longer one the row has a name
 
 
@@ -141,6 +143,9 @@ def tune_command(
     # Whatever the user may have got wrong comes before a download.
     asked = {"speed_up": speed_up, "max_drop": max_drop, "latency": latency}
     promises = {name: value for name, value in asked.items() if value is not None}
+    if len(promises) > 1:
+        options_given = " and ".join(f"--{name.replace('_', '-')}" for name in promises)
+        raise click.UsageError(f"give one of --speed-up, --max-drop or --latency, and not {options_given}")
     if promises:
         promise_of(**promises)
     _check_out(out, chosen=bool(promises))
@@ -177,7 +182,7 @@ def tune_command(
         subject.r = chosen.r
         checkpoint.save(subject, out)
         echo(f"written to {out}", err=True)
-    echo(*form(front, chosen, model if Path(model).exists() else subject.card.full_name))
+    show(form(front, chosen, model if Path(model).exists() else subject.card.full_name))
     if refusal is not None:
         raise refusal
 
@@ -206,7 +211,7 @@ def _choose(front: Front, promises: dict[str, float]) -> tuple[Point | None, Val
 @contextmanager
 def _progress(front_file: Path | None) -> Iterator[Callable[[str, int, int], None]]:
     """A bar for each stage of `tomevit.tune`, and what to say when it is interrupted."""
-    with tqdm(delay=2, leave=False, disable=None) as bar:
+    with progress_bar() as bar:
 
         def tell(stage: str, done: int, total: int) -> None:
             if done == 0:
@@ -268,7 +273,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
         ValueError: too few can be read.
     """
     images, places = [], []
-    bar = tqdm(desc="reading images", total=len(found.files), delay=2, leave=False, disable=None)
+    bar = progress_bar(desc="reading images", total=len(found.files), unit=" images")
     with bar, reading(), closing(stream(found.files, transform(model), workers=workers)) as parts:
         for part in parts:
             images.append(part.images)
@@ -287,7 +292,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
+def _as_text(front: Front, chosen: Point | None, name: str) -> list[str | Table]:
     where, points = front.setting, front.points
     names, long = _names(points)
     columns: dict[str, Callable[[Point], str]] = {
@@ -305,12 +310,12 @@ def _as_text(front: Front, chosen: Point | None, name: str) -> list[str]:
         [names[i] + " *" * (point is chosen), *(cell(point) for cell in columns.values())]
         for i, point in enumerate(points)
     ]
-    lines = [
+    lines: list[str | Table] = [
         described(where | {"model": name}),
         f"{where['dtype']}, batch {where['batch']}, {where['mode']}; {where['images']['search']} images searched on, "
         f"figures of {where['images']['held_back']} others",
         "",
-        *aligned(["r", *columns], rows),
+        Table([Column("r"), *(Column(column, RANKS.get(column, 0)) for column in columns)], rows),
         "",
         *(f"{short}: r = {written}" for short, written in long.items()),
         front.note,
@@ -344,4 +349,4 @@ def _as_json(front: Front, chosen: Point | None, name: str) -> list[str]:  # noq
     return json_lines(found | {"chosen": None if chosen is None else found["points"][front.points.index(chosen)]})
 
 
-FORMS = {"text": _as_text, "json": _as_json}
+FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {"text": _as_text, "json": _as_json}

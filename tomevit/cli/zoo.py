@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,50 +14,118 @@ from tomevit import zoo
 from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import Many, R, table
-from tomevit.config import POOLED, Config, Figure, Preset, Source
-from tomevit.errors import printable
+from tomevit.cli.options import Many, R
+from tomevit.cli.tables import Column, Table, show
+from tomevit.config import POOLED, Config, Preset, Source
+from tomevit.errors import nearest, printable
 from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
+from tomevit.measure.defaults import recommended_r
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, entries, format_schedule, schedule_to_json, token_counts
+from tomevit.schedule import Schedule, entries, format_schedule, schedule_from_json, schedule_to_json, token_counts
+
+#: What models can be sorted by: the value of a row, None last; and whether the largest is first.
+KEYS: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
+    "name": (lambda row: row["name"], False),
+    "pixels": (lambda row: row["img_size"][0] * row["img_size"][1], False),
+    "params": (lambda row: row["params"], False),
+    "gflops": (lambda row: row["gflops"], False),
+    "top1": (lambda row: row["top1"], True),
+    "merged": (lambda row: row["merged"] and row["merged"]["top1"], True),
+}
+COLUMNS = (
+    *(Column("name"), Column("pixels", 1), Column("params M", 2), Column("GFLOPs", 4), Column("classes", 6)),
+    *(Column("top-1"), Column("merged"), Column("take r")),
+)
 
 
 @click.command("list")
 @click.argument("pattern", default="*")
 @click.option("--weights", is_flag=True, help="One line for each set of weights.")
+@click.option("--sort", "key", type=click.Choice(list(KEYS)), help="The least first; of accuracies the highest.")
+@click.option("--licence", metavar="L", help="With weights of this licence alone, as in mit, or 'cc-*'.")
+@click.option("--family", metavar="F", help="Of one family alone, as in deit, or dinov2.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def list_command(pattern: str, weights: bool, as_json: bool) -> None:
-    """What models there are; PATTERN takes wildcards, as in 'deit*', and timm's names, as in 'vit_base*'."""
-    names = zoo.list_models(pattern, weights=weights)
-    if not names:
+def list_command(
+    pattern: str, weights: bool, key: str | None, licence: str | None, family: str | None, as_json: bool
+) -> None:
+    """What models there are; PATTERN takes wildcards, as in 'deit*', and timm's names, as in 'vit_base*'.
+
+    Accuracies are of ImageNet-1k, as published of the weights that create() takes by default: top-1, and merged at an
+    r. What to take: the r that the weights were trained with; else, of those whose published accuracy is 1 point lower
+    at most, that of the fewest FLOPs; else half of the most that can merge, marked ~, of which no accuracy is known:
+    measure it on your images, by tomevit eval.
+    """
+    cards = [zoo.card(name) for name in zoo.list_models(pattern, weights=weights)]
+    if not cards:
         raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
-    rows = [_summary(zoo.card(name)) | {"name": name} for name in names]
+    cards = [found for card in _of_family(cards, family) if (found := _of_licence(card, licence, weights)) is not None]
+    if not cards:
+        raise ValueError("no model is of this licence, family and pattern together; tomevit list shows all")
+    rows = [_summary(card) | {"name": card.full_name if weights else card.name} for card in cards]
+    if key is not None:
+        value, largest_first = KEYS[key]
+        known = sorted((row for row in rows if value(row) is not None), key=value, reverse=largest_first)
+        rows = known + [row for row in rows if value(row) is None]
     if as_json:
         echo_json(rows)
         return
-    columns = ["name", "image", "params M", "GFLOPs", "classes"]
-    columns += ["top-1", "r", "licence"] if weights else ["weights", "presets"]
-    table(
-        columns,
-        [
-            [
-                row["name"],
-                "x".join(map(str, row["img_size"])),
-                f"{row['params'] / 1e6:.2f}",
-                f"{row['gflops']:.2f}",
-                row["num_classes"],
-                *(
-                    [_top1(row), row["r"], row["licence"] or "—"]
-                    if weights
-                    else map(len, (row["weights"], row["presets"]))
-                ),
-            ]
-            for row in rows
-        ],
-    )
+    last = (Column("trained r", 5), Column("licence", 3)) if weights else (Column("weights", 5), Column("presets", 7))
+    show([Table((*COLUMNS, *last), [_cells(row, weights) for row in rows])])
+
+
+def _of_family(cards: Sequence[Card], family: str | None) -> Sequence[Card]:
+    """Those of one family, by the name of its file.
+
+    Raises:
+        ValueError: there is no such family.
+    """
+    if family is None:
+        return cards
+    families = zoo.families()
+    known = f"there are {', '.join(families)}"
+    if family not in families:
+        raise ValueError(f"there is no family {family!r}; {nearest(family, families, known)}")
+    return [card for card in cards if card.name in families[family]]
+
+
+def _of_licence(card: Card, licence: str | None, weights: bool) -> Card | None:
+    """The card, or the first of its model's with weights of a licence; None: there is none.
+
+    Raises:
+        ValueError: nothing in the zoo has such a licence.
+    """
+    if licence is None:
+        return card
+    known = sorted({other.licence for other, _ in zoo.published_sources() if other.licence})
+    matching = fnmatch.filter(known, licence.lower())
+    if not matching:
+        raise ValueError(f"no weights have the licence {licence!r}; there are {', '.join(known)}")
+    others = [card] if weights else zoo.cards(card.name)
+    return next((other for other in others if other.licence in matching), None)
+
+
+def _cells(row: dict[str, Any], weights: bool) -> list[Any]:
+    merged, take = row["merged"], row["recommended"]
+    trained = format_schedule(schedule_from_json(row["r"]))
+    return [
+        row["name"],
+        "x".join(map(str, row["img_size"])),
+        f"{row['params'] / 1e6:.2f}",
+        f"{row['gflops']:.2f}",
+        row["num_classes"],
+        _top1(row),
+        f"{merged['top1']:.2f} at {format_schedule(merged['r'])}" if merged else "—",
+        f"{'' if take['known'] else '~'}{format_schedule(schedule_from_json(take['r']))}",
+        *((trained, row["licence"] or "—") if weights else map(len, (row["weights"], row["presets"]))),
+    ]
 
 
 def _summary(card: Card) -> dict[str, Any]:
+    plain = sorted((figure for figure in card.figures if not figure.r), key=lambda figure: figure.by != "head")
+    take = recommended_r(card)
+    merged = [figure for figure in card.figures if figure.r]
+    # The accuracy at what is recommended, else the highest there is with merging.
+    best = max(merged, key=lambda figure: (figure.r == take.r, figure.top1), default=None)
     return {
         "name": card.name,
         "title": card.title,
@@ -67,6 +136,10 @@ def _summary(card: Card) -> dict[str, Any]:
         "default_weights": card.weights,
         "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
         "figures": [asdict(figure) for figure in card.figures],
+        "top1": plain[0].top1 if plain else None,
+        "top1_by": plain[0].by if plain else None,
+        "merged": {"r": best.r, "top1": best.top1} if best else None,
+        "recommended": {"r": schedule_to_json(take.r), "known": take.top1 is not None or card.r == take.r},
         "presets": _presets(card, card.config, [card]),
         "r": schedule_to_json(card.r),
         "licence": card.licence,
@@ -75,12 +148,10 @@ def _summary(card: Card) -> dict[str, Any]:
 
 def _top1(row: dict[str, Any]) -> str:
     """Of the model's own head if there is such a figure; else the first, and how classes were told."""
-    figures = sorted(row["figures"], key=lambda figure: figure["by"] != "head")
-    return _accuracy(Figure(**figures[0])) if figures else "—"
-
-
-def _accuracy(figure: Figure) -> str:
-    return f"{figure.top1:.2f}" if figure.by == "head" else f"{figure.top1:.2f} ({figure.by})"
+    if row["top1"] is None:
+        return "—"
+    by = "" if row["top1_by"] == "head" else f" ({row['top1_by']})"
+    return f"{row['top1']:.2f}{by}"
 
 
 def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
@@ -158,9 +229,9 @@ def info(
         echo_json(_as_json(card, config, schedules, presets, weights, contents))
         return
     name = card.name if contents is None else card.full_name
-    echo(*_architecture(name, card, config), *_costs(config, schedules), *_lines_of_presets(config, presets))
-    echo(*_preparation(card, config))
-    echo(*(_weights(weights) if contents is None else _file(contents)))
+    lines = [*_architecture(name, card, config), *_costs(config, schedules), *_lines_of_presets(config, presets)]
+    lines += [*_preparation(card, config), *(_weights(weights) if contents is None else _file(contents))]
+    show(lines, hanging=15)
 
 
 def _contents(name: str) -> Contents | None:

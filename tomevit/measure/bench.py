@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from tomevit import private
-from tomevit.config import Figure
 from tomevit.deploy.optimize import compile_blocks, optimize
 from tomevit.errors import join_with_or
 from tomevit.flops import flops
 from tomevit.measure.bounds import ADVICE, Bounds, Limits, bounds, faster_dtype
+from tomevit.measure.defaults import SMALL_DROP
 from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
+from tomevit.measure.published import BySchedule, published_at, published_by_schedule
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule, schedule_to_json
@@ -44,8 +45,6 @@ PRECISIONS = {
     "float16": (torch.float16, "highest"),
 }
 SCHEMA = 1
-#: Points of accuracy or agreement that an r may lose and be suggested though nobody said how fast it must be.
-SMALL_DROP = 1.0
 
 
 # --------------------------------------------------------------------------------------------------------- candidates
@@ -319,7 +318,9 @@ def compare(
     if result.best is None:
         return result._replace(rows=[])
     hints = [*_binding(rows), *hints]
-    return result._replace(hints=tuple(hints), suggestion=suggest(rows, model.card.figures, target, fidelity))
+    return result._replace(
+        hints=tuple(hints), suggestion=suggest(rows, published_by_schedule(model.card), target, fidelity)
+    )
 
 
 def _bounds_of(
@@ -500,7 +501,7 @@ def _binding(rows: Sequence[Row]) -> list[str]:
 
 def suggest(
     rows: Sequence[Row],
-    figures: Collection[Figure] = (),
+    published: BySchedule = (),
     target: float | None = None,
     fidelity: Mapping[tuple[int | str, ...], Fidelity] | None = None,
 ) -> Suggestion:
@@ -508,7 +509,7 @@ def suggest(
 
     Args:
         rows: of one comparison.
-        figures: published accuracies of the weights.
+        published: accuracies of the weights (`tomevit.measure.published.published_by_schedule`).
         target: the speed-up to reach: with the least drop where fidelity says that, else with the least merging. None:
             the fastest that pays and loses SMALL_DROP points at most, or of which an accuracy is published.
         fidelity: measured on images of the user's, by `Row.schedule`; it goes before what is published.
@@ -527,66 +528,60 @@ def suggest(
         )
 
     if target is None:
-        return _suggest_by_cost(paying, figures, fidelity)
+        return _suggest_by_cost(paying, published, fidelity)
     enough = [row for row in merged if row.speed_up >= target]
     if not enough:
-        return _suggestion(fastest, f"{target:g} times is not reached; the most is", figures, fidelity)
+        return _suggestion(fastest, f"{target:g} times is not reached; the most is", published, fidelity)
     if measured := [row for row in enough if row.schedule in fidelity]:
         why = f"the most faithful that reaches {target:g} times:"
-        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, figures, fidelity)
-    return _suggestion(enough[0], f"the least merging that reaches {target:g} times:", figures, fidelity)
+        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, published, fidelity)
+    return _suggestion(enough[0], f"the least merging that reaches {target:g} times:", published, fidelity)
 
 
 def _suggest_by_cost(
-    paying: Sequence[Row], figures: Collection[Figure], fidelity: Mapping[tuple[int | str, ...], Fidelity]
+    paying: Sequence[Row], published: BySchedule, fidelity: Mapping[tuple[int | str, ...], Fidelity]
 ) -> Suggestion:
     """Of rows that are faster than what merges nothing, the fastest of those whose cost is known and small."""
     measured = [row for row in paying if row.schedule in fidelity]
     harmless = [row for row in measured if fidelity[row.schedule].drop <= SMALL_DROP]
-    published = [row for row in paying if _published(row, figures) is not None]
+    known = [row for row in paying if published_at(row.schedule, published) is not None]
     if measured and not harmless:
         why = f"all that pay lose more than {SMALL_DROP:g} point; the most faithful has"
-        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, figures, fidelity)
+        return _suggestion(min(measured, key=lambda row: fidelity[row.schedule].drop), why, published, fidelity)
     for those, why in (
         (harmless, f"the fastest that loses {SMALL_DROP:g} point at most:"),
-        (published, "the r whose accuracy is published:"),
+        (known, "the r whose accuracy is published:"),
     ):
         if those:
-            return _suggestion(max(those, key=lambda row: row.speed_up), why, figures, fidelity)
-    elsewhere = ", ".join(format_schedule(figure.r) for figure in figures if figure.r)
-    known = f", and is published for r = {elsewhere}" if elsewhere else ""
+            return _suggestion(max(those, key=lambda row: row.speed_up), why, published, fidelity)
+    elsewhere = ", ".join(format_schedule(each.r) for schedule, each in published if any(schedule))
+    where = f", and is published for r = {elsewhere}" if elsewhere else ""
     return Suggestion(
         None,
-        f"no r is suggested: the accuracy of those that pay is not known{known}; measure it on your images, by "
+        f"no r is suggested: the accuracy of those that pay is not known{where}; measure it on your images, by "
         f"tomevit tune or tomevit eval",
         None,
     )
 
 
 def _suggestion(
-    row: Row, why: str, figures: Collection[Figure], fidelity: Mapping[tuple[int | str, ...], Fidelity]
+    row: Row, why: str, published: BySchedule, fidelity: Mapping[tuple[int | str, ...], Fidelity]
 ) -> Suggestion:
-    cost = f", for {fidelity[row.schedule]}" if row.schedule in fidelity else _cost(row, figures)
+    cost = f", for {fidelity[row.schedule]}" if row.schedule in fidelity else _cost(row, published)
     return Suggestion(row.r, f"{why} {_gain(row)}{cost}", row.plain)
-
-
-def _published(row: Row, figures: Collection[Figure]) -> float | None:
-    """The accuracy at this r, by its name or in numbers."""
-    known = {str(figure.r): figure.top1 for figure in figures}
-    return known.get(str(row.r), known.get(str(row.plain)))
 
 
 def _gain(row: Row) -> str:
     return f"{row.speed_up:.2f} times the best unmerged ({row.name})"
 
 
-def _cost(row: Row, figures: Collection[Figure]) -> str:
+def _cost(row: Row, published: BySchedule) -> str:
     """The accuracy at this r as published, beside the one without merging."""
-    published = _published(row, figures)
-    if published is None:
+    top1 = published_at(row.schedule, published)
+    if top1 is None:
         return "; its accuracy is not published: measure it on your images"
-    beside = "".join(f" against {figure.top1:.2f} % at r = 0" for figure in figures if figure.r == 0)
-    return f", for {published:.2f} % top-1{beside}, as published"
+    beside = "".join(f" against {each.top1:.2f} % at r = 0" for schedule, each in published if not any(schedule))
+    return f", for {top1:.2f} % top-1{beside}, as published"
 
 
 # ------------------------------------------------------------------------------------------------------------- setting

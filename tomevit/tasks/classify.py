@@ -19,6 +19,7 @@ from tomevit.errors import join_with_or
 from tomevit.flops import plain_schedule, plain_steps
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
+from tomevit.measure.timing import WARMUP
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, entries, format_schedule
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
@@ -125,6 +126,7 @@ def answers(
     names, tokens = class_names(model.card), model.token_counts(r)[-1]
     values: list[Schedule] = [r, 0] if compare else [r]
     step = 0
+    warm: set[int] = set()  # sizes of batches
 
     def launch(part: Batch) -> Callable[[], list[Answer]]:
         nonlocal step
@@ -132,9 +134,13 @@ def answers(
         runs: list[Callable[[], _Run]] = []
         if places:
             prepared = to_device(part.images, model.device)
-            if step == 0:  # what the very first call sets up is not the time of an image
-                for value in values:
-                    _launch(model, prepared[:1], value)()
+            # What the first calls set up, and those of a new size, is not the time of an image.
+            if compare and len(prepared) not in warm:
+                for value in values * WARMUP:
+                    _launch(model, prepared, value)()
+            elif not warm:
+                _launch(model, prepared[:1], r)()
+            warm.add(len(prepared))
             step = -1 if step == 1 else 1  # first the one, then the other, so that a trend slows both alike
             runs = [_launch(model, prepared, value) for value in values[::step]][::step]
 

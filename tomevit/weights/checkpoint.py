@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tomevit.cards import Card, Header, decode_header, encode_header, first_line
 from tomevit.config import Config
@@ -26,6 +25,7 @@ from tomevit.headers import read_header
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
 from tomevit.opening import open_file
 from tomevit.output import new_file
+from tomevit.progress import progress_bar
 from tomevit.weights.reading import explain_lack_of_memory, read_tensors
 from tomevit.weights.rules import without_wrappers
 
@@ -150,7 +150,7 @@ def write_safetensors(
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    bar = tqdm(desc="writing", total=offset, delay=2, unit="B", unit_scale=True, leave=False, disable=None)
+    bar = progress_bar(desc="writing", total=offset, in_bytes=True)
     with path.open("wb") as file, bar:
         file.write(encode("0" * 64))
         stored = ((name, tensor.detach().to("cpu", dtype).contiguous()) for name, tensor in in_order(tensors))

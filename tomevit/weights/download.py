@@ -17,10 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from tqdm import tqdm
-
 from tomevit.errors import DownloadError
 from tomevit.opening import open_file, read_small_file
+from tomevit.progress import progress_bar
 from tomevit.typed import conform
 from tomevit.weights.disk import DiskError, disk_error, explain_disk_errors, remove_unless_file, sync
 from tomevit.weights.servers import (
@@ -130,9 +129,7 @@ def _size_if_continued(headers: Mapping[str, str], have: int, begun: _Note) -> i
 
 def _append(chunks: Iterator[bytes], address: str, part: Path, size: int | None) -> None:
     """Write the body of an answer behind a part, which shall then have a size."""
-    bar = tqdm(
-        desc=part.stem, total=size, initial=_size(part), unit="B", unit_scale=True, delay=2, leave=False, disable=None
-    )
+    bar = progress_bar(desc=part.stem, total=size, initial=_size(part), in_bytes=True)
     try:
         with bar, part.open("ab") as file:
             for chunk in chunks:

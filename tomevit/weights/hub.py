@@ -12,7 +12,7 @@ from tomevit.cards import first_line
 from tomevit.config import Source
 from tomevit.errors import DownloadError
 from tomevit.weights.disk import DiskError, disk_error, explain_disk_errors, no_home
-from tomevit.weights.servers import Interrupted, bounded_answers, is_offline, retry, words
+from tomevit.weights.servers import Interrupted, UnreachedError, bounded_answers, is_offline, retry, words
 
 HUB_ATTEMPTS = 3  # around huggingface_hub, which retries most failures itself
 
@@ -36,7 +36,7 @@ def files_on_hub(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Pa
     for name in names:
         try:
             path = retry(partial(_try_hub, source, name, local=unreachable is not None), HUB_ATTEMPTS)
-        except LocalEntryNotFoundError as error:
+        except (LocalEntryNotFoundError, UnreachedError) as error:
             unreachable = unreachable or error
         except EntryNotFoundError:
             continue
@@ -45,12 +45,15 @@ def files_on_hub(source: Source, names: Iterable[str]) -> Iterator[tuple[str, Pa
     if unreachable is not None:
         cause = words(first_line(unreachable.__cause__ or unreachable))
         offline = "is not in Hugging Face's cache, and HF_HUB_OFFLINE is set"
-        why = offline if is_offline() else f"cannot be reached ({cause})"
+        why = offline if is_offline() else f"cannot be reached ({cause}): is there a network?"
         raise UnreachableError(f"{source.hub} {why}") from unreachable
 
 
 def _try_hub(source: Source, name: str, *, local: bool) -> Path:
-    """One attempt; its EntryNotFoundError: there is no such file, LocalEntryNotFoundError: the hub cannot be asked."""
+    """One attempt; its EntryNotFoundError: there is no such file.
+
+    LocalEntryNotFoundError and UnreachedError: the hub cannot be asked.
+    """
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -74,7 +77,7 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
             if there.will_download and (there.file_size or 0) > shutil.disk_usage(place).free:
                 raise disk_error(errno.ENOSPC, cache, "HF_HOME", there.file_size)
             return Path(hf_hub_download(repo, name, revision=source.revision, local_files_only=local))
-    except (DiskError, EntryNotFoundError, Interrupted):
+    except (DiskError, EntryNotFoundError, Interrupted, UnreachedError):
         raise
     except GatedRepoError as error:
         raise DownloadError(

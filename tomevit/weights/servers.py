@@ -3,11 +3,12 @@ proxies, certificates and whatever else its `set_client_factory` was told of.
 
 No server is waited for without end. HF_HUB_DOWNLOAD_TIMEOUT bounds its silence, in seconds (10), and over three times
 as long it must send `LEAST_RATE` bytes a second, which a telephone line does; else that attempt has failed. Of
-redirects and errors no more is read than is shown.
+redirects and errors no more is read than is shown. Where no server is reached at all, the second attempt is the last.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import math
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import cache
 from ssl import SSLCertVerificationError
@@ -31,6 +33,8 @@ log = logging.getLogger("tomevit")
 
 BACKOFF = 1.0  # seconds before the second attempt; doubles with each
 LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
+UNREACHED_ATTEMPTS = 2  # in a row, where no server was reached before
+NO_WAY = (errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH)
 REDIRECTS = 10  # at most, of one request
 LEAST_RATE = 1000  # bytes a second
 MOST_SAID = 2**16  # bytes of an error that are read
@@ -40,9 +44,14 @@ T = TypeVar("T")
 class Interrupted(Exception):  # noqa: N818 - no error yet
     """An attempt failed in a way that another may not."""
 
-    def __init__(self, reason: str, *, wait: float = 0.0):
+    def __init__(self, reason: str, *, wait: float = 0.0, unreached: bool = False):
         super().__init__(reason)
         self.wait = wait  # seconds that the server asks for
+        self.unreached = unreached  # there is no way to the server, which a minute will hardly change
+
+
+class UnreachedError(Exception):
+    """No server is reached at all: raised in huggingface_hub's client, which would try for half a minute."""
 
 
 def words(text: object) -> str:
@@ -65,12 +74,13 @@ def retry(attempt: Callable[[], T], attempts: int, size: Callable[[], int] = lam
     """Call until it is no longer Interrupted, with pauses that grow.
 
     Args:
-        attempts: after so many without progress, which is a `size` larger by `least_bytes`, it is given up.
+        attempts: after so many without progress, which is a `size` larger by `least_bytes`, it is given up; after
+            `UNREACHED_ATTEMPTS` where no server was reached in any.
 
     Raises:
         DownloadError: given up.
     """
-    failures, most = 0, 0
+    failures, most, reached = 0, 0, False
     while True:
         try:
             return attempt()
@@ -78,8 +88,10 @@ def retry(attempt: Callable[[], T], attempts: int, size: Callable[[], int] = lam
             advanced = size() >= most + least_bytes()
             failures = 1 if advanced else failures + 1
             most = size() if advanced else most
-            if failures >= attempts:
-                raise DownloadError(f"{error}; gave up after {failures} attempts") from error
+            reached = reached or advanced or not error.unreached
+            if failures >= (attempts if reached else min(attempts, UNREACHED_ATTEMPTS)):
+                hint = "" if reached else ": is there a network?"
+                raise DownloadError(f"{error}; gave up after {failures} attempts{hint}") from error
             pause = BACKOFF * 2 ** (failures - 1) * random.uniform(0.75, 1.25)
             pause = min(max(error.wait, pause), LONGEST_WAIT)
             log.warning("%s; trying again in %.0f s", error, pause)
@@ -153,7 +165,7 @@ def get(address: str, headers: Mapping[str, str]) -> Iterator[Any]:
         if _is_about_certificates(error):
             raise DownloadError(f"{address}: {words(error)}") from error
         reason = "it is too slow to begin its answer" if watch.ended else words(error) or type(error).__name__
-        raise Interrupted(f"{address} cannot be reached ({reason})") from error
+        raise Interrupted(f"{address} cannot be reached ({reason})", unreached=_is_unreached(error)) from error
     with closing(response):
         yield response
 
@@ -171,7 +183,8 @@ class _HeadWatch:
     It is what httpx calls the trace of a request.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: _Asked | None = None) -> None:
+        self.asked = asked
         self.stream: Any = None
         self.timer: Timer | None = None
         self.ended = False
@@ -179,6 +192,13 @@ class _HeadWatch:
     def __call__(self, event: str, info: Mapping[str, Any]) -> None:
         if event.endswith(("connect_tcp.complete", "start_tls.complete")):
             self.stream = info["return_value"]
+            if self.asked is not None:
+                self.asked.reached = True
+        elif event.endswith("connect_tcp.failed"):
+            if self.asked is not None and _is_unreached(info["exception"]):
+                self.asked.failures += 1
+                if not self.asked.reached and self.asked.failures >= UNREACHED_ATTEMPTS:
+                    raise UnreachedError(words(info["exception"])) from info["exception"]
         elif event.endswith("receive_response_headers.started") and self.stream is not None:
             self.timer = Timer(_seconds_watched(), self.end)
             self.timer.daemon = True
@@ -193,19 +213,33 @@ class _HeadWatch:
             socket.socket.shutdown(self.stream.get_extra_info("socket"), socket.SHUT_RDWR)
 
 
-#: How many bytes an answer may have to what is asked by us, in this thread; None: it is not by us that anything is.
-_asked_by_us: ContextVar[float | None] = ContextVar("_asked_by_us", default=None)
+@dataclass
+class _Asked:
+    """What is asked by us, in this thread."""
+
+    most: float  # bytes that an answer may have
+    reached: bool = False  # a server was
+    failures: int = 0  # of attempts to reach one
+
+
+#: None: it is not by us that anything is asked.
+_asked_by_us: ContextVar[_Asked | None] = ContextVar("_asked_by_us", default=None)
 
 
 @contextmanager
 def bounded_answers(most: float = math.inf) -> Iterator[None]:
     """While huggingface_hub asks for us: redirects and errors are read up to `MOST_SAID`, and all else is watched.
 
+    Where it reaches no server it would try for half a minute: the last of `UNREACHED_ATTEMPTS` ends that.
+
     Its client would read a redirect of any size into memory. It is the process's, and gets hooks that do nothing for
     others' requests.
 
     Args:
         most: bytes of an answer that are read.
+
+    Raises:
+        UnreachedError: from within its calls.
     """
     from huggingface_hub import get_session
 
@@ -213,7 +247,7 @@ def bounded_answers(most: float = math.inf) -> Iterator[None]:
     if _bound_answer not in hooks["response"]:
         hooks["response"].append(_bound_answer)
         hooks["request"].append(_bound_head)
-    token = _asked_by_us.set(most)
+    token = _asked_by_us.set(_Asked(most))
     try:
         yield
     finally:
@@ -222,13 +256,14 @@ def bounded_answers(most: float = math.inf) -> Iterator[None]:
 
 def _bound_head(request: Any) -> None:
     # What is sent may take its time to be answered.
-    if _asked_by_us.get() is not None and request.method in ("GET", "HEAD"):
-        request.extensions.setdefault("trace", _HeadWatch())
+    if (asked := _asked_by_us.get()) is None or request.method not in ("GET", "HEAD"):
+        return
+    request.extensions.setdefault("trace", _HeadWatch(asked))
 
 
 def _bound_answer(response: Any) -> None:
-    if (most := _asked_by_us.get()) is not None:
-        response.stream = _watched_stream()(response, most if response.is_success else MOST_SAID)
+    if (asked := _asked_by_us.get()) is not None:
+        response.stream = _watched_stream()(response, asked.most if response.is_success else MOST_SAID)
 
 
 @cache
@@ -271,6 +306,15 @@ def _seconds_to_wait(value: str) -> float:
 def number(text: str) -> int | None:
     """A header's, unless it is none, or larger than anything is."""
     return int(text) if re.fullmatch(r"\s*\d{1,20}\s*", text, re.ASCII) else None
+
+
+def _is_unreached(error: BaseException | None) -> bool:
+    """Whether no connection was made, for its name means nothing, nobody listens there, or no way leads there."""
+    while error is not None:
+        if isinstance(error, socket.gaierror | ConnectionRefusedError) or getattr(error, "errno", None) in NO_WAY:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_about_certificates(error: BaseException | None) -> bool:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from tomevit.cards import Card
 from tomevit.config import Preprocess
@@ -28,6 +27,7 @@ from tomevit.deploy.programs.trace import Settings, from_pixels, trace
 from tomevit.errors import join_with_or
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, explain_os_errors, new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, schedule_to_json
 from tomevit.transform import Transform
 from tomevit.version import __version__
@@ -169,7 +169,7 @@ def export_program(
     if r is not None:
         card = replace(card, r=r)
 
-    with tqdm(desc="reading", total=5, delay=2, leave=False, disable=None, bar_format="{desc} {elapsed}") as bar:
+    with progress_bar(desc="reading", total=5, bar_format="{desc} {elapsed}") as bar:
 
         def now(what: str) -> None:
             bar.set_description(what)

@@ -23,6 +23,7 @@ from torch import Tensor
 from tomevit.data.distributed import processes
 from tomevit.data.images import Batch, reading, stream
 from tomevit.measure.memory import explain_out_of_memory
+from tomevit.measure.published import Expected
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, distinct_schedules, schedule_to_json
@@ -41,7 +42,6 @@ from tomevit.tasks.evaluate.state import (
     unreadable_images,
 )
 from tomevit.tasks.evaluate.statistics import (
-    Expected,
     Row,
     Share,
     Verdict,
@@ -49,8 +49,6 @@ from tomevit.tasks.evaluate.statistics import (
     distinct_plain,
     judge,
     paired,
-    published_accuracies,
-    published_by_schedule,
     wilson,
 )
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
@@ -68,8 +66,6 @@ __all__ = [
     "forget",
     "judge",
     "paired",
-    "published_accuracies",
-    "published_by_schedule",
     "wilson",
 ]
 
@@ -153,9 +149,10 @@ def evaluate(
 ) -> Evaluation:
     """Classify every image at every r, reading it once.
 
-    Images are prepared as the weights were evaluated (`tomevit.transform`). A file that cannot be read is named in the
-    result, and is not among the images that shares are of. Each batch is classified at one r after the other, in
-    another order each time; the forward passes are timed, as they are while other processes read.
+    Images come in an order that is drawn by chance, always the same, so that what an interrupted run has done is a
+    sample of all. They are prepared as the weights were evaluated (`tomevit.transform`). A file that cannot be read is
+    named in the result, and is not among the images that shares are of. Each batch is classified at one r after the
+    other, in another order each time; the forward passes are timed, as they are while other processes read.
 
     An interrupt from the keyboard ends it with what is known until then.
 
@@ -184,6 +181,9 @@ def evaluate(
     _, world = processes()
     key = evaluation_key(model, files, labels, columns, batch) if state is not None or world > 1 else {}
     table = resume(state, key, blank_table(len(files), len(columns), batch))
+    # From here on the place of an image is the one in an order of chance, which is the same whenever a run goes on.
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
+    files, labels = [files[i] for i in order], [labels[i] for i in order]
     resumed, interrupted = count_done(table), False
     started = saved = time.perf_counter()
     try:
@@ -201,11 +201,12 @@ def evaluate(
             save_own_part(state, key, table)
     table, taken = gather(state, key, table, time.perf_counter() - started, interrupted)
     done = count_done(table) - resumed
+    unreadable = sorted(unreadable_images(table), key=lambda found: order[found[0]])  # as they are listed
     return Evaluation(
         rows=count_rows(model, r_values, labels, table, batch),
         images=len(files),
         evaluated=int((table.answers[:, 0] >= NOT_FINITE).sum()),
-        unreadable=[(files[i], reason) for i, reason in unreadable_images(table)],
+        unreadable=[(files[i], reason) for i, reason in unreadable],
         batch=batch,
         rate=done / taken if done else None,
         resumed=resumed,

@@ -150,7 +150,8 @@ def _read(path: Path, key: Mapping[str, str], blank: AnswerTable) -> AnswerTable
         with open_file(path), torch.device("cpu"), safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("answers", "among5", "seconds")}
             metadata = file.metadata() or {}
-        was = dict(json.loads(metadata["evaluation"]))
+        # Those that went through the images as they are listed did not say so.
+        was = {"order": "as listed"} | json.loads(metadata["evaluation"])
         unreadable = {int(i): str(reason) for i, reason in json.loads(metadata["unreadable"]).items()}
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no state of an evaluation, or damaged: remove it to begin anew") from error
@@ -194,6 +195,7 @@ def evaluation_key(
         "model": _digest(repr(model.config)),
         "preprocessing": _digest(repr(transform(model))),
         "images": _digest(images),
+        "order": "by chance",  # in which they stand in the table, the same for as many images
         "r": ", ".join(map(format_schedule, r_values)),
         "batch": str(batch),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tomevit.cards import Card
-from tomevit.flops import flops, plain_steps
+from tomevit.flops import flops
+from tomevit.measure.published import Expected, published_at, published_by_schedule
 from tomevit.measure.timing import Quartiles
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, entries
@@ -77,14 +76,6 @@ def paired(gained: int, lost: int, total: int) -> Share:
     return Share(100 * (gained - lost) / total, 100 * (more - less - half), 100 * (more - less + half))
 
 
-class Expected(NamedTuple):
-    """A top-1 accuracy that was measured elsewhere."""
-
-    r: Schedule
-    top1: float  # per cent
-    source: str
-
-
 class Verdict(NamedTuple):
     """What was expected, and whether it lies within the interval of what was measured."""
 
@@ -93,21 +84,6 @@ class Verdict(NamedTuple):
     source: str
     measured: Share
     within: bool
-
-
-def published_accuracies(card: Card) -> list[Expected]:
-    """What a card has of the accuracy of its own head, which may be a linear probe; not of k-NN, and not zero-shot."""
-    heads = ("head", "linear probe") if card.config.num_classes else ()
-    return [Expected(figure.r, figure.top1, figure.source) for figure in card.figures if figure.by in heads]
-
-
-def published_by_schedule(card: Card) -> list[tuple[tuple[int | str, ...], Expected]]:
-    """`published_accuracies`, each behind what happens in each block at its r; none of presets that it lacks."""
-    found = []
-    for each in published_accuracies(card):
-        with suppress(ValueError):
-            found.append((entries(plain_steps(each.r, card.config, card.presets)), each))
-    return found
 
 
 def judge(rows: Iterable[Row], expected: Iterable[Expected]) -> list[Verdict]:
@@ -151,7 +127,7 @@ def count_rows(
     columns = {schedule: i for i, schedule in enumerate(dict.fromkeys(schedules))}
     zero = next((columns[schedule] for schedule in schedules if not any(schedule)), None)
     unmerged = None if zero is None else seconds[zero]
-    published = {schedule: each.top1 for schedule, each in reversed(published_by_schedule(model.card))}
+    published = published_by_schedule(model.card)
     config, rows = model.config, []
     for r, schedule in zip(r_values, schedules, strict=True):
         i, plain = columns[schedule], model.plain(r)
@@ -168,7 +144,7 @@ def count_rows(
                 gflops_computed=computed / 1e9,
                 flop_ratio=flops(config, computed=True) / computed,
                 top1=wilson(int(right[:, i].sum()), total),
-                published=published.get(schedule),
+                published=published_at(schedule, published),
                 top5=wilson(int(table.among5[known, i].sum()), total),
                 difference=_difference(right[:, i], right[:, zero]) if compare else None,
                 agreement=wilson(int((answers[:, i] == answers[:, zero]).sum()), total) if compare else None,
