@@ -9,8 +9,8 @@ logits = model(images)                       # (B, 3, 224, 224) normalised -> (B
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# These two have the names of their modules, whose import by anyone would put the module in their place.
-from tomevit.flops import flops as flops
+# These two have the names of modules, whose first import by anyone would put the module in their place.
+from tomevit.subject import flops as flops
 from tomevit.transform import transform as transform
 from tomevit.version import __version__ as __version__
 
