@@ -25,6 +25,11 @@ def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
     return sum(flops_by_step(config, r, computed=computed))
 
 
+def format_flops(count: float) -> str:
+    """Multiply-adds in words, as in "17.6 GFLOPs"."""
+    return f"{count / 1e9:.3g} GFLOPs" if count >= 1e9 else f"{count / 1e6:.3g} MFLOPs"
+
+
 def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) -> tuple[int, ...]:
     """What `flops` adds up: of the patch embedding, and of each block: depth + 1 numbers."""
     dim, mlp = config.embed_dim, config.embed_dim * config.mlp_hidden * (3 if config.mlp == "swiglu" else 2)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tomevit import zoo
 from tomevit.cards import Card, Contents, is_ours
 from tomevit.config import Config, Source
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, join_with_or
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, check_path, join_with_or
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, live, rules, sources
@@ -236,6 +236,7 @@ def open_weights(
         tensors = {name: tensor.detach() for name, tensor in checkpoint.state_dict_of(source).items()}
         checkpoint.check_whole(tensors)
         return _as_described(checkpoint.card_of(source), tensors, "the model", model)
+    check_path("source", source, "a model, a file, a URL, hf-hub:owner/repo or a name of the zoo")
     name = os.fspath(source)
     told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
     told |= {"img_size": img_size, "fresh_head": fresh_head}
