@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tomevit.tasks.classify import classify as classify
     from tomevit.tasks.tune import Front as Front
     from tomevit.tasks.tune import tune as tune
+    from tomevit.tasks.visualize import visualize as visualize
     from tomevit.training.parameter_groups import param_groups as param_groups
     from tomevit.training.recipes import Recipe as Recipe
     from tomevit.training.recipes import list_recipes as list_recipes
@@ -86,6 +87,7 @@ _MODULES = {
     "tune": "tasks.tune",
     "unmerge": "layers.merge",
     "verify": "weights.verify",
+    "visualize": "tasks.visualize",
 }
 
 __all__ = sorted([*_MODULES, "flops", "transform"])
