@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from tomevit import zoo
 from tomevit.cards import Card, Contents, is_ours
 from tomevit.config import Config, Source
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, check_path, join_with_or
+from tomevit.errors import (
+    AmbiguousCheckpointError,
+    CheckpointError,
+    MissingOptionError,
+    check_path,
+    check_type,
+    join_with_or,
+)
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, live, rules, sources
@@ -181,6 +188,7 @@ def _check_dtype(tensors: Mapping[str, Tensor], old: torch.dtype, new: torch.dty
     Raises:
         ValueError: values overflow; the message names the tensors.
     """
+    check_type("dtype", new, torch.dtype, "a floating one of torch's, as in torch.float16")
     if torch.promote_types(old, new) == new:
         return f"{dtype_name(old)} made {dtype_name(new)}, without loss"
     most = torch.finfo(new).max
@@ -563,6 +571,7 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
 
 
 def _card_of_model(model: str | Card | None) -> Any:
+    check_type("model", model, str | Card | None, "a name of the zoo or a Card")
     return zoo.card(model) if isinstance(model, str) else model
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tomevit.errors import join_with_or, printable
+from tomevit.errors import check_path, join_with_or, printable
 from tomevit.models import VisionTransformer
 from tomevit.notebook import html_table
 from tomevit.opening import read_small_file
@@ -294,6 +294,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: it holds none.
         OSError: it cannot be read.
     """
+    check_path("path", path)
     try:
         return parse_json(read_small_file(path))
     except ValueError as error:
