@@ -37,7 +37,11 @@ WRONG: dict[str, Any] = {
 CALLS: dict[str, tuple[Callable[[VisionTransformer, Any], object], str, tuple[str, ...]]] = {
     "card": (lambda _, v: tomevit.card(v), "name", ()),
     "class_names": (lambda _, v: tomevit.class_names(v), "card", ()),
-    "classify, images": (lambda m, v: tomevit.classify(m, v), "image", ("picture",)),
+    "classify, images": (
+        lambda m, v: tomevit.classify(m, v),
+        "image",
+        ("picture", "bytes"),
+    ),  # bytes: an answer with an error
     "classify, model": (lambda _, v: tomevit.classify(v, PICTURE), "model", ()),
     "classify, r": (lambda m, v: tomevit.classify(m, PICTURE, r=v), "r", ("None", "int", "list")),
     "convert, dtype": (lambda _, v: tomevit.convert("digits_p1.plain", "a.safetensors", dtype=v), "dtype", ("None",)),
@@ -88,7 +92,7 @@ CALLS: dict[str, tuple[Callable[[VisionTransformer, Any], object], str, tuple[st
     "tune, rounds": (lambda m, v: tomevit.tune(m, images_for(m, 64), rounds=v), "rounds", ("int",)),
     "unmerge": (lambda _, v: tomevit.unmerge(v), "tokens", ()),
     "verify": (lambda _, v: tomevit.verify(v), "path", ()),
-    "visualize, image": (lambda m, v: tomevit.visualize(m, v), "image", ("picture",)),
+    "visualize, image": (lambda m, v: tomevit.visualize(m, v), "image", ("picture", "bytes")),
     "visualize, model": (lambda _, v: tomevit.visualize(v, PICTURE), "model", ()),
     "visualize, r_values": (lambda m, v: tomevit.visualize(m, PICTURE, v), "r", ("None",)),
     "Card, config": (lambda _, v: tomevit.Card(name="a", config=v), "config", ()),
@@ -96,7 +100,7 @@ CALLS: dict[str, tuple[Callable[[VisionTransformer, Any], object], str, tuple[st
     "Config": (lambda _, v: tomevit.Config(depth=v), "depth", ("int",)),
     "Front.load": (lambda _, v: tomevit.Front.load(v), "path", ()),
     "MaskedAutoencoder": (lambda _, v: MaskedAutoencoder(v), "encoder", ()),
-    "Preprocess": (lambda _, v: tomevit.Preprocess(mean=v), "mean|channel", ()),
+    "Preprocess": (lambda _, v: tomevit.Preprocess(mean=v), "mean", ("list",)),
     "model(images)": (lambda m, v: m(v), "images", ()),
     "model(images, r)": (lambda m, v: m(images_for(m), v), "r", ("None", "int", "list")),
     "model.forward_features": (lambda m, v: m.forward_features(v), "images", ()),

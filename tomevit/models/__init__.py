@@ -80,7 +80,8 @@ def unwrap_replicas(model: nn.Module) -> VisionTransformer:
     Raises:
         ValueError: there is no model of tomevit's within; or r was set on a wrapper.
     """
-    check_type("model", getattr(unwrap(model), "card", model), Card, "a model of tomevit's")
+    inner = unwrap(model)
+    check_type("model", getattr(inner, "card", inner), Card, "a model of tomevit's")
     children: dict[str, Any] = dict(model.named_children())
     for name in WRAPPED:
         if name in children:

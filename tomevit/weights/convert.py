@@ -128,6 +128,7 @@ def convert(
         ValueError: a name or an option that does not exist.
         FileNotFoundError, OSError: nothing to read, or no place to write.
     """
+    check_type("dtype", dtype, torch.dtype | None, "a floating one of torch's, as in torch.float16")
     shape = {"num_classes": num_classes, "img_size": img_size}
     _check_before_reading(out, model, format, shape)
     told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
@@ -188,7 +189,6 @@ def _check_dtype(tensors: Mapping[str, Tensor], old: torch.dtype, new: torch.dty
     Raises:
         ValueError: values overflow; the message names the tensors.
     """
-    check_type("dtype", new, torch.dtype, "a floating one of torch's, as in torch.float16")
     if torch.promote_types(old, new) == new:
         return f"{dtype_name(old)} made {dtype_name(new)}, without loss"
     most = torch.finfo(new).max
