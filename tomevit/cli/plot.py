@@ -16,7 +16,8 @@ from tomevit.opening import read_small_file
 from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_from_json
 from tomevit.tasks import plots
-from tomevit.tasks.plots import Point, picture_kind
+from tomevit.tasks.plots import Point
+from tomevit.tasks.plots import picture_kind as picture_kind
 
 
 @click.command("plot")
