@@ -91,7 +91,7 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
         axis.set_ylim(-0.9, top)
         axis.set_aspect("equal")
         axis.axis("off")
-    plots._save(figure, path)
+    plots.save(figure, path)
 
 
 def _patch(axis: Axes, picture: Tensor, name: str, x: float, y: float, *, colour: str, below: bool) -> None:
@@ -143,7 +143,7 @@ def schedules(path: Path) -> None:
     axis.set_title("ViT-B/16: how many tokens remain, and what it saves", fontsize=12, color=plots.INK)
     axis.legend(frameon=False, fontsize=9.5, labelcolor=plots.INK, loc="lower left")
     plots._tidy(axis)
-    plots._save(figure, path)
+    plots.save(figure, path)
 
 
 def digits(path: Path) -> None:

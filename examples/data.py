@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from tomevit.transform import Transform
+from tomevit.transform import TrainingTransform, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -148,20 +147,11 @@ def augmentation(
             (arXiv:1909.13719).
         erasing: the probability that a rectangle is replaced by noise (arXiv:1708.04896).
     """
-    height, width = preprocess.size
     digits = source in DIGITS
-    steps: list[Any] = [_move_one] if digits else []
-    if not digits or randaugment or erasing:
-        from torchvision.transforms import InterpolationMode, v2
-    if not digits:
-        interpolation = InterpolationMode(preprocess.preprocess.interpolation)
-        steps += [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
-    if randaugment:
-        steps.append(v2.RandAugment(*randaugment, interpolation=InterpolationMode.BILINEAR))
-    steps.append(Transform(replace(preprocess.preprocess, crop_pct=1.0, resize="squash"), preprocess.size))
-    if erasing:
-        steps.append(v2.RandomErasing(erasing, value="random"))
-    return _Chain(steps)
+    trained = TrainingTransform(
+        preprocess.preprocess, preprocess.size, crop=not digits, randaugment=randaugment, erasing=erasing
+    )
+    return _Chain([_move_one, trained]) if digits else trained
 
 
 class _Chain:

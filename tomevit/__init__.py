@@ -9,8 +9,8 @@ logits = model(images)                       # (B, 3, 224, 224) normalised -> (B
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# These two have the names of their modules, whose import by anyone would put the module in their place.
-from tomevit.flops import flops as flops
+# These two have the names of modules, whose first import by anyone would put the module in their place.
+from tomevit.subject import flops as flops
 from tomevit.transform import transform as transform
 from tomevit.version import __version__ as __version__
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tomevit.tasks.classify import classify as classify
     from tomevit.tasks.tune import Front as Front
     from tomevit.tasks.tune import tune as tune
+    from tomevit.tasks.visualize import visualize as visualize
     from tomevit.training.parameter_groups import param_groups as param_groups
     from tomevit.training.recipes import Recipe as Recipe
     from tomevit.training.recipes import list_recipes as list_recipes
@@ -86,6 +87,7 @@ _MODULES = {
     "tune": "tasks.tune",
     "unmerge": "layers.merge",
     "verify": "weights.verify",
+    "visualize": "tasks.visualize",
 }
 
 __all__ = sorted([*_MODULES, "flops", "transform"])

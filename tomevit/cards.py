@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tomevit.config import MOST_TEXT, Config, Figure, Preprocess, Preset, Source
-from tomevit.errors import CheckpointError
-from tomevit.flops import plain_schedule
+from tomevit.errors import CheckpointError, check_type, printable
+from tomevit.flops import count_parameters, flops, format_flops, plain_schedule
 from tomevit.headers import MOST_BYTES, read_header
+from tomevit.notebook import html_table
 from tomevit.opening import open_file
 from tomevit.schedule import Schedule, schedule_from_json, schedule_to_json
 from tomevit.typed import conform, parse_json
 
 KEY = "tomevit"
 VERSION = 2
+#: What a card says of itself in a line.
+SHORT = ("parameters", "image", "tokens", "FLOPs", "r", "accuracy", "licence")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,9 @@ class Card:
     notes: str = ""
 
     def __post_init__(self) -> None:
+        check_type("name", self.name, str, "a text")
+        check_type("config", self.config, Config, "a Config")
+        check_type("preprocess", self.preprocess, Preprocess, "a Preprocess")
         object.__setattr__(self, "r", plain_schedule(self.r, self.config, self.presets))
         names = [preset.name for preset in self.presets]
         if unknown := [figure.r for figure in self.figures if isinstance(figure.r, str) and figure.r not in names]:
@@ -69,6 +75,35 @@ class Card:
     @property
     def full_name(self) -> str:
         return f"{self.name}.{self.weights}" if self.weights else self.name
+
+    def __repr__(self) -> str:
+        facts = {name: value for name, value in self._facts().items() if name in SHORT}
+        return f"<Card {printable(self.full_name)}: {printable(', '.join(facts.values()))}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self.full_name or "a model without a name", (), self._facts().items(), self.notes)
+
+    def _facts(self) -> dict[str, str]:
+        """What people ask first, in words."""
+        config, presets = self.config, ", ".join(preset.name for preset in self.presets)
+        height, width = config.img_size
+        best = [f"{figure.top1:g} {figure.unit} top-1 at r = {figure.r}" for figure in self.figures]
+        facts = {
+            "model": self.title,
+            "parameters": f"{count_parameters(config) / 1e6:.3g} M parameters",
+            "image": f"{height}x{width} pixels",
+            "tokens": f"{config.num_tokens} tokens",
+            "FLOPs": format_flops(flops(config)),
+            "FLOPs at its r": format_flops(flops(config, self.r)) if self.r else "",
+            "r": f"r = {self.r}",
+            "classes": f"{config.num_classes} classes" if config.num_classes else "no head",
+            "accuracy": "; ".join(best),
+            "licence": self.licence or "",
+            "timm": self.timm or "",
+            "presets": presets,
+            "papers": ", ".join(self.papers),
+        }
+        return {name: value for name, value in facts.items() if value}
 
 
 class Header(NamedTuple):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections.abc import Callable, Iterable
+from types import UnionType
 
 
 class CheckpointError(ValueError):
@@ -89,6 +91,26 @@ def join_with_or(names: Iterable[str]) -> str:
     """Names as "a, b or c"; there must be one at least."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def check_type(name: str, value: object, kinds: type | UnionType | tuple[type, ...], right: str) -> None:
+    """Raises ValueError, in a sentence, unless an argument is of one of these kinds.
+
+    Args:
+        name: the argument's.
+        value: what was given.
+        kinds: as `isinstance` takes them.
+        right: what it must be, in words.
+    """
+    if not isinstance(value, kinds):
+        plain = value is None or isinstance(value, str | bytes | int | float)
+        given = reprlib.repr(value) if plain else f"a {type(value).__name__}"
+        raise ValueError(f"{name} is {given}, and must be {right}")
+
+
+def check_path(name: str, value: object, right: str = "a path") -> None:
+    """Raises ValueError, in a sentence, unless an argument names a file."""
+    check_type(name, value, (str, os.PathLike), right)
 
 
 def printable(text: str, shown: Callable[[str], bool] = str.isprintable) -> str:

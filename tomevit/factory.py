@@ -15,11 +15,12 @@ from torch import nn
 from tomevit import zoo
 from tomevit.cards import lines_left_out
 from tomevit.config import Config, Pool
+from tomevit.errors import check_type
 from tomevit.flops import plain_schedule
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint
-from tomevit.weights.convert import Weights, adapt_weights, open_weights, published_weights
+from tomevit.weights.convert import adapt_weights, open_weights, published_weights
 
 log = logging.getLogger("tomevit")
 
@@ -41,8 +42,10 @@ def create(
     drop_path: float = 0.0,
     dropout: float = 0.0,
     attn_dropout: float = 0.0,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> VisionTransformer:
-    """A model by name, in evaluation mode, on the CPU, in float32, ready to use.
+    """A model by name, in evaluation mode, ready to use.
 
     Args:
         name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same.
@@ -68,6 +71,8 @@ def create(
         matching: a name in `tomevit.layers.MATCHINGS`, or a function of the keys, r and the number of prefix tokens, or
             of what it declares (`tomevit.layers.needs`), that returns a Merge. Where r names a matching, that one.
         drop_path, dropout, attn_dropout: probabilities, for training.
+        device, dtype: where the weights go, and as what, in one step; None: the CPU, and float32, whatever torch's
+            defaults are. Fresh weights are drawn on the CPU, and are the same for every device.
 
     Raises:
         ValueError: there is no such model, or an argument does not fit; the message says what would.
@@ -75,6 +80,9 @@ def create(
         DownloadError: they could not be had; the message says how to bring them.
     """
     chosen = zoo.card(name)
+    place = _check_place(device, dtype)
+    for said, text in (("format", format), ("key", key), ("prefix", prefix)):
+        check_type(said, text, str | None, "a text")
     size: Any = tuple(img_size) if isinstance(img_size, list) else img_size
     if isinstance(img_size, int):
         size = (img_size, img_size)
@@ -107,7 +115,8 @@ def create(
             copies = {parameter: tensor.to("cpu", copy=True) for parameter, tensor in weights.tensors.items()}
             weights = weights._replace(tensors=copies)
         weights = adapt_weights(weights, shape, chosen)
-        model = _assemble(weights._replace(card=replace(weights.card, config=_with(weights.card.config, run))))
+        card = replace(weights.card, config=_with(weights.card.config, run))
+        model = checkpoint.assemble(card, weights.tensors, weights.report.source)
     else:
         raise ValueError(
             f"pretrained is {reprlib.repr(pretrained)}, and must be True, False, a file, a URL, hf-hub:owner/repo or a "
@@ -115,7 +124,7 @@ def create(
         )
     if r is not None:
         model.r = r
-    return model
+    return model.to(*place)
 
 
 def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
@@ -140,23 +149,37 @@ def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
             are named.
         ValueError: it is of no such library, or r does not fit.
     """
+    check_type("module", module, nn.Module, "a model of timm, transformers, torchvision, open_clip or tomevit")
     weights = open_weights(module)
     plain_schedule(r, weights.card.config, weights.card.presets)
     copies = {name: tensor.to("cpu", copy=True) for name, tensor in weights.tensors.items()}
-    model = _assemble(weights._replace(tensors=copies))
-    model.r = r
     report = weights.report
+    model = checkpoint.assemble(weights.card, copies, report.source).float()
+    model.r = r
     log.info("%s is %s (%s)", report.source, report.model, report.recognised)
     for sentence in (*report.changes, *(f"left out: {line}" for line in lines_left_out(report.left_out))):
         log.info("%s: %s", report.source, sentence)
     return model
 
 
-def _assemble(weights: Weights) -> VisionTransformer:
-    """A model in float32 over these very tensors."""
-    card, tensors, report = weights
-    model = checkpoint.assemble(card, tensors, report.source)
-    return model.float() if any(tensor.dtype != torch.float32 for tensor in tensors.values()) else model
+def _check_place(
+    device: torch.device | str | int | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    """Where weights go, and as what, before any are fetched.
+
+    Raises:
+        ValueError: there is no such device here, or weights cannot have that dtype.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}, and must be a floating one of torch's, as in torch.bfloat16")
+    try:
+        place = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"device is {reprlib.repr(device)}, which there is not here: {why}") from error
+    return place, dtype
 
 
 def _with(config: Config, fields: dict[str, Any]) -> Config:

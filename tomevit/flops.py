@@ -15,19 +15,19 @@ from tomevit.words import Words, format_words, parse_words, shaped
 def flops(config: Config, r: Schedule = 0, *, computed: bool = False) -> int:
     """Multiply-adds of the matrix products for one image, as the ToMe paper counts them, or as they are computed.
 
-    The patch embedding, and per block with N tokens in, N' behind the merge and D channels 4ND² + 2N²D for attention
-    and 8N'D² for an MLP of ratio 4. Heads, norms, attention pooling and the merge itself are not counted.
+    `tomevit.flops` says what is counted.
 
     Args:
         config: the architecture.
         r: as a model takes it, but for presets, which are a card's.
-        computed: leave out of the last block what `VisionTransformer.forward` leaves out: where the head reads the
-            class token, only that one has queries, a projection and an MLP there, and nothing merges. By the paper's
-            count ViT-B/16 with r = 16 costs half of what it costs without merging; what is computed is 1.88 times
-            less, since r = 0 saves more in its last block of 197 tokens than r = 16 in one of 21. A speed-up can only
-            be judged by what is computed, and so a budget ("2x") is.
+        computed: as they are computed.
     """
     return sum(flops_by_step(config, r, computed=computed))
+
+
+def format_flops(count: float) -> str:
+    """Multiply-adds in words, as in "17.6 GFLOPs"."""
+    return f"{count / 1e9:.3g} GFLOPs" if count >= 1e9 else f"{count / 1e6:.3g} MFLOPs"
 
 
 def flops_by_step(config: Config, r: Schedule = 0, *, computed: bool = False) -> tuple[int, ...]:

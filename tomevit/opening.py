@@ -11,7 +11,7 @@ import stat
 from os import PathLike
 from pathlib import Path
 
-from tomevit.errors import NotRegularFileError
+from tomevit.errors import NotRegularFileError, check_path
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 _KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
@@ -24,6 +24,7 @@ def open_file(path: str | PathLike[str]) -> io.BufferedReader:
         FileNotFoundError, IsADirectoryError, PermissionError: there is no such file, or it is not ours to read.
         NotRegularFileError: it is a pipe, a device or a socket.
     """
+    check_path("path", path)
     path = os.fspath(path)
     mode = Path(path).stat().st_mode  # a device may act when it is opened
     _check(path, mode)

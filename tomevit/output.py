@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from tomevit.errors import OutputError, join_with_or
+from tomevit.errors import OutputError, check_path, join_with_or
 
 #: What an ending promises, everywhere.
 ENDINGS = {
@@ -66,6 +66,7 @@ def check_output(
         IsADirectoryError, FileNotFoundError: it is a directory, or lies in none.
         OutputError: nothing can be written there.
     """
+    check_path("path", path, "the file to write")
     path = Path(path)
     if is_stream(path):
         return path

@@ -6,14 +6,19 @@ torch is imported where it is used: `import tomevit` loads this module, and is n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from tomevit.config import Preprocess
+from tomevit.subject import subject_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
+
+    from tomevit.cards import Card
 
 
 #: Of a resized picture with more pixels than so many crops, no more is made than the crop.
@@ -40,17 +45,8 @@ class Transform:
     def __call__(self, image: Image | Tensor) -> Tensor:
         import torch
 
-        if isinstance(image, torch.Tensor):
-            if image.dtype != torch.uint8 or image.ndim < 3:
-                raise ValueError(
-                    f"the image is a {image.dtype} tensor of shape {tuple(image.shape)}; give uint8 (..., C, H, W)"
-                )
-            pixels = self._resize_tensor(image)
-        else:
-            pixels = self._resize_pil(image)
-        channels = len(self.preprocess.mean)
-        if pixels.shape[-3] != channels:
-            raise ValueError(f"the image has {pixels.shape[-3]} channels, and the model takes {channels}")
+        check_image(image, len(self.preprocess.mean))
+        pixels = self._resize_tensor(image) if isinstance(image, torch.Tensor) else self._resize_pil(image)
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
             for values in (self.preprocess.mean, self.preprocess.std)
@@ -88,13 +84,9 @@ class Transform:
 
     def _resize_pil(self, image: Image) -> Tensor:
         import torch
-        from PIL.Image import Image, Resampling
+        from PIL.Image import Resampling
 
-        if not isinstance(image, Image):
-            raise ValueError(
-                f"the image is a {type(image).__name__}; give a PIL image or a uint8 tensor (..., C, H, W)"
-            )
-        image = convert(image, "L" if len(self.preprocess.mean) == 1 else "RGB")
+        image = convert(image, mode_for(self.preprocess))
         rows, columns = self._windows(image.height, image.width)
         if self._fits(rows, columns):
             resample = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[self.preprocess.interpolation]
@@ -144,6 +136,111 @@ class Transform:
         ]
         resized = resize(torch.cat(parts, dim=2), size=(rows.resized, columns.kept))
         return _to_uint8(resized[0, :, rows.begin : rows.end])
+
+
+class TrainingTransform:
+    """Crop and flip by chance, scale to [0, 1], normalise.
+
+    As networks are trained on ImageNet ever since (arXiv:1409.4842, section 6): a crop of 8 to 100 % of the area with a
+    ratio of 3/4 to 4/3, resized to the model's size, and mirrored half of the time. It draws from torch's default
+    generator, and from no other; it needs torchvision. It can be pickled, so that it travels to workers.
+
+    Takes what `Transform` takes. Of a tensor of several images (..., C, H, W) all are cropped alike.
+
+    Args:
+        preprocess: of the model; its `crop_pct` and `resize` are for evaluation alone.
+        size: height and width of the model's images.
+        crop: crop and flip; False: resize alone.
+        randaugment: number of operations and their magnitude out of 30, as torchvision counts (arXiv:1909.13719); None:
+            without.
+        erasing: the probability that a rectangle is replaced by noise (arXiv:1708.04896).
+
+    Raises:
+        ValueError: torchvision is not installed, or does not fit torch.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        size: tuple[int, int],
+        *,
+        crop: bool = True,
+        randaugment: tuple[int, int] | None = None,
+        erasing: float = 0.0,
+    ) -> None:
+        self.preprocess = preprocess
+        self.size = size
+        self.steps: list[Callable[[Any], Any]] = []
+        if crop or randaugment or erasing:
+            v2 = _torchvision_transforms()
+        if crop:
+            self.steps += [
+                v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode(preprocess.interpolation)),
+                v2.RandomHorizontalFlip(),
+            ]
+        if randaugment:
+            self.steps.append(v2.RandAugment(*randaugment, interpolation=v2.InterpolationMode.BILINEAR))
+        self.steps.append(Transform(replace(preprocess, crop_pct=1.0, resize="squash"), size))
+        if erasing:
+            self.steps.append(v2.RandomErasing(erasing, value="random"))
+
+    def __call__(self, image: Image | Tensor) -> Tensor:
+        import torch
+
+        check_image(image, len(self.preprocess.mean))
+        made: Any = image if isinstance(image, torch.Tensor) else convert(image, mode_for(self.preprocess))
+        for step in self.steps:
+            made = step(made)
+        return cast("Tensor", made)
+
+    def __repr__(self) -> str:
+        return f"TrainingTransform({self.preprocess}, size={self.size}, steps={self.steps})"
+
+
+def _torchvision_transforms() -> Any:
+    try:
+        from torchvision.transforms import v2
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
+        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
+        raise ValueError(
+            f"images are cropped by chance with torchvision, which {why}: pip install torchvision"
+        ) from error
+    return v2
+
+
+def check_image(image: object, channels: int) -> None:
+    """Before any work, that an image is a PIL image, or a tensor (..., C, H, W) uint8 of so many channels.
+
+    Raises:
+        ValueError: it is something else; of a tensor whose channels come last the message says what to do.
+    """
+    import torch
+
+    if not isinstance(image, torch.Tensor):
+        from PIL.Image import Image
+
+        if isinstance(image, Image):
+            if channels not in (1, 3):
+                raise ValueError(f"a PIL image becomes one of 1 or 3 channels, and the model takes {channels}")
+            return
+        hint = ": PIL.Image.fromarray makes one of an array" if type(image).__module__ == "numpy" else ""
+        raise ValueError(
+            f"the image is a {type(image).__name__}; give a PIL image or a uint8 tensor (..., C, H, W){hint}"
+        )
+    shape = tuple(image.shape)
+    if image.dtype != torch.uint8 or image.ndim < 3:
+        raise ValueError(f"the image is a {image.dtype} tensor of shape {shape}; give uint8 (..., C, H, W)")
+    if shape[-3] != channels:
+        last = "permute(2, 0, 1)" if image.ndim == 3 else "movedim(-1, -3)"
+        hint = f": its shape {shape} is height, width, channel: {last}" if shape[-1] == channels else ""
+        raise ValueError(f"the image has {shape[-3]} channels, and the model takes {channels}{hint}")
+    if not image.numel():
+        raise ValueError(f"the image is a tensor of shape {shape}, and has no pixels")
+
+
+def mode_for(preprocess: Preprocess) -> str:
+    """Pillow's mode of what a model takes."""
+    return "L" if len(preprocess.mean) == 1 else "RGB"
 
 
 def convert(image: Image, mode: str) -> Image:
@@ -251,13 +348,27 @@ def _weighted_sums(pixels: Tensor, dim: int, places: Tensor, weights: Tensor) ->
     return sum(terms, start=next(terms))
 
 
-def transform(model: nn.Module) -> Transform:
-    """The preprocessing that a model's weights were evaluated with, at the model's image size.
+@overload
+def transform(model: nn.Module | Card | str, *, train: Literal[False] = False) -> Transform: ...
+@overload
+def transform(model: nn.Module | Card | str, *, train: Literal[True]) -> TrainingTransform: ...
+@overload
+def transform(model: nn.Module | Card | str, *, train: bool) -> Transform | TrainingTransform: ...
+
+
+def transform(model: nn.Module | Card | str, *, train: bool = False) -> Transform | TrainingTransform:
+    """The preprocessing that a model's weights were evaluated with, at the model's image size; or one to train with.
+
+    Either is a function of a PIL image (any mode) or a uint8 tensor (..., C, H, W), to a float32 tensor of the model's
+    size, and can be pickled.
 
     Args:
-        model: in a wrapper of torch's or not.
-    """
-    from tomevit.models import unwrap
+        model: in a wrapper of torch's or not; or its card, or its name.
+        train: crop and flip by chance instead, as networks are trained on ImageNet (`tomevit.recipe` has what else a
+            recipe asks for). It draws from torch's default generator, and needs torchvision.
 
-    inner: Any = unwrap(model)
-    return Transform(inner.card.preprocess, inner.config.img_size)
+    Raises:
+        ValueError: there is no such model; or torchvision is not installed.
+    """
+    card, config, _ = subject_of(model)
+    return (TrainingTransform if train else Transform)(card.preprocess, config.img_size)

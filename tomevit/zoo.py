@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from tomevit.cards import Card
 from tomevit.config import Config, Figure, Preprocess, Preset, Source
-from tomevit.errors import join_with_or, nearest
+from tomevit.errors import check_type, join_with_or, nearest
 from tomevit.schedule import Step
 
 #: How the names of checkpoints end.
@@ -160,6 +160,7 @@ def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
         pattern: with the shell's wildcards, as in "deit*" or "vit_base*".
         weights: name every set of weights ("vit_b16.augreg_in1k"), instead of every architecture.
     """
+    check_type("pattern", pattern, str, "a text, as in 'deit*'")
     zoo = _zoo()
     others: dict[str, set[str]] = {}
     for alias, name in itertools.chain(zoo.aliases.items(), zoo.repositories.items()):
@@ -194,6 +195,7 @@ def card(name: str) -> Card:
     Raises:
         ValueError: no such model or weights; the message has the nearest names.
     """
+    check_type("name", name, str, "a model's name, as in 'vit_b16'")
     zoo = _zoo()
     known = zoo.repositories.get(name, name)
     model, _, tag = zoo.aliases.get(known, known).partition(".")

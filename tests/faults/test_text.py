@@ -214,7 +214,7 @@ def test_what_a_model_says_is_text_in_its_card(text: str) -> None:
 def test_names_are_drawn_as_text(tmp_path: Path, text: str) -> None:
     points = [plots.Point(text, 1.0, 2.0, 3.0), plots.Point("r = 8", 2.0, 1.0, 2.0)]
     plots.accuracy_throughput(tmp_path / "a.svg", {text: points, "b": points}, text, text, suffix=".svg")
-    plots.panels(tmp_path / "b.png", ".png", [[torch.ones(3, 4, 4)]], [text], [text], text, text, captions=[[text]])
+    plots.save(plots.panels([[torch.ones(3, 4, 4)]], [text], [text], text, text, captions=[[text]]), tmp_path / "b.png")
     plots.tokens_per_layer(tmp_path / "c.png", ".png", {text: [2, 1]}, text)
     drawn = (tmp_path / "a.svg").read_text(encoding="utf-8")
     assert "PILE" not in text or "\\U0001f4a9" in drawn

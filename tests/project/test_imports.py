@@ -32,10 +32,11 @@ FIRST = (
         "config",
         "flops",
         "headers",
+        "notebook",
         "cards",
         "zoo",
     ),
-    *("layers", "models", "weights", "transform", "factory"),
+    *("layers", "models", "weights", "subject", "transform", "factory"),
 )
 SECOND = ("deploy", "training", "data", "measure")
 THIRD = ("tasks", "cli", "__main__")
@@ -97,7 +98,7 @@ def loaded(code: str) -> set[str]:
 
 def test_the_package_loads_nothing_before_it_is_used() -> None:
     parts = {part(name) for name in loaded("import tomevit")}
-    assert parts == {"", "version", "errors", "words", "schedule", "typed", "config", "flops", "transform"}
+    assert parts == {"", "version", "errors", "words", "schedule", "typed", "config", "flops", "subject", "transform"}
 
 
 def test_a_model_needs_the_first_ring_alone() -> None:
@@ -120,7 +121,8 @@ def test_public_names_are_those_that_type_checkers_see() -> None:
         for alias in node.names
     }
     assert declared.pop("__version__") == "tomevit.version"
-    assert declared == {name: f"tomevit.{tomevit._MODULES.get(name, name)}" for name in tomevit.__all__}
+    places = {"flops": "subject", "transform": "transform"} | tomevit._MODULES
+    assert declared == {name: f"tomevit.{places[name]}" for name in tomevit.__all__}
 
 
 def test_public_names_exist_and_only_they_are_shown() -> None:

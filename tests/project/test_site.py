@@ -98,6 +98,7 @@ NOT_IN_THE_REFERENCE = {
         "tomevit.data.images.Strings",
     ),
     *("tomevit.tasks.visualize.group_sizes", "tomevit.tasks.visualize.undo_normalisation"),
+    "tomevit.tasks.visualize.visualize",  # it is there as tomevit.visualize
 }
 
 

@@ -499,7 +499,7 @@ def test_an_interrupt_leaves_nothing(capsys, monkeypatch, photo: Path, tmp_path:
         progress()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tomevit.cli.visualize.observe", interrupted)
+    monkeypatch.setattr("tomevit.tasks.visualize.observe", interrupted)
     status, out, err = run(
         capsys, "visualize", str(photo), "--model", "digits_p1.plain", "-o", str(tmp_path / "a.html")
     )

@@ -13,10 +13,11 @@ import click
 from tomevit.cli.console import echo
 from tomevit.cli.options import described, machine
 from tomevit.opening import read_small_file
-from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_from_json
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
+from tomevit.tasks.plots import picture_kind as picture_kind
 
 
 @click.command("plot")
@@ -49,19 +50,6 @@ def plot_command(files: tuple[Path, ...], out: Path) -> None:
         results_are = f"{files[0]} is" if len(files) == 1 else f"one of {', '.join(map(str, files))} is"
         raise ValueError(f"{results_are} damaged, or of another version: {error!r}") from error
     echo(f"written to {out}", err=True)
-
-
-def picture_kind(path: Path) -> str:
-    """The kind of picture that a path is to hold, as in ".png": by its name; in a pipe without such a name PNG.
-
-    Raises:
-        ValueError: there is no such kind, or matplotlib is not installed.
-    """
-    plots.require_matplotlib()
-    if is_stream(path) and not path.suffix:
-        return ".png"
-    plots.check_suffix(path)
-    return path.suffix
 
 
 def _read_result(file: Path) -> dict[str, Any]:

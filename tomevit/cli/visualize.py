@@ -10,16 +10,13 @@ from tqdm import tqdm
 from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import Many, R
-from tomevit.cli.plot import picture_kind
 from tomevit.cli.running import card_of_argument, device_of, trained
 from tomevit.data import images
 from tomevit.measure.defaults import default_r
-from tomevit.output import check_outputs, is_stream, new_file
+from tomevit.output import check_outputs
 from tomevit.schedule import Schedule, distinct_schedules
-from tomevit.tasks import plots
-from tomevit.tasks.visualize import observe, page, pictures
-
-PAGE = (".html", ".htm")
+from tomevit.tasks.visualize import ANIMATIONS, PAGE, file_kind, pictures
+from tomevit.tasks.visualize import visualize as make
 
 
 @click.command(cls=Many)
@@ -65,37 +62,21 @@ def visualize(
     is one for print. Both show the pixels that the model saw, resized and cropped.
     """
     check_outputs(out, inputs=[image, model])
-    as_page = out.suffix.lower() in PAGE or (is_stream(out) and not (out.suffix or show or blocks))
-    if as_page and (show or blocks):
+    kind = file_kind(out, as_picture=bool(show or blocks))
+    if kind in (PAGE, *ANIMATIONS) and (show or blocks):
         raise ValueError(
-            f"--{'show' if show else 'block'} is for pictures, and {out.name} is a page: it shows everything"
+            f"--{'show' if show else 'block'} is for pictures, and {out.name} is none: it shows everything"
         )
-    kind = ".html" if as_page else _picture_kind(out)
     if show == "picture" and blocks:
         raise ValueError("--block is for strips, and --show picture shows the last block")
     place = device_of(device)
     photograph = images.read(image, upright=True)
     card_of_argument(model, r_values, img_size)  # before a download
     subject = trained(model, img_size=img_size).to(place)
+    pictures.blocks_to_show(subject.config, show or "strip", blocks)
     r_values = tuple(distinct_schedules(r_values or [0, *default_r(subject.card)]))
-    if not as_page:
-        pictures.blocks_to_show(subject.config, show or "strip", blocks)
 
     with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
-        observation = observe(subject, photograph, r_values, progress=bar.update)
-    name = Path(image).name
-    with new_file(out) as draft:
-        if as_page:
-            draft.write_text(page.html(observation, name), encoding="utf-8")
-        else:
-            title = f"{name} in {subject.card.full_name}"
-            pictures.draw(draft, kind, observation, title, show=show or "strip", blocks=blocks)
+        observation = make(subject, photograph, r_values, title=Path(image).name, progress=bar.update)
+    observation.save(out, show=show, blocks=blocks)
     echo(f"written to {out}", err=True)
-
-
-def _picture_kind(out: Path) -> str:
-    plots.require_matplotlib()
-    try:
-        return picture_kind(out)
-    except ValueError as error:
-        raise ValueError(f"{error}, a page's in .html") from None

@@ -9,6 +9,7 @@ from importlib import resources
 from typing import NamedTuple
 
 from tomevit.cards import Card
+from tomevit.errors import check_type
 
 #: The class lists that are known by their length alone.
 IMAGENET = {1000: "ImageNet-1k", 11821: "ImageNet-12k", 21843: "ImageNet-21k"}
@@ -33,6 +34,7 @@ def class_names(card: Card) -> ClassNames:
     A head of 1000, 11821 or 21843 outputs is taken for ImageNet's, in the order of the published weights: nothing in a
     checkpoint says so. Models that were trained on other classes should have them on their card (`Card.class_names`).
     """
+    check_type("card", card, Card, "a Card, as model.card and tomevit.card(name) are")
     classes = card.config.num_classes
     if card.class_names and len(card.class_names) == classes:
         return ClassNames(card.class_names, source="own")

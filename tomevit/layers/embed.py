@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.errors import check_type
 from tomevit.layers import backends
+
+PREPARE = "tomevit.transform(model)(image)[None] makes it of a PIL image"
 
 
 class PatchEmbed(nn.Module):
@@ -55,6 +58,7 @@ def add_prefix_and_positions(
 
 def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """Raises ValueError unless images are floating, (B, C, H, W), of this C, H and W."""
+    check_type("images", images, Tensor, f"a tensor (B, {shape[0]}, {shape[1]}, {shape[2]}): {PREPARE}")
     # torch.jit.trace makes tensors of shapes, and would warn that they are compared.
     if not backends.is_traced() and tuple(images.shape)[1:] != shape:
         raise ValueError(
@@ -67,6 +71,7 @@ def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
 
 def check_visible(visible: Tensor, images: int, patches: int) -> None:
     """Raises ValueError unless these are numbers of patches: (B, M) int64, M at least 1, from 0 to patches - 1."""
+    check_type("visible", visible, Tensor, "int64, the numbers of the visible patches in each image")
     if visible.dtype != torch.int64 or visible.ndim != 2 or len(visible) != images or not visible.shape[1]:
         raise ValueError(
             f"visible is {visible.dtype} of shape {tuple(visible.shape)}, and must be int64, the "

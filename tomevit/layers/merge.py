@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tomevit.errors import check_type
 from tomevit.layers import backends
 
 
@@ -230,6 +231,11 @@ def compose(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(there, second.gather(1, torch.where(there, first, 0)), -1)
 
 
+def check_tokens(tokens: object) -> None:
+    """Raises ValueError, in a sentence, unless these are tokens of a model's."""
+    check_type("tokens", tokens, Tokens, "what model.forward_features(images) returns")
+
+
 def unmerge(tokens: Tokens) -> Tensor:
     """One vector per initial token, in the initial order: every token of a group receives the group's vector.
 
@@ -240,8 +246,9 @@ def unmerge(tokens: Tokens) -> Tensor:
         (B, N0, D) in the dtype of tokens.x; zeros for tokens that were dropped (`tokens.slots` is -1 there).
 
     Raises:
-        ValueError: tokens were merged without slots being recorded.
+        ValueError: these are no tokens, or they were merged without slots being recorded.
     """
+    check_tokens(tokens)
     if tokens.slots is not None:
         return rows_or_zero(tokens.x, tokens.slots)
     if tokens.size is None:

@@ -32,6 +32,7 @@ from tomevit.measure.memory import BatchTooLargeError, explain_out_of_memory
 from tomevit.measure.published import BySchedule, published_at, published_by_schedule
 from tomevit.measure.timing import WARMUP, Quartiles, environment, ratio_interval, turns
 from tomevit.models import VisionTransformer
+from tomevit.notebook import html_table
 from tomevit.schedule import Schedule, distinct_schedules, entries, format_schedule, schedule_to_json
 from tomevit.version import __version__
 from tomevit.weights.formats import FORMATS
@@ -212,6 +213,12 @@ class Row(NamedTuple):
     def name(self) -> str:
         return f"{self.implementation} {self.mode}"
 
+    def __repr__(self) -> str:
+        return (
+            f"<Row {self.name}, r = {format_schedule(self.r)}: {self.images_per_second:.4g} images/s, "
+            f"{self.speed_up:.2f} times as fast, {self.tokens} tokens left, {self.gflops:.3g} GFLOPs>"
+        )
+
 
 class Fidelity(NamedTuple):
     """What was measured of a schedule's answers on images of the user's."""
@@ -254,6 +261,25 @@ class Comparison(NamedTuple):
     def best(self) -> Row | None:
         """The fastest row that merges nothing."""
         return min((row for row in self.rows if not row.merges), key=lambda row: row.seconds.median, default=None)
+
+    def __repr__(self) -> str:
+        return f"<Comparison in {self.dtype}, batch {self.batch}, {self.rounds} rounds: {self.rows}>"
+
+    def _repr_html_(self) -> str:
+        heading = ("run", "r", "images/s", "times as fast", "tokens left", "GFLOPs")
+        rows = (
+            (
+                row.name,
+                format_schedule(row.r),
+                f"{row.images_per_second:.4g}",
+                f"{row.speed_up:.2f}",
+                row.tokens,
+                f"{row.gflops:.3g}",
+            )
+            for row in self.rows
+        )
+        caption = f"{self.dtype}, batch {self.batch}, {self.rounds} rounds"
+        return html_table(caption, heading, rows, " ".join(filter(None, (self.note, *self.hints))))
 
 
 def compare(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 
+from tomevit.cards import Card
 from tomevit.config import Config
+from tomevit.errors import check_type
 from tomevit.models.deit import DistilledLogits, DistilledVisionTransformer
 from tomevit.models.init import initial_heads, initial_weights
 from tomevit.models.mae import MaskedAutoencoder, Reconstruction, patchify, unpatchify
@@ -33,9 +37,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model within torch's wrappers: torch.compile, data parallelism, averaged models.
 
     Raises:
-        ValueError: r was set on a wrapper. Any module lets itself be given any attribute, and nothing of ours runs when
-            that happens, or sees the wrapper when it is called: this is the first place that can say so.
+        ValueError: it is no module; or r was set on a wrapper. Any module lets itself be given any attribute, and
+            nothing of ours runs when that happens, or sees the wrapper when it is called: this is the first place that
+            can say so.
     """
+    check_type("model", model, nn.Module, "a model of tomevit's")
     if "r" in vars(model):  # ours is a property
         raise ValueError(
             f"r was set on a {type(model).__name__}, where it acts on nothing: pass it with the call, as in "
@@ -64,6 +70,25 @@ def unwrap_transformer(model: nn.Module) -> VisionTransformer:
             "model has adapters beside its weights: give what merge_and_unload() of the peft model around it returns"
         )
     return inner
+
+
+def unwrap_replicas(model: nn.Module) -> VisionTransformer:
+    """The model to call within data parallelism and averaged models, whose own forward waits for other processes.
+
+    What torch.compile made of it stays, and adapters too.
+
+    Raises:
+        ValueError: there is no model of tomevit's within; or r was set on a wrapper.
+    """
+    inner = unwrap(model)
+    check_type("model", getattr(inner, "card", inner), Card, "a model of tomevit's")
+    children: dict[str, Any] = dict(model.named_children())
+    for name in WRAPPED:
+        if name in children:
+            within = unwrap_replicas(children[name])
+            compiled = name == "_orig_mod" and within is children[name]
+            return cast("VisionTransformer", model) if compiled else within
+    return cast("VisionTransformer", model)
 
 
 def has_adapters(model: nn.Module) -> bool:

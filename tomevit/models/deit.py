@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from tomevit.layers.merge import Tokens
+from tomevit.layers.merge import Tokens, check_tokens
 from tomevit.models.vit import VisionTransformer
 
 
@@ -23,7 +23,10 @@ class DistilledVisionTransformer(VisionTransformer):
     head_names = ("head", "head_dist")
     head_dist: nn.Module
 
-    def forward_head(self, tokens: Tokens) -> Tensor | DistilledLogits:  # type: ignore[override]
+    def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor | DistilledLogits:  # type: ignore[override]
+        check_tokens(tokens)
         cls, dist = (self.fc_norm(tokens.x[:, i]) for i in (0, 1))
+        if pre_logits:
+            return (cls + dist) / 2
         logits = DistilledLogits(self.head(cls), self.head_dist(dist))
         return logits if self.training else (logits.cls + logits.dist) / 2

@@ -25,7 +25,9 @@ class TimmInterface(nn.Module):
     Attributes:
         in_chans, num_classes, global_pool: as timm's models have them.
         embed_dim, num_features, head_hidden_size: channels of a token, and of what the heads read.
-        num_prefix_tokens: tokens in front of the patches.
+        num_prefix_tokens, has_class_token, num_reg_tokens: tokens in front of the patches.
+        default_cfg: `pretrained_cfg`, as timm called it first.
+        feature_info: where each block's features are found, how many channels they have, and pixels along a patch.
     """
 
     config: Config
@@ -38,6 +40,9 @@ class TimmInterface(nn.Module):
     embed_dim = property(lambda self: self.config.embed_dim)
     num_features = head_hidden_size = property(lambda self: self.config.num_features)
     num_prefix_tokens = property(lambda self: self.config.num_prefix)
+    has_class_token = property(lambda self: self.config.class_token)
+    num_reg_tokens = property(lambda self: self.config.reg_tokens)
+    default_cfg = property(lambda self: self.pretrained_cfg)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -62,6 +67,14 @@ class TimmInterface(nn.Module):
             "label_names": self.card.class_names,
         }
         return cfg | {name: value for name, value in said.items() if value}
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        config = self.config
+        return [
+            {"module": f"blocks.{i}", "num_chs": config.embed_dim, "reduction": config.patch_size}
+            for i in range(config.depth)
+        ]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what enters each block and compute the rest again in the backward pass."""

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tomevit.config import Config
+from tomevit.errors import check_type
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens, rows, rows_or_zero
 from tomevit.layers.uninitialised import layer_norm, linear
@@ -61,6 +62,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_heads: int = 16,
     ) -> None:
         super().__init__()
+        check_type("encoder", encoder, VisionTransformer, "a VisionTransformer of tomevit's")
         config = encoder.config
         if config.dist_token or config.pool_norm != "before" or encoder.pos_embed is None:
             norm = "a distillation token" if config.dist_token else "its norm behind the pooling, or none"

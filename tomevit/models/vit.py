@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import replace
 from itertools import accumulate, chain
+from numbers import Integral
 
 import torch
 import torch.fx
@@ -13,15 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from tomevit.cards import Card
 from tomevit.config import Config
+from tomevit.errors import check_type
 from tomevit.flops import plain_schedule
 from tomevit.layers.block import Block
 from tomevit.layers.embed import PatchEmbed, add_prefix_and_positions, check_images, check_visible
-from tomevit.layers.merge import Tokens, rows
+from tomevit.layers.merge import Tokens, check_tokens, rows
 from tomevit.layers.pool import AttentionPool, pool
 from tomevit.layers.rotary import RotaryEmbedding
 from tomevit.layers.uninitialised import layer_norm, linear
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
+from tomevit.models.summary import summarise
 from tomevit.private import constant_to_compilers
 from tomevit.schedule import Schedule, Step, resolve_steps
 
@@ -114,12 +117,14 @@ class VisionTransformer(TimmInterface):
 
     def schedule(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
         """By how many tokens fewer leave each block than enter it. Arguments as `steps`."""
+        check_type("num_tokens", num_tokens, Integral | None, "how many tokens enter the first block")
         return tuple(step.total for step in self.steps(r, num_tokens))
 
     def token_counts(self, r: Schedule | None = None, num_tokens: int | None = None) -> tuple[int, ...]:
         """Tokens entering each block, and leaving the last: depth + 1 numbers. Arguments as `steps`."""
+        schedule = self.schedule(r, num_tokens)
         first = self.config.num_tokens if num_tokens is None else num_tokens
-        return tuple(accumulate(self.schedule(r, num_tokens), operator.sub, initial=first))
+        return tuple(accumulate(schedule, operator.sub, initial=first))
 
     def forward(self, images: Tensor, r: Schedule | None = None) -> Tensor:
         """Classify.
@@ -163,10 +168,12 @@ class VisionTransformer(TimmInterface):
             out.append(tokens._replace(x=self.norm(tokens.x)) if norm else tokens)
         return out
 
-    def forward_head(self, tokens: Tokens) -> Tensor:
-        """From what `forward_features` returns to what `forward` returns."""
+    def forward_head(self, tokens: Tokens, pre_logits: bool = False) -> Tensor:
+        """From what `forward_features` returns to what `forward` returns, or to what the head reads."""
+        check_tokens(tokens)
         pooled = pool(tokens, self.config) if self.attn_pool is None else self.attn_pool(tokens)
-        return self.head(self.proj(self.fc_norm(pooled)))
+        features = self.proj(self.fc_norm(pooled))
+        return features if pre_logits else self.head(features)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Fresh heads for another number of classes, drawn from torch's default generator; 0 leaves them out."""
@@ -176,7 +183,7 @@ class VisionTransformer(TimmInterface):
         self.card = replace(self.card, config=self.config, class_names=(), figures=())
 
     def extra_repr(self) -> str:
-        return "\n".join([f"r={self.r}", *self.optimizations])
+        return "\n".join(summarise(self))
 
     def freeze(self, blocks: int) -> None:
         """Let the embedding and the first blocks keep their weights, and all others learn; 0: all learn.
@@ -184,6 +191,7 @@ class VisionTransformer(TimmInterface):
         Raises:
             ValueError: there are not so many blocks.
         """
+        check_type("blocks", blocks, Integral, "how many blocks are to keep their weights")
         if not 0 <= blocks <= self.config.depth:
             raise ValueError(f"there are {self.config.depth} blocks, and {blocks} cannot be frozen")
         self.requires_grad_(True)

@@ -15,12 +15,13 @@ from tomevit import zoo
 from tomevit.cards import Card
 from tomevit.data.class_names import ClassNames, class_names
 from tomevit.data.images import Batch, find, stream
-from tomevit.errors import join_with_or
+from tomevit.errors import check_type, join_with_or, printable
 from tomevit.flops import plain_schedule, plain_steps
 from tomevit.measure.defaults import default_r
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.timing import WARMUP
-from tomevit.models import VisionTransformer
+from tomevit.models import VisionTransformer, unwrap_replicas
+from tomevit.notebook import html_table
 from tomevit.schedule import Schedule, entries, format_schedule
 from tomevit.tasks.launching import batches_in_flight, launch_ahead, launch_timed, read_back, to_device
 from tomevit.transform import transform
@@ -39,6 +40,11 @@ class Guess(NamedTuple):
     probability: float
     unmerged: float | None = None  # its probability at r = 0, where that was asked for
 
+    @property
+    def label(self) -> str:
+        """The first synonym of ImageNet's names, another name whole, or else the output's number."""
+        return (self.name.partition(", ")[0] if self.synset else self.name) or f"class {self.class_index}"
+
 
 class Answer(NamedTuple):
     """What a model says of one image."""
@@ -55,6 +61,30 @@ class Answer(NamedTuple):
     def changed(self) -> bool | None:
         """Whether the likeliest class is another at r = 0; None if that is not known."""
         return self.top[0].class_index != self.top_unmerged[0].class_index if self.top and self.top_unmerged else None
+
+    def __repr__(self) -> str:
+        said = self.error or ", ".join(f"{guess.label} {100 * guess.probability:.3g} %" for guess in self.top[:3])
+        return f"<Answer {printable(f'{self.image}: ' if self.image else '')}{printable(said)}>"
+
+    def _repr_html_(self) -> str:
+        return Answers([self])._repr_html_()
+
+
+class Answers(list[Answer]):
+    """A list of answers, which a notebook shows as a table."""
+
+    def _repr_html_(self) -> str:
+        compared = any(answer.top_unmerged for answer in self)
+        rows: list[tuple[object, ...]] = []
+        for answer in self:
+            if answer.error:
+                rows.append((answer.image, answer.error, None, None))
+            for i, guess in enumerate(answer.top):
+                unmerged = "" if guess.unmerged is None else f"{100 * guess.unmerged:.2f} %"
+                rows.append(("" if i else answer.image, guess.label, f"{100 * guess.probability:.2f} %", unmerged))
+        heading = ("image", "class", "probability", "at r = 0")
+        columns = len(heading) if compared else 3
+        return html_table("Classes", heading[:columns], (row[:columns] for row in rows))
 
 
 class Summary(NamedTuple):
@@ -82,13 +112,13 @@ def classify(
     batch: int = 32,
     workers: int = 0,
     upright: bool = True,
-) -> list[Answer]:
+) -> Answers:
     """The likeliest classes of images, in order.
 
     An image that cannot be read does not end the work on the others: its answer has an `error`, and no classes.
 
     Args:
-        model: with a head, on any device, in any dtype.
+        model: with a head, on any device, in any dtype; in a wrapper of torch's or not.
         images: one or several: files, folders and patterns (as `tomevit.data.images.find` takes them), what is in a
             file (bytes), PIL images, and tensors (C, H, W) uint8. The last two are taken as they are.
         r: instead of the model's own.
@@ -104,8 +134,10 @@ def classify(
             is of no known form, or is to be compared with r = 0 and merges nothing; a source names nothing; or Pillow
             is not installed.
     """
-    sources = _sources(images)
-    return list(answers(model, sources, r=r, top=top, compare=compare, batch=batch, workers=workers, upright=upright))
+    model, sources = unwrap_replicas(model), _sources(images)
+    return Answers(
+        answers(model, sources, r=r, top=top, compare=compare, batch=batch, workers=workers, upright=upright)
+    )
 
 
 def answers(
@@ -120,6 +152,7 @@ def answers(
     upright: bool = True,
 ) -> Iterator[Answer]:
     """`classify`, each answer as soon as it is known; of files, not of folders and patterns."""
+    model = unwrap_replicas(model)
     r = check_classifiable(card_of(model), r, compare=compare)
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() first")
@@ -250,8 +283,16 @@ def _sources(
 
     if isinstance(images, str | PathLike | bytes | Image) or (isinstance(images, Tensor) and images.ndim == 3):
         images = [images]
+    right = "images: files, bytes, PIL images, tensors (C, H, W) uint8, or several of them"
+    check_type("images", images, Iterable, right)
     found: list[str | bytes | Image | Tensor] = []
     for image in images:
+        check_type(
+            "an image",
+            image,
+            (str, PathLike, bytes, Image, Tensor),
+            "a file, bytes, a PIL image or a tensor (C, H, W) uint8",
+        )
         found += find([image]) if isinstance(image, str | PathLike) else [image]
     return found
 

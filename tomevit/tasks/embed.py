@@ -38,7 +38,7 @@ from tomevit.errors import join_with_or
 from tomevit.layers.pool import mean_patch, token_beside_mean
 from tomevit.locks import hold_lock
 from tomevit.measure.memory import explain_out_of_memory
-from tomevit.models import VisionTransformer
+from tomevit.models import VisionTransformer, unwrap_replicas
 from tomevit.opening import open_file, read_small_file
 from tomevit.output import check_output, is_stream, new_file
 from tomevit.schedule import Schedule, schedule_to_json
@@ -86,6 +86,7 @@ def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..
     Raises:
         ValueError: there is no such pooling, or not in this model.
     """
+    model = unwrap_replicas(model)
     check_pool(pool, model.config)
     own = pool in (None, pooling(model.config))
     if own and not (model.config.num_classes or model.training):
@@ -202,6 +203,7 @@ def embed(
             fit into memory; a vector is not finite.
         OSError: a file cannot be written.
     """
+    model = unwrap_replicas(model)
     device, out = model.device, Path(out)
     normalize = is_compared_by_angle(model.config, pool) if normalize is None else normalize
     parts = out.with_name(f"{out.name}.parts")

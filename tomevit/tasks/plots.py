@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tomevit.errors import printable
+from tomevit.output import is_stream
 from tomevit.schedule import Schedule, format_schedule
 
 if TYPE_CHECKING:
@@ -188,12 +189,10 @@ def merged_tokens(
         [image / 255, *(draw_groups(image, step) for step in steps)]
         for image, steps in zip(images, groups, strict=True)
     ]
-    panels(path, ".png", pictures, columns, labels, title, MERGED_NOTE)
+    save(panels(pictures, columns, labels, title, MERGED_NOTE), path)
 
 
 def panels(
-    path: Path,
-    suffix: str,
     pictures: Sequence[Sequence[Tensor]],
     columns: Sequence[str],
     labels: Sequence[str],
@@ -202,12 +201,10 @@ def panels(
     *,
     captions: Sequence[Sequence[str]] = (),
     inches: float = 1.45,
-) -> None:
-    """Pictures of one shape in rows and columns.
+) -> Figure:
+    """Pictures of one shape in rows and columns, for `save`.
 
     Args:
-        path: the picture to write.
-        suffix: its kind, as in ".png", whatever the path's.
         pictures: rows of (C, H, W) in [0, 1], with one or three channels.
         columns: headings.
         labels: one for each row, to its left.
@@ -231,7 +228,8 @@ def panels(
         axis.set_title(heading, fontsize=10, color=INK, pad=6)
     figure.suptitle(title, fontsize=12.5, color=INK)
     figure.supxlabel(note, fontsize=9, color=GREY)
-    _save(figure, path, suffix[1:])
+    _make_texts_plain(figure)
+    return figure
 
 
 def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]], title: str, note: str = "") -> None:
@@ -263,7 +261,7 @@ def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]]
     _tidy(axis)
     axis.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")
     figure.supxlabel("\n".join(wrap(note, 92)), fontsize=9, color=GREY)
-    _save(figure, path, suffix[1:])
+    save(figure, path, suffix[1:])
 
 
 class Point(NamedTuple):
@@ -337,7 +335,7 @@ def accuracy_throughput(
     if len(lines) > 1:
         axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel(note, fontsize=9, color=GREY)
-    _save(figure, path, suffix[1:])
+    save(figure, path, suffix[1:])
 
 
 def accuracy_and_time(
@@ -382,7 +380,7 @@ def accuracy_and_time(
     left.set_xticks(across)
     figure.suptitle(title, fontsize=12.5, color=INK)
     figure.supxlabel(note, fontsize=9, color=GREY)
-    _save(figure, path)
+    save(figure, path)
 
 
 def check_suffix(path: Path) -> None:
@@ -396,6 +394,19 @@ def check_suffix(path: Path) -> None:
     kinds = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in kinds:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}; a picture's name ends in .png, .svg or .pdf")
+
+
+def picture_kind(path: Path) -> str:
+    """The kind of picture that a path is to hold, as in ".png": by its name; in a pipe without such a name PNG.
+
+    Raises:
+        ValueError: there is no such kind, or matplotlib is not installed.
+    """
+    require_matplotlib()
+    if is_stream(path) and not path.suffix:
+        return ".png"
+    check_suffix(path)
+    return path.suffix
 
 
 def speed_up(
@@ -440,7 +451,7 @@ def speed_up(
     axes[0].set_ylabel("speed-up over the best unmerged", fontsize=10.5, color=INK)
     figure.suptitle(title, fontsize=12.5, color=INK)
     figure.supxlabel("\n".join(wrap(note, 40 + 52 * len(panels))), fontsize=9, color=GREY)
-    _save(figure, path, suffix[1:])
+    save(figure, path, suffix[1:])
 
 
 class Measured(NamedTuple):
@@ -481,7 +492,7 @@ def faithfulness(
     _tidy(axis)
     axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel(note, fontsize=9, color=GREY)
-    _save(figure, path, suffix[1:])
+    save(figure, path, suffix[1:])
 
 
 class Fidelity(NamedTuple):
@@ -599,7 +610,7 @@ def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]
     _tidy(axis)
     axis.legend(frameon=False, fontsize=10, labelcolor=INK, loc="best")
     figure.supxlabel("\n".join(wrap(note, 92)), fontsize=9, color=GREY)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -628,8 +639,16 @@ def _show(axis: Axes, picture: Tensor) -> None:
         side.set_visible(False)
 
 
-def _save(figure: Figure, path: Path, kind: str = "png") -> None:
+def save(figure: Figure, path: Path, kind: str = "png") -> None:
+    """Write a figure as a picture of that kind, whatever the path's name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    _make_texts_plain(figure)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=DPI, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)
+
+
+def _make_texts_plain(figure: Figure) -> None:
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.text import Text
 
@@ -640,5 +659,3 @@ def _save(figure: Figure, path: Path, kind: str = "png") -> None:
         text.set_usetex(False)
         lines = (printable(line, lambda c: c.isprintable() and ord(c) in drawn) for line in text.get_text().split("\n"))
         text.set_text("\n".join(lines))
-    FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=DPI, format=kind, facecolor="white", bbox_inches="tight", pad_inches=0.15)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import nn
 
+from tomevit.errors import check_type
 from tomevit.models import MaskedAutoencoder, VisionTransformer, has_adapters, unwrap
 
 
@@ -40,6 +42,8 @@ def param_groups(
         adapted = ": give its get_base_model() to train the adapters in it, or what its merge_and_unload() returns"
         hint = adapted if has_adapters(model) else ""
         raise ValueError(f"model is a {type(model).__name__}, and must be a model of tomevit's{hint}")
+    for said, number in (("lr", lr), ("weight_decay", weight_decay), ("layer_decay", layer_decay)):
+        check_type(said, number, Real, "a number")
     if not (lr >= 0 and weight_decay >= 0):
         raise ValueError(f"lr is {lr} and weight_decay {weight_decay}, and must be 0 or more")
     if not 0 < layer_decay <= 1:

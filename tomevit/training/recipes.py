@@ -18,7 +18,7 @@ from functools import cache
 from typing import Any, Literal
 
 from tomevit import zoo
-from tomevit.errors import join_with_or, nearest
+from tomevit.errors import check_type, join_with_or, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ def _read_family(data: dict[str, Any]) -> dict[str, Recipe]:
 
 def list_recipes(pattern: str = "*") -> list[str]:
     """The names of all recipes that match a pattern with the shell's wildcards, as in "mae*"."""
+    check_type("pattern", pattern, str, "a text, as in 'mae*'")
     return fnmatch.filter(_recipes(), pattern)
 
 
@@ -104,6 +105,7 @@ def recipe(name: str) -> Recipe:
     Raises:
         ValueError: no such recipe; the message has the nearest names.
     """
+    check_type("name", name, str, "a recipe's name, as in 'mae_b16.tome_r16'")
     if name not in _recipes():
         raise ValueError(
             f"there is no recipe {name!r}; {nearest(name, _recipes(), f'there are {join_with_or(_recipes())}')}"

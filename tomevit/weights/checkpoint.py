@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tomevit.cards import Card, Header, decode_header, encode_header, first_line
 from tomevit.config import Config
-from tomevit.errors import CheckpointError, NotRegularFileError
+from tomevit.errors import CheckpointError, NotRegularFileError, check_path
 from tomevit.headers import read_header
 from tomevit.models import VisionTransformer, build_meta, unwrap_transformer
 from tomevit.opening import open_file
@@ -221,6 +221,7 @@ def open_own_file(path: str | os.PathLike[str]) -> BinaryIO:
         FileNotFoundError: there is none, or a directory.
         CheckpointError: it is a pipe, a device or a socket.
     """
+    check_path("path", path)
     path = os.fspath(path)
     try:
         return open_file(path)

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from tomevit import zoo
 from tomevit.cards import Card, Contents, is_ours
 from tomevit.config import Config, Source
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, MissingOptionError, join_with_or
+from tomevit.errors import (
+    AmbiguousCheckpointError,
+    CheckpointError,
+    MissingOptionError,
+    check_path,
+    check_type,
+    join_with_or,
+)
 from tomevit.models import unwrap_transformer
 from tomevit.output import check_output
 from tomevit.weights import cache, checkpoint, files, live, rules, sources
@@ -121,6 +128,7 @@ def convert(
         ValueError: a name or an option that does not exist.
         FileNotFoundError, OSError: nothing to read, or no place to write.
     """
+    check_type("dtype", dtype, torch.dtype | None, "a floating one of torch's, as in torch.float16")
     shape = {"num_classes": num_classes, "img_size": img_size}
     _check_before_reading(out, model, format, shape)
     told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
@@ -236,6 +244,7 @@ def open_weights(
         tensors = {name: tensor.detach() for name, tensor in checkpoint.state_dict_of(source).items()}
         checkpoint.check_whole(tensors)
         return _as_described(checkpoint.card_of(source), tensors, "the model", model)
+    check_path("source", source, "a model, a file, a URL, hf-hub:owner/repo or a name of the zoo")
     name = os.fspath(source)
     told: dict[str, Any] = {"model": model, "format": format, "key": key, "prefix": prefix}
     told |= {"img_size": img_size, "fresh_head": fresh_head}
@@ -562,6 +571,7 @@ def _as_described(card: Card, tensors: dict[str, Tensor], source: str, model: st
 
 
 def _card_of_model(model: str | Card | None) -> Any:
+    check_type("model", model, str | Card | None, "a name of the zoo or a Card")
     return zoo.card(model) if isinstance(model, str) else model
 
 

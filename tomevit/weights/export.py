@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tomevit.cards import Card
+from tomevit.errors import check_path, check_type
 from tomevit.flops import plain_steps
 from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.schedule import format_schedule
@@ -54,6 +55,9 @@ def export(
         ValueError: the format cannot hold this model, or there is no such format or suffix.
         FileNotFoundError, OSError: nothing to read, or no place to write. A file is written whole or not at all.
     """
+    check_type("format", format, str, "the name of one")
+    check_type("model", model, (nn.Module, str, os.PathLike), "a model, a file, a URL or a name of the zoo")
+    check_path("out", out, "the file or the directory to write")
     if format not in FORMATS:
         raise ValueError(
             f"there is no format {format!r} of weights; there are {', '.join(MAIN_FORMATS)}; "

@@ -18,7 +18,7 @@ from torch import nn
 from tomevit import zoo
 from tomevit.cards import Card, is_ours
 from tomevit.config import RUNTIME, Config, Figure, Source
-from tomevit.errors import CheckpointError, UploadError, printable
+from tomevit.errors import CheckpointError, UploadError, check_type, printable
 from tomevit.flops import flops
 from tomevit.schedule import Schedule, token_counts
 from tomevit.weights import checkpoint
@@ -124,6 +124,7 @@ def _repository(source: Source) -> str | None:
 
 
 def _check_name(repo: str) -> None:
+    check_type("repo", repo, str, "owner/repo")
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, if not listed
 
     try:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tomevit import zoo
 from tomevit.cards import Card
 from tomevit.config import Act, Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError, join_with_or
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, check_type, join_with_or
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.rules import Format, enumerate_names, without_wrappers
 
@@ -51,6 +51,7 @@ def check_format(name: str) -> str:
     Raises:
         ValueError: it is none; the message has all that users need.
     """
+    check_type("format", name, str, "a name")
     if name not in FORMATS:
         raise ValueError(f"there is no format {name!r}; there are {', '.join(MAIN_FORMATS)}")
     return name

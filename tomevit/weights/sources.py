@@ -13,7 +13,7 @@ from typing import NamedTuple
 from tomevit import zoo
 from tomevit.cards import Card, is_ours
 from tomevit.config import Source
-from tomevit.errors import CheckpointError
+from tomevit.errors import CheckpointError, check_path
 from tomevit.weights import cache, directories, shards
 from tomevit.weights.files import check_is_checkpoint
 from tomevit.weights.reading import explain_lack_of_memory
@@ -52,6 +52,7 @@ def locate(source: str | os.PathLike[str]) -> Iterator[Located]:
         CheckpointError: it is one file of several, or a part of what tomevit does not read, or there are several.
         DownloadError: it could not be had.
     """
+    check_path("source", source, "a file, a URL, hf-hub:owner/repo or a name of the zoo")
     name = os.fspath(source)
     path = Path(name)
     if zoo.is_elsewhere(name):

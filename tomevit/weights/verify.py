@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tomevit.cards import Card
 from tomevit.config import Config
-from tomevit.errors import AmbiguousCheckpointError, CheckpointError
+from tomevit.errors import AmbiguousCheckpointError, CheckpointError, check_path
 from tomevit.flops import count_parameters, flops
 from tomevit.schedule import Schedule
 from tomevit.weights import checkpoint, convert, shards, sources
@@ -59,6 +59,7 @@ def verify(
         FileNotFoundError: no such file.
         CheckpointError, DownloadError: the source to compare with cannot be read.
     """
+    check_path("path", path)
     return tuple(_run_checks(Path(path), against, key, prefix))
 
 

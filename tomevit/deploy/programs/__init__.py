@@ -24,7 +24,7 @@ from tomevit.cards import Card
 from tomevit.config import Preprocess
 from tomevit.deploy.programs import archive, onnx, openvino
 from tomevit.deploy.programs.trace import Settings, from_pixels, trace
-from tomevit.errors import join_with_or
+from tomevit.errors import check_type, join_with_or
 from tomevit.models import VisionTransformer
 from tomevit.output import check_output, explain_os_errors, new_file
 from tomevit.progress import progress_bar
@@ -162,6 +162,7 @@ def export_program(
             2.13, or a model that answers otherwise in this form or that onnxruntime does not run.
         FileNotFoundError, OSError: nothing to read, or no place to write. What was at `out` before stays, in any case.
     """
+    check_type("model", model, (nn.Module, str, os.PathLike), "a model, a file, a URL or a name of the zoo")
     inputs = [] if isinstance(model, nn.Module) else [model]
     kind, out = _check_request(format, out, dtype, batch, opset, inputs, calibrated=calibrate is not None)
     card, tensors, _ = weights_of(model)
@@ -219,6 +220,8 @@ def _check_request(
     calibrated: bool,
 ) -> tuple[Kind, Path]:
     """What can be known to be wrong before anything is read, as `export_program` says it."""
+    check_type("format", format, str, "the name of one")
+    check_type("batch", batch, int | None, "a number of images, or None for any")
     if format not in PROGRAMS:
         raise ValueError(f"there is no program format {format!r}; there are {', '.join(PROGRAMS)}")
     kind, out = PROGRAMS[format], check_output(out, inputs=inputs, writable=True)

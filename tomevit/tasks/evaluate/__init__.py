@@ -25,7 +25,7 @@ from tomevit.data.images import Batch, reading, stream
 from tomevit.measure.memory import explain_out_of_memory
 from tomevit.measure.published import Expected
 from tomevit.measure.timing import Quartiles
-from tomevit.models import VisionTransformer
+from tomevit.models import VisionTransformer, unwrap_replicas
 from tomevit.schedule import Schedule, distinct_schedules, schedule_to_json
 from tomevit.tasks.evaluate.state import (
     NOT_FINITE,
@@ -174,7 +174,7 @@ def evaluate(
             into memory; the state is of another evaluation.
         OSError: the state cannot be read or written, or a reading process died.
     """
-    r_values = distinct_schedules(r_values)
+    model, r_values = unwrap_replicas(model), distinct_schedules(r_values)
     _check_arguments(model, files, labels, r_values, batch)
     columns = distinct_plain(model, r_values)
     batch, state = min(batch, len(files)), None if state is None else Path(state)

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tomevit.errors import join_with_or
+from tomevit.errors import check_path, join_with_or, printable
 from tomevit.models import VisionTransformer
+from tomevit.notebook import html_table
 from tomevit.opening import read_small_file
 from tomevit.output import is_stream, new_file
 from tomevit.schedule import Schedule, Step, check_schedule, format_schedule, schedule_from_json, schedule_to_json
@@ -47,6 +48,12 @@ class Point:
     def drift(self) -> float:
         """How far the answers moved: the KL divergence, or 1 less the cosine."""
         return self.kl if self.kl is not None else 1 - (self.cosine or 0.0)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Point r = {format_schedule(self.r)}: {self.speed_up:.2f} times as fast, "
+            f"agreement {self.agreement:.2f} %, {self.tokens} tokens left>"
+        )
 
     @property
     def kept(self) -> float:
@@ -106,6 +113,35 @@ class Front:
             f"no schedule takes {1000 * value:g} ms or less {where}: the fastest takes {1000 * best.seconds:.3g} ms, "
             f"with r = {format_schedule(best.r)}"
         )
+
+    def __repr__(self) -> str:
+        first, last = self.points[0], self.points[-1]
+        return (
+            f"<Front of {self._where()}: {len(self.points)} points, {first.speed_up:.2f} to {last.speed_up:.2f} times "
+            f"as fast, agreement {first.agreement:.2f} to {last.agreement:.2f} %>"
+        )
+
+    def _repr_html_(self) -> str:
+        labelled = self.points[0].top1 is not None
+        heading = ("r", "kind", "times as fast", "agreement, %", "tokens left", "top-1, %")
+        rows = (
+            (
+                format_schedule(point.r),
+                point.kind,
+                f"{point.speed_up:.2f}",
+                f"{point.agreement:.2f}",
+                point.tokens,
+                "" if point.top1 is None else f"{point.top1:.2f}",
+            )
+            for point in self.points
+        )
+        columns = len(heading) if labelled else 5
+        return html_table(self._where(), heading[:columns], (row[:columns] for row in rows), self.note)
+
+    def _where(self) -> str:
+        said = self.setting
+        model = said["model"] or "a model without a name"
+        return printable(f"{model} on {said['device']}, {said['dtype']}, batch {said['batch']}")
 
     def check(self, model: VisionTransformer) -> None:
         """That a model has the shape of the one that was measured: its schedules mean something else on others.
@@ -267,6 +303,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: it holds none.
         OSError: it cannot be read.
     """
+    check_path("path", path)
     try:
         return parse_json(read_small_file(path))
     except ValueError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tomevit.config import Config
-from tomevit.errors import join_with_or
+from tomevit.errors import check_type, join_with_or
 from tomevit.layers.embed import check_images
 from tomevit.measure.bench import MODES, subject
 from tomevit.models import VisionTransformer
@@ -36,6 +37,7 @@ def num_searched(images: int) -> int:
 def choices(config: Config, matchings: Sequence[str]) -> tuple[str, tuple[str | None, ...]]:
     """What the model's own matching is called, and those to choose from, None for the model's own."""
     own = config.matching if isinstance(config.matching, str) else getattr(config.matching, "__name__", "own")
+    check_type("matchings", matchings, (str, list, tuple), f"some of {', '.join(SEARCHABLE)}")
     if isinstance(matchings, str) or not (matchings or callable(config.matching)):
         raise ValueError(f"matchings is {matchings!r}, and must list some of {', '.join(SEARCHABLE)}")
     if wrong := [name for name in matchings if name not in SEARCHABLE]:
@@ -55,6 +57,7 @@ def check_arguments(
     if labels is not None:
         if not config.num_classes:
             raise ValueError("labels are for a model with a head, and this one has none")
+        check_type("labels", labels, Tensor, "torch.int64: one class for each image")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise ValueError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}, and must be torch.int64 of "
@@ -65,6 +68,7 @@ def check_arguments(
     if mode not in MODES:
         raise ValueError(f"there is no mode {mode!r}; there is {join_with_or(MODES)}")
     for name, value in (("batch", batch), ("rounds", rounds)):
+        check_type(name, value, Integral, "a number")
         if value < 1:
             raise ValueError(f"{name} is {value}, and must be at least 1")
     if config.num_patches < 2 or num_merging(config) < 1:

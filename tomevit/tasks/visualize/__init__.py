@@ -1,32 +1,58 @@
 """What merging does to one image: which patches are one token behind each block, and where the class token looks.
 
-`observe` computes it, as plain data. `pictures.draw` makes a picture of it, `page.html` a page to look around in.
+`visualize` and `observe` compute it, as plain data. `pictures.draw` makes a picture of it, `page.html` a page to look
+around in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from html import escape
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from tomevit.cards import Card
 from tomevit.config import Config
 from tomevit.data.class_names import class_names
+from tomevit.data.images import read
+from tomevit.errors import check_path, check_type, printable
 from tomevit.flops import flops_by_step
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens
-from tomevit.models import VisionTransformer
-from tomevit.schedule import Schedule
+from tomevit.measure.defaults import default_r
+from tomevit.models import VisionTransformer, unwrap
+from tomevit.output import is_stream, new_file
+from tomevit.schedule import Schedule, distinct_schedules, format_schedule
+from tomevit.subject import subject_of
+from tomevit.tasks import plots
 from tomevit.transform import Transform, transform
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["Observation", "Prediction", "Run", "attention_weights", "group_sizes", "observe", "undo_normalisation"]
+    from tomevit.tasks.visualize.pictures import Show
+
+__all__ = [
+    "Observation",
+    "Prediction",
+    "Run",
+    "attention_weights",
+    "file_kind",
+    "group_sizes",
+    "observe",
+    "undo_normalisation",
+    "visualize",
+]
+
+PAGE = ".html"
+ANIMATIONS = (".gif", ".mp4")
 
 ANSWERS = 3  # the most probable classes of each run
 
@@ -69,11 +95,135 @@ class Observation:
     config: Config
     image: Tensor  # (C, H, W) uint8: the pixels that the model saw, behind the resize and the crop
     runs: tuple[Run, ...]
+    title: str = ""  # above pages and pictures: the name of the image's file, say
+
+    def __repr__(self) -> str:
+        tokens = ", ".join(
+            f"r = {format_schedule(run.r)}: {run.tokens[0]} to {run.tokens[-1]} tokens" for run in self.runs
+        )
+        image = printable(self.title) or "an image"
+        return f"<Observation of {image} in {printable(self.card.full_name) or 'a model without a name'}; {tokens}>"
+
+    def _repr_html_(self) -> str:
+        from tomevit.tasks.visualize import page
+
+        content = escape(page.html(self, self.title or self.card.full_name))
+        return f'<iframe srcdoc="{content}" sandbox="allow-scripts" style="width:100%;height:52em;border:0"></iframe>'
+
+    def figure(self, *, show: Show = "strip", blocks: Sequence[int] = ()) -> Figure:
+        """A figure of matplotlib's, which a notebook shows.
+
+        Args:
+            show: "picture": the image, and what the last block leaves of it at each r. "strip": the tokens behind some
+                blocks, a row for each r. "attention": where the class token looks in these blocks.
+            blocks: of a strip or of attention: which blocks, from 1; empty: six, evenly spaced, the last among them.
+
+        Raises:
+            ValueError: matplotlib is not installed; there is no such block; or no class token whose attention could be
+                shown.
+        """
+        from tomevit.tasks.visualize import pictures
+
+        plots.require_matplotlib()
+        return pictures.figure(self, self._heading(), show=show, blocks=blocks)
+
+    def save(self, path: str | PathLike[str], *, show: Show | None = None, blocks: Sequence[int] = ()) -> None:
+        """Write it, as the name's ending says.
+
+        A page, .html, is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs.
+        A picture, .png, .svg or .pdf, is one for print; an animation, .gif or .mp4, goes through the blocks.
+
+        Args:
+            path: the file; what was there is replaced.
+            show, blocks: of a picture, as `figure` takes them; None: "strip".
+
+        Raises:
+            ValueError: the name ends otherwise; or show or blocks do not fit.
+            OSError: nothing can be written there.
+        """
+        from tomevit.tasks.visualize import page, pictures
+
+        check_path("path", path, "the file to write")
+        kind = file_kind(Path(path), as_picture=bool(show or blocks))
+        if kind in (PAGE, *ANIMATIONS) and (show or blocks):
+            raise ValueError(f"show and blocks are for pictures, and {path} is none: it shows everything")
+        pictures.blocks_to_show(self.config, show or "strip", blocks)
+        with new_file(path) as draft:
+            if kind == PAGE:
+                draft.write_text(page.html(self, self.title or self.card.full_name), encoding="utf-8")
+            elif kind in ANIMATIONS:
+                pictures.animation(draft, kind, self, self._heading())
+            else:
+                pictures.draw(draft, kind, self, self._heading(), show=show or "strip", blocks=blocks)
+
+    def _heading(self) -> str:
+        return " in ".join(filter(None, (self.title, self.card.full_name)))
+
+
+def file_kind(path: Path, *, as_picture: bool = False) -> str:
+    """The kind of file that `Observation.save` will write: ".html", one of ANIMATIONS, or a picture's, as in ".png".
+
+    Args:
+        path: whose name says it.
+        as_picture: a pipe without such a name gets a PNG, and not a page.
+
+    Raises:
+        ValueError: there is no such kind, or what draws it is not installed.
+    """
+    suffix = path.suffix.lower()
+    if suffix in (PAGE, ".htm") or (is_stream(path) and not suffix and not as_picture):
+        return PAGE
+    if suffix in ANIMATIONS:
+        return suffix
+    plots.require_matplotlib()
+    try:
+        return plots.picture_kind(path)
+    except ValueError as error:
+        raise ValueError(f"{error}, a page's in {PAGE}") from None
+
+
+def visualize(
+    model: nn.Module,
+    image: str | PathLike[str] | bytes | Image | Tensor,
+    r_values: Sequence[Schedule] | None = None,
+    *,
+    title: str | None = None,
+    upright: bool = True,
+    progress: Callable[[], object] = lambda: None,
+) -> Observation:
+    """What merging does to one image, at each r, to look at.
+
+    A notebook shows the result as a page with a slider over the blocks; `.figure()` is a figure of it, and
+    `.save(path)` writes a page, a picture or an animation.
+
+    Args:
+        model: in evaluation mode, of one or three channels; in a wrapper of torch's or not.
+        image: a file, what is in one (bytes), a PIL image, or a uint8 tensor (C, H, W).
+        r_values: one or more, as `model.r`; None: 0, three that fit the depth, those with published accuracies, and the
+            model's own.
+        title: above pages and pictures; None: the file's name.
+        upright: turn a photograph as its EXIF data says; PIL images and tensors are taken as they are.
+        progress: called behind each r.
+
+    Raises:
+        ValueError: as `observe`; or the file is no image.
+    """
+    subject = subject_of(model, "a model of tomevit's")
+    if r_values is None:
+        r_values = distinct_schedules([0, *default_r(subject.card), subject.r])
+    check_type("r_values", r_values, (list, tuple), "a list of r, as in [0, 8, '2x']")
+    if isinstance(image, str | PathLike | bytes):
+        name = "" if isinstance(image, bytes) else Path(image).name
+        photograph: Image | Tensor = read(image, upright=upright)
+    else:
+        name, photograph = "", image
+    found = observe(model, photograph, r_values, progress=progress)
+    return replace(found, title=name if title is None else title)
 
 
 @torch.inference_mode()
 def observe(
-    model: VisionTransformer,
+    model: nn.Module,
     image: Image | Tensor,
     r_values: Sequence[Schedule],
     *,
@@ -85,7 +235,7 @@ def observe(
     patches and of the prefix sum to 1; a dropped patch has none. Where there is no class token, there is none.
 
     Args:
-        model: in evaluation mode, of one or three channels.
+        model: in evaluation mode, of one or three channels; in a wrapper of torch's or not.
         image: as `tomevit.transform(model)` takes it: a PIL image, or a uint8 tensor (C, H, W).
         r_values: one or more, as `model.r`.
         progress: called behind each r.
@@ -94,6 +244,8 @@ def observe(
         ValueError: the model is in training mode or takes no pictures, the image does not fit, or an r has no known
             form or is not for this depth.
     """
+    check_type("model", unwrap(model), VisionTransformer, "a VisionTransformer of tomevit's")
+    model = cast("VisionTransformer", unwrap(model))
     config = model.config
     if model.training:
         raise ValueError("the model is in training mode, in which answers are random: call model.eval()")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
 
 from tomevit.config import Config
+from tomevit.errors import join_with_or
 from tomevit.schedule import format_schedule
 from tomevit.tasks import plots
 from tomevit.tasks.visualize import Observation, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Show = Literal["picture", "strip", "attention"]
 SHOW = get_args(Show)
@@ -27,11 +31,38 @@ ATTENTION_NOTE = (
 def draw(
     path: Path, suffix: str, observation: Observation, title: str, *, show: Show = "strip", blocks: Sequence[int] = ()
 ) -> None:
-    """Draw an observation.
+    """Draw an observation into a file.
 
     Args:
         path: the picture to write.
         suffix: its kind, as in ".png", whatever the path's.
+        observation, title, show, blocks: as `figure`.
+
+    Raises:
+        ValueError: as `blocks_to_show`.
+    """
+    plots.save(figure(observation, title, show=show, blocks=blocks), path, suffix[1:])
+
+
+def animation(path: Path, suffix: str, observation: Observation, title: str) -> None:  # noqa: ARG001
+    """Draw an observation as an animation over the blocks.
+
+    Args:
+        path: the animation to write.
+        suffix: its kind, ".gif" or ".mp4", whatever the path's.
+        observation: what to draw.
+        title: above everything.
+
+    Raises:
+        ValueError: there is no such animation yet.
+    """
+    raise ValueError(f"there are no animations yet, as {suffix} would be: name a page, .html, or a picture, .png")
+
+
+def figure(observation: Observation, title: str, *, show: Show = "strip", blocks: Sequence[int] = ()) -> Figure:
+    """An observation as a figure of matplotlib's.
+
+    Args:
         observation: what to draw.
         title: above everything.
         show: "picture": the image, and what the last block leaves of it at each r (ToMe, figure 4). "strip": the tokens
@@ -64,15 +95,19 @@ def draw(
             pictures = [[image, *(_attention(observation, run, block, inches) for block in blocks)] for run in runs]
             captions = [["", *(f"at most {_most(run, block):.2g} %" for block in blocks)] for run in runs]
             note = ATTENTION_NOTE + " Hatched patches are dropped before." * any_dropped
-    plots.panels(path, suffix, pictures, columns, labels, title, note, captions=captions, inches=inches)
+    return plots.panels(pictures, columns, labels, title, note, captions=captions, inches=inches)
 
 
 def blocks_to_show(config: Config, show: Show, blocks: Sequence[int] = ()) -> Sequence[int]:
     """The blocks that `draw` will show, from 1.
 
     Raises:
-        ValueError: there is no such block, or no class token whose attention could be shown.
+        ValueError: there is no such show or block, or no class token whose attention could be shown.
     """
+    if show not in SHOW:
+        raise ValueError(f"show is {show!r}, and must be {join_with_or(SHOW)}")
+    if show == "picture" and blocks:
+        raise ValueError("blocks are for strips and attention, and show='picture' shows the last block")
     if show == "attention" and not config.class_token:
         raise ValueError("this model has no class token, so there is no attention of its to show")
     for block in blocks:
