@@ -27,11 +27,11 @@ from torch import Tensor
 import tomevit
 from benchmarks.arguments import number_or_words
 from examples import train_digits
-from examples.data import Digits, init_small, load_split
 from tomevit.layers import block
 from tomevit.layers.matching import unlikeness
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer, build
+from tomevit.training.digits import Digits, init_small, load_split
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("bipartite", "importance", "diffrate", "redundant", "pitome", "random", "late", "late redundant", "deferred")

@@ -41,7 +41,6 @@ import torch
 from tqdm import tqdm
 
 import tomevit
-from examples.data import Digits, load_split
 from examples.finetune_options import number
 from examples.train_digits import MODEL, accuracy, fresh, make_optimiser, train, train_step
 from tomevit.measure.timing import environment, interleave
@@ -49,6 +48,7 @@ from tomevit.output import check_output, new_file
 from tomevit.schedule import token_counts
 from tomevit.tasks import plots
 from tomevit.tasks.demo import held_out, one_thread
+from tomevit.training.digits import Digits, load_split
 
 START, END = "<!-- merging study: start -->", "<!-- merging study: end -->"
 FIXED = ("model", "r", "epochs", "batch", "lr", "limit")  # the options that all trainings of a study share

@@ -23,7 +23,7 @@ import tomevit
 from benchmarks.peers import torchvision  # noqa: F401  # the way to import it beside a CPU torch
 from examples import finetune
 from examples.finetune_options import FREE, command, make_parser, read_options
-from tests.project.test_example_data import folder  # noqa: F401
+from tests.tools.test_training_data import folder  # noqa: F401
 from tomevit.models import DistilledLogits
 from tomevit.tasks.demo import accuracy, held_out
 from tomevit.training.recipes import recipe
