@@ -41,7 +41,6 @@ import torch
 from tqdm import tqdm
 
 import tomevit
-from examples.finetune_options import number
 from examples.train_digits import MODEL, accuracy, fresh, make_optimiser, train, train_step
 from tomevit.measure.timing import environment, interleave
 from tomevit.output import check_output, new_file
@@ -332,6 +331,20 @@ def draw(study: Study, path: Path) -> None:
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """A type for argparse: finite, within limits."""
+    limits = f"at least {least}" + (f", and at most {most}" if most < math.inf else "")
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not possible; it must be {limits}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -42,6 +42,7 @@ VERBS = {
     "embed": Verb("embed", "embed", "A feature vector for every image, in one file."),
     "bench": Verb("bench", "bench", "Throughput at several r, and what bounds it."),
     "tune": Verb("tune", "tune_command", "Schedules for this device, searched on your images: speed against fidelity."),
+    "train": Verb("train", "train_command", "Train or fine-tune a model on a folder of images, with merging."),
     "visualize": Verb("visualize", "visualize", "Which patches of an image are one token behind each block."),
     "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON."),
     "convert": Verb("weights", "convert", "Write a checkpoint of any known format as one self-describing file."),
