@@ -168,8 +168,8 @@ def _describe(run: Run) -> str:
     chosen, data = run.options, run.data
     start = {"none": "fresh weights", "true": "pretrained weights"}.get(chosen.pretrained, chosen.pretrained)
     counts = f"{len(data.train)} images to train on, {len(data.test)} to measure on, {len(data.classes)} classes"
-    r = format_schedule(run.model.r)
-    return f"{run.model.card.name} from {start}, r = {r}, {chosen.epochs} epochs of {run.steps} steps; {counts}"
+    epochs = f"{chosen.epochs} epoch{'s' * (chosen.epochs != 1)} of {run.steps} steps"
+    return f"{run.model.card.name} from {start}, r = {format_schedule(run.model.r)}, {epochs}; {counts}"
 
 
 def _go_on(chosen: Options) -> str:
