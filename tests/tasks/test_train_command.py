@@ -419,7 +419,8 @@ def test_a_run_is_not_written_over(little, capsys):
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, capsys):
     (tmp_path / "checkpoint.pt").write_bytes(b"something else")
     assert "checkpoint.pt is no checkpoint of this program" in refusal(capsys, tmp_path, "--resume")
-    for other in ({"options": {}}, [1]):
+    names = ("options", "data", "done", "generators", "model", "optimizer", "scaler")
+    for other in ({"options": {}}, [1], {name: {} for name in names}):
         torch.save(other, tmp_path / "checkpoint.pt")
         assert "checkpoint.pt is no checkpoint of this program" in refusal(capsys, tmp_path, "--resume")
 

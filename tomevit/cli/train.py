@@ -23,7 +23,7 @@ from tomevit.schedule import format_schedule
 from tomevit.tasks.train.checkpoints import read_checkpoint
 from tomevit.tasks.train.loop import AMP, Progress, Trained, train
 from tomevit.tasks.train.options import CHECKPOINT, FRESH, FRESH_LR, FRESH_WARMUP, Options, complete
-from tomevit.tasks.train.report import cost, finish, lines
+from tomevit.tasks.train.report import cost, finish, summary
 from tomevit.tasks.train.setup import Run, set_up
 from tomevit.training.digits import DIGITS
 
@@ -159,7 +159,7 @@ def train_command(*, resume: bool, **given: Any) -> None:
 
 def _show(run: Run, trained: Trained, stop: Callable[[], bool]) -> None:
     report = finish(run, trained, stop)
-    echo(*lines(report))
+    echo(*summary(report))
     if report["not_learned"]:
         echo(f"tomevit: {report['not_learned']}", err=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tomevit.output import new_file
-from tomevit.tasks.train.options import CHECKPOINT, Record
+from tomevit.tasks.train.options import CHECKPOINT, Options, Record
 from tomevit.tasks.train.setup import Run, describe
 
 
@@ -38,8 +38,8 @@ def read_checkpoint(out: Path) -> Record:
     except Exception as error:  # what torch raises depends on the bytes that it finds
         raise ValueError(f"{path} is no checkpoint of this program") from error
     parts = {"options", "data", "done", "generators", "model", "optimizer", "scaler"}
-    if not (isinstance(found, dict) and parts <= found.keys()):
-        raise ValueError(f"{path} is no checkpoint of this program")
+    if not (isinstance(found, dict) and parts <= found.keys() and found["options"].keys() == asdict(Options()).keys()):
+        raise ValueError(f"{path} is no checkpoint of this program, or of another version")
     return found
 
 

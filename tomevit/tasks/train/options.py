@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -92,7 +91,7 @@ FRESH_WARMUP = 0.05  # share of the epochs
 FRESH_LR = 0.192
 
 
-def usual_options(given: Mapping[str, Any]) -> Record:
+def usual_options(given: Record) -> Record:
     """What all options are unless they are given: of the recipe, if there is one, else what suits the start.
 
     Raises:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tomevit.measure.timing import environment
+from tomevit.models import VisionTransformer
 from tomevit.output import new_file
 from tomevit.schedule import format_schedule
 from tomevit.tasks.evaluate.statistics import wilson
@@ -40,7 +41,8 @@ def finish(run: Run, trained: Trained, stop: Callable[[], bool] = lambda: False)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError("the last step made weights that are not finite; a lower --lr may help")
     out, models = Path(options.out), {"model": model}
-    if trained.ema:
+    if trained.ema is not None:
+        assert isinstance(trained.ema.module, VisionTransformer)
         models["ema"] = trained.ema.module
     values = [model.r] if model.r == 0 else [model.r, 0]
     found = {
@@ -109,7 +111,7 @@ def cost(options: Options, trained: Trained) -> Record:
     }
 
 
-def lines(report: Record) -> list[str]:
+def summary(report: Record) -> list[str]:
     """What is worth reading of a report."""
     costs = {name: report[name] for name in ("seconds_per_step", "images_per_second", "peak_memory_mib")}
     found = [
