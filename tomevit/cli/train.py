@@ -42,10 +42,16 @@ class Finite(click.FloatRange):
 
 COUNT, POSITIVE, RATE, SHARE = click.IntRange(0), click.IntRange(1), Finite(0), Finite(0, 1)
 DECAY, FACTOR = Finite(0, 1, max_open=True), Finite(0, 1, min_open=True)
-FROM_FRESH = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in FRESH.items()} | {
-    "lr": f"{FRESH_LR:g} over the model's width",
-    "warmup_epochs": f"{FRESH_WARMUP:g} of --epochs",
-    "betas": "{} {}".format(*FRESH["betas"]),
+
+
+def _shown(value: Any) -> str:
+    parts = value if isinstance(value, tuple) else (value,)
+    return " ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+
+FROM_FRESH = {name: _shown(value) for name, value in FRESH.items()} | {
+    "lr": f"{_shown(FRESH_LR)} over the model's width",
+    "warmup_epochs": f"{_shown(FRESH_WARMUP)} of --epochs",
 }
 
 
@@ -54,11 +60,8 @@ def option(name: str, kind: Any = None, text: str = "", **kinds: Any) -> Callabl
     field = name.removeprefix("--").replace("-", "_")
     usual = getattr(Options, field, None)
     if usual is not None and usual is not False:
-        shown = (
-            " ".join(map(str, usual)) if isinstance(usual, tuple) else f"{usual:g}" if usual != str(usual) else usual
-        )
         fresh = f"; from fresh weights {FROM_FRESH[field]}" if field in FROM_FRESH else ""
-        text = f"{text} Default: {shown}{fresh}.".strip()
+        text = f"{text} Default: {_shown(usual)}{fresh}.".strip()
     return click.option(name, type=kind, default=None, help=text, **kinds)
 
 
