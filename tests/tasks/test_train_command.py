@@ -175,15 +175,15 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path, capsys):
 
 
 def test_ctrl_c_ends_after_the_step_and_says_how_to_go_on(little, tmp_path, monkeypatch, capsys):
-    rate, steps = loop.learning_rate, iter(range(100))
+    merged_at, steps = loop.merged_at, iter(range(6))
     interrupted = [signal.SIGINT if step == 3 else signal.SIGURG for step in range(6)]  # Python ignores SIGURG
 
-    def press(*arguments: Any) -> float:
+    def press(*arguments: Any) -> Any:
         signal.raise_signal(interrupted[next(steps)])
-        return rate(*arguments)
+        return merged_at(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", press)
+        patch.setattr(loop, "merged_at", press)
         with pytest.raises(SystemExit) as ended:
             cli.main(["train", "--out", str(tmp_path), *shlex.split(LITTLE)])
     said, last = capsys.readouterr().err.splitlines()
