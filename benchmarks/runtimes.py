@@ -123,7 +123,7 @@ def prepare(name: str, img_size: int | None, batch: int) -> tuple[VisionTransfor
     """The model, images to calibrate with, and others to compare with, as many as make whole batches."""
     torch.manual_seed(0)
     if is_trained(name):
-        from examples.data import load_split
+        from tomevit.training.digits import load_split
 
         model = tomevit.create(name, pretrained=True)
         prepared = tomevit.transform(model)

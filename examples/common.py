@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 import tomevit
-from examples.data import DIGITS, Data, Images, init_small, load_data
+from tomevit.training.datasets import Data, Images, load_data
+from tomevit.training.digits import DIGITS, init_small
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))  # torchrun sets them
 

@@ -41,14 +41,13 @@ import torch
 from tqdm import tqdm
 
 import tomevit
-from examples.data import Digits, load_split
-from examples.finetune_options import number
 from examples.train_digits import MODEL, accuracy, fresh, make_optimiser, train, train_step
 from tomevit.measure.timing import environment, interleave
 from tomevit.output import check_output, new_file
 from tomevit.schedule import token_counts
 from tomevit.tasks import plots
 from tomevit.tasks.demo import held_out, one_thread
+from tomevit.training.digits import Digits, load_split
 
 START, END = "<!-- merging study: start -->", "<!-- merging study: end -->"
 FIXED = ("model", "r", "epochs", "batch", "lr", "limit")  # the options that all trainings of a study share
@@ -332,6 +331,20 @@ def draw(study: Study, path: Path) -> None:
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """A type for argparse: finite, within limits."""
+    limits = f"at least {least}" + (f", and at most {most}" if most < math.inf else "")
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if not (least <= value <= most and value < math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is not possible; it must be {limits}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse says "invalid int value"
+    return convert
 
 
 def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import tomevit
-from examples.data import Digits, init_small, load_split, move_digits
 from tomevit.models import VisionTransformer
+from tomevit.training.digits import Digits, init_small, load_split, move_digits
 
 MODEL = "digits_p1"
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-import examples.data
 import tomevit
+import tomevit.training.datasets
 from tomevit.transform import Transform
 
 
 def main() -> None:
     digits, program, name, call, *arguments = sys.argv[1:]
-    examples.data.load_split = lambda **_: torch.load(digits, weights_only=False)
+    tomevit.training.datasets.load_split = lambda *_, **__: torch.load(digits, weights_only=False)
     if program in ("train_transformers", "train_lightning"):
         import benchmarks.peers  # noqa: F401  (they import torchvision)
     torch.set_default_dtype(torch.float64)  # in which the Trainer sums up losses

@@ -15,10 +15,10 @@ from torch import Tensor
 import tomevit
 from benchmarks.methods.ways import Candidate
 from examples import train_digits
-from examples.data import init_small, load_split
 from tomevit.layers import block
 from tomevit.layers.matching import unlikeness
 from tomevit.models import VisionTransformer, build
+from tomevit.training.digits import init_small, load_split
 
 EPOCHS = 60
 

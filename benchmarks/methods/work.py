@@ -28,11 +28,11 @@ import tomevit
 from benchmarks.gpu.store import Store
 from benchmarks.methods.rankings import ranked, ranked_by
 from benchmarks.methods.ways import BUDGETS, TARGETS, TUNED, Candidate, candidates, schedule_name
-from examples.data import Digits, load_split
 from examples.train_digits import RECIPES
 from tomevit.measure.timing import turns
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, schedule_from_json, schedule_to_json
+from tomevit.training.digits import Digits, load_split
 from tomevit.weights.checkpoint import digest_of
 
 #: Images per call where answers are compared.

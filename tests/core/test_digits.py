@@ -18,7 +18,7 @@ from tomevit.weights.checkpoint import read
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
 from examples import train_digits
-from examples.data import Digits, load_split, move_digits
+from tomevit.training.digits import Digits, load_split, move_digits
 
 MODELS = ("digits_p1", "digits_p2")
 SHIPPED = tuple(card.full_name for model in MODELS for card in zoo.cards(model))

@@ -57,7 +57,7 @@ MEASURES = "takes minutes; tests/tools/test_bench.py runs it on small models"
 EXPORTS = "takes long; tests/tools/test_export_programs.py does it for every format and option"
 TUNES = "takes minutes, and photographs; tests/tasks/test_tune_command.py runs it on digits"
 TRAINS = (
-    "takes a data set and hours; tests/project/test_finetune.py and tests/project/test_torchrun.py run it on digits"
+    "takes a data set and hours; tests/tasks/test_train_command.py and tests/project/test_torchrun.py run it on digits"
 )
 COMPARES = "takes ImageNet and the published weights; tests/tasks/test_evaluate.py runs it on digits"
 NOT_RUN = {
@@ -84,6 +84,8 @@ NOT_RUN = {
     "tomevit export mine.safetensors --format openvino -o vit.xml --r 16": EXPORTS,
     "tomevit export mine.safetensors --format pt2 -o vit.pt2": EXPORTS,
     "tomevit export mine.safetensors --format aoti -o vit.pt2": EXPORTS,
+    "tomevit train FOLDER --model vit_b16 --pretrained --r 13 --amp bf16 -o run": TRAINS,
+    "tomevit train digits --model digits_p1": TRAINS,
     "python -m examples.finetune --data FOLDER --model vit_b16 --pretrained true --r 13 --amp bf16 --out run": TRAINS,
     "python -m examples.finetune --recipe mae_b16.tome_r16 --dry-run --batch 4": TRAINS,
     "torchrun --nproc-per-node 2 -m examples.train_fsdp --out run": TRAINS,

@@ -65,7 +65,8 @@ def command_line(out: Path, **changes: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def plain() -> tuple[list[float], tomevit.VisionTransformer, Any]:
     """The losses, the model and the held-out images of a loop in one process, without any engine."""
-    from examples.data import init_small, load_data
+    from tomevit.training.datasets import load_data
+    from tomevit.training.digits import init_small
 
     options = Namespace(**OPTIONS)
     torch.manual_seed(options.seed)
@@ -91,7 +92,7 @@ def plain() -> tuple[list[float], tomevit.VisionTransformer, Any]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from examples.data import load_split
+    from tomevit.training.digits import load_split
 
     path = tmp_path_factory.mktemp("digits") / "digits.pt"
     torch.save(load_split(), path)

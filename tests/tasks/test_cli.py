@@ -170,7 +170,7 @@ def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
     assert says in err
 
 
-WITH_R = ["bench", "classify", "demo", "embed", "eval", "export", "info", "visualize"]
+WITH_R = ["bench", "classify", "demo", "embed", "eval", "export", "info", "train", "visualize"]
 
 
 def test_every_verb_with_an_r_names_its_forms_and_explains_a_wrong_one(capsys, tmp_path):
@@ -187,6 +187,7 @@ def test_every_verb_with_an_r_names_its_forms_and_explains_a_wrong_one(capsys, t
         "eval": ("--data", str(tmp_path), *digits),
         "export": ("digits_p1.plain", "--format", "pt2", "-o", str(tmp_path / "a.pt2")),
         "info": ("digits_p1.plain",),
+        "train": ("digits", "--model", "digits_p1", "--out", str(tmp_path / "run")),
         "visualize": (picture, *digits, "-o", str(out)),
     }
     for verb in verbs:

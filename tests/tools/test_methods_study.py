@@ -22,7 +22,7 @@ from benchmarks.methods.work import Settings, Subject
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 pytest.importorskip("matplotlib", reason="the study draws pictures")
 
-from examples.data import load_split
+from tomevit.training.digits import load_split
 
 QUICK = ["--weights", "digits_p1.plain", "--limit", "12", "--rounds", "2", "--batch", "2", "--budgets", "1.5x"]
 

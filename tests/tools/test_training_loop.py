@@ -71,7 +71,7 @@ def step(model: VisionTransformer, optimizer: torch.optim.Optimizer, images: Ten
 def test_r_grows_while_a_model_learns() -> None:
     """A few steps in which r grows from 0 recover most of what r = 24 costs a model that was trained without."""
     pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
-    from examples.data import load_split
+    from tomevit.training.digits import load_split
 
     digits, measured_on = load_split()
     model = tomevit.create("digits_p1", pretrained=DIGITS)

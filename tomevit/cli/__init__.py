@@ -84,6 +84,14 @@ GROUPS = {
         ),
         "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON.", "plot eval.json -o eval.png"),
     },
+    "Train": {
+        "train": Verb(
+            "train",
+            "train_command",
+            "Train or fine-tune a model on a folder of images, with merging.",
+            "train flowers/ --model vit_b16 --pretrained --r 13 -o run",
+        ),
+    },
     "Weights and programs": {
         "convert": Verb(
             "weights",

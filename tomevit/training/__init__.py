@@ -1,1 +1,1 @@
-"""What a training needs to know: parameter groups, and how published weights were trained."""
+"""What a training needs to know: images, parameter groups, and how published weights were trained."""

@@ -1,4 +1,4 @@
-"""The data sets of the examples."""
+"""The data sets to train on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 import tomevit
 from benchmarks.peers import torchvision  # noqa: F401  # the way to import it beside a CPU torch
-from examples.data import DataError, augmentation, load_data, load_split, noise_data
+from tomevit.training.datasets import DataError, augmentation, load_data, noise_data
+from tomevit.training.digits import load_split
 from tomevit.transform import Transform
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")

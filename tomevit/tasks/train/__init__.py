@@ -1,0 +1,1 @@
+"""A model trained on images, with merging: `tomevit train`."""
