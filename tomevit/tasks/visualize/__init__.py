@@ -26,7 +26,16 @@ from tomevit.transform import Transform, transform
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Observation", "Prediction", "Run", "attention_weights", "group_sizes", "observe", "undo_normalisation"]
+__all__ = [
+    "Observation",
+    "Prediction",
+    "Run",
+    "attention_weights",
+    "group_sizes",
+    "observe",
+    "prefix_names",
+    "undo_normalisation",
+]
 
 ANSWERS = 3  # the most probable classes of each run
 
@@ -192,6 +201,12 @@ def group_sizes(groups: Tensor) -> Tensor:
     there, group = (flat >= 0).to(torch.int64), flat.clamp(min=0)
     count = torch.zeros_like(flat).scatter_add_(-1, group, there)
     return (count.gather(-1, group) * there).view_as(groups)
+
+
+def prefix_names(config: Config) -> list[str]:
+    """What the tokens in front of the patches are called, which never merge and are counted among all tokens."""
+    names = ["class"] * config.class_token + ["distillation"] * config.dist_token
+    return names + [f"register {i}" for i in range(1, config.reg_tokens + 1)]
 
 
 def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:

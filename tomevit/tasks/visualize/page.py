@@ -18,7 +18,7 @@ from tomevit.config import POOLED, Config
 from tomevit.errors import printable
 from tomevit.flops import flops
 from tomevit.schedule import format_schedule
-from tomevit.tasks.visualize import Observation, Run
+from tomevit.tasks.visualize import Observation, Run, prefix_names
 from tomevit.version import __version__
 
 #: Larger than this, in bytes, an image is a JPEG.
@@ -65,10 +65,12 @@ def _hash(text: str) -> str:
 def _data(observation: Observation) -> dict[str, Any]:
     config, card = observation.config, observation.card
     (height, width), (rows, columns) = config.img_size, config.grid
-    prefix = _prefix(config)
+    prefix = prefix_names(config)
     notes = [
         "FLOPs are multiply-adds of matrix products, as the ToMe paper counts them.",
-        f"Never merged: {', '.join(f'the {name} token' for name in prefix)}." if prefix else "",
+        f"Counts of tokens include those that never merge: {', '.join(f'the {name} token' for name in prefix)}."
+        if prefix
+        else "",
         "" if config.class_token else "This model has no class token, whose attention could be shown.",
         f"Made with tomevit {__version__}.",
     ]
@@ -90,12 +92,6 @@ def _reads(config: Config) -> str:
     """What the class token's attention does not show."""
     aside = ", not the class token" if config.pool == "avg" else ""
     return "" if config.pool == "token" else f" The head reads the {POOLED[config.pool]}{aside}."
-
-
-def _prefix(config: Config) -> list[str]:
-    """What the tokens in front of the patches are called."""
-    names = ["class"] * config.class_token + ["distillation"] * config.dist_token
-    return names + [f"register {i}" for i in range(1, config.reg_tokens + 1)]
 
 
 def _run(run: Run) -> dict[str, Any]:
