@@ -17,7 +17,7 @@ from tomevit.measure.defaults import default_r
 from tomevit.output import check_outputs, is_stream, new_file
 from tomevit.schedule import Schedule, distinct_schedules
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import observe, page, pictures
+from tomevit.tasks.visualize import film, observe, page, pictures
 
 PAGE = (".html", ".htm")
 
@@ -30,23 +30,23 @@ PAGE = (".html", ".htm")
     "r_values",
     type=R(),
     multiple=True,
-    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies. "
-    f"An r: {options.FORMS_OF_R}.",
+    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies; of an "
+    f"animation 0 and one. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="A page, .html, or a picture, .png, .svg or .pdf.",
+    help="A page, .html, a picture, .png, .svg or .pdf, or an animation, .gif or .mp4.",
 )
 @click.option(
     "--show",
     type=click.Choice(pictures.SHOW),
     help="Of a picture: the image beside what the last block leaves; a strip over blocks; or where the class token "
-    "looks in these.  [default: strip]",
+    "looks in these. Of an animation: the tokens, or where the class token looks.  [default: strip]",
 )
-@click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: six.")
+@click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: four.")
 @options.img_size
 @options.device
 def visualize(
@@ -62,7 +62,7 @@ def visualize(
     """Which patches of IMAGE are one token behind each block, at several r, and where the class token looks.
 
     A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
-    is one for print. Both show the pixels that the model saw, resized and cropped.
+    is one for print. An animation goes through the blocks. All show the pixels that the model saw, resized and cropped.
     """
     check_outputs(out, inputs=[image, model])
     as_page = out.suffix.lower() in PAGE or (is_stream(out) and not (out.suffix or show or blocks))
@@ -71,31 +71,41 @@ def visualize(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is a page: it shows everything"
         )
     kind = ".html" if as_page else _picture_kind(out)
-    if show == "picture" and blocks:
-        raise ValueError("--block is for strips, and --show picture shows the last block")
+    animated = kind.lower() in film.SUFFIXES
+    if blocks and (animated or show == "picture"):
+        shown = f"{out.name} is an animation over all blocks" if animated else "--show picture shows the last block"
+        raise ValueError(f"--block is for strips, and {shown}")
     place = device_of(device)
     photograph = images.read(image, upright=True)
     card_of_argument(model, r_values, img_size)  # before a download
     subject = trained(model, img_size=img_size).to(place)
-    r_values = tuple(distinct_schedules(r_values or [0, *default_r(subject.card)]))
+    fitting = default_r(subject.card)
+    if animated:
+        fitting = [subject.r or fitting[len(fitting) // 2]]
+    r_values = tuple(distinct_schedules(r_values or [0, *fitting]))
     if not as_page:
         pictures.blocks_to_show(subject.config, show or "strip", blocks)
 
     with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
         observation = observe(subject, photograph, r_values, progress=bar.update)
     name = Path(image).name
+    title = f"{name} in {subject.card.full_name}"
     with new_file(out) as draft:
         if as_page:
             draft.write_text(page.html(observation, name), encoding="utf-8")
+        elif animated:
+            pictures.animation(draft, kind, observation, title, show=show or "strip")
         else:
-            title = f"{name} in {subject.card.full_name}"
             pictures.draw(draft, kind, observation, title, show=show or "strip", blocks=blocks)
     echo(f"written to {out}", err=True)
 
 
 def _picture_kind(out: Path) -> str:
     plots.require_matplotlib()
+    if out.suffix.lower() in film.SUFFIXES:
+        film.require_encoder(out.suffix)
+        return out.suffix
     try:
         return picture_kind(out)
     except ValueError as error:
-        raise ValueError(f"{error}, a page's in .html") from None
+        raise ValueError(f"{error}, a page's in .html, an animation's in .gif or .mp4") from None

@@ -320,7 +320,9 @@ def _panels(
     """As `panels` has it, and the axes of the rows."""
     height, width = pictures[0][0].shape[1:]
     across, down = inches * width / max(height, width), inches * height / max(height, width)
-    below = [caption for row in captions for caption in row] + ([] if source is None else [source.caption])
+    below = [caption for row in captions for caption in row]
+    if source is not None and len(pictures) == 1:
+        below.append(source.caption)
     lines = 0.2 * max((caption.count("\n") + 1 for caption in below), default=0)
     first = 0 if source is None else 1
     figure = _figure(across * (len(columns) + first) + 0.6, (down + lines) * len(pictures) + 1.1)

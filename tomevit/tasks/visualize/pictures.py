@@ -132,7 +132,7 @@ def _note(observation: Observation, show: Show) -> str:
     kinds = list(dict.fromkeys(name.split()[0] for name in prefix_names(observation.config)))  # "register 1": register
     several = len(prefix_names(observation.config)) > 1
     included = (
-        f"\nCounts include the {' and '.join(kinds)} token{'s' * several}, which never merge{'s' * (not several)}."
+        f"\nTokens are counted with the {' and '.join(kinds)} token{'s' * several}, which never merge{'s' * (not several)}."
     )
     return plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped + included * bool(kinds)
 
