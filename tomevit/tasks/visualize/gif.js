@@ -106,7 +106,8 @@ function encodeGif(frames, delays, width, height) {
   parts.push([0x21, 0xff, 11, ...text("NETSCAPE2.0"), 3, 1, 0, 0, 0]); // again, for ever
   let before = null;
   frames.forEach((pixels, i) => {
-    const own = Uint8Array.from({ length: width * height }, (_, at) => nearest[coarse(pixels, 4 * at)]);
+    const own = new Uint8Array(width * height);
+    for (let at = 0; at < own.length; at++) own[at] = nearest[coarse(pixels, 4 * at)];
     const indices = before === null ? own : own.map((index, at) => (index === before[at] ? SAME : index));
     before = own;
     parts.push([0x21, 0xf9, 4, 0x05, ...word(Math.round(delays[i] / 10)), SAME, 0]);

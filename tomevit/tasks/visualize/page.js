@@ -292,7 +292,7 @@
       const front = data.prefix.length > 2 ? [`${data.prefix.length} that never merge`] : data.prefix.map((name) => `the ${name} token`);
       const largest = Math.max(...size);
       readout.replaceChildren(
-        `${many(size.length + data.prefix.length, "token")}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
+        `${many(size.length + data.prefix.length, "token")}${state.view === "attention" && state.step > 0 ? " that enter" : ""}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
           (largest === 1 ? "" : `, the largest for ${largest}`) +
           (dropped ? `; ${many(dropped, "patch")} dropped.` : ".") +
           (largest === 1 ? "" : " Point at one."),
@@ -600,11 +600,7 @@
 
   function startWipe() {
     const wipe = byId("wipe");
-    wipe.addEventListener("pointerdown", (event) => {
-      wipe.setPointerCapture(event.pointerId);
-      wipe.focus();
-      event.preventDefault();
-    });
+    wipe.addEventListener("pointerdown", (event) => wipe.setPointerCapture(event.pointerId));
     wipe.addEventListener("pointermove", (event) => {
       if (!wipe.hasPointerCapture(event.pointerId)) return;
       const box = byId("stage").getBoundingClientRect();

@@ -129,12 +129,11 @@ def _note(observation: Observation, show: Show) -> str:
     any_dropped = any(run.dropped[-1] for run in observation.runs)
     if show == "attention":
         return ATTENTION_NOTE + " Hatched patches are dropped before." * any_dropped
-    kinds = list(dict.fromkeys(name.split()[0] for name in prefix_names(observation.config)))  # "register 1": register
-    several = len(prefix_names(observation.config)) > 1
-    included = (
-        f"\nTokens are counted with the {' and '.join(kinds)} token{'s' * several}, which never merge{'s' * (not several)}."
-    )
-    return plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped + included * bool(kinds)
+    names = prefix_names(observation.config)
+    kinds = " and ".join(dict.fromkeys(name.split()[0] for name in names))  # "register 1": register
+    tokens = f"{kinds} token, which never merges" if len(names) == 1 else f"{kinds} tokens, which never merge"
+    included = f"\nTokens are counted with the {tokens}." if names else ""
+    return plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped + included
 
 
 def _picture(observation: Observation, run: Run, step: int, show: Show, pixels: float) -> Tensor:
