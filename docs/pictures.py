@@ -151,7 +151,7 @@ def schedules(path: Path) -> None:
 
 
 def hero(path: Path) -> None:
-    """Digits of which the model takes most for what they are, merged or not: the image, and its tokens block by block."""
+    """Digits that the model knows, merged or not: the image, and its tokens block by block."""
     model = tomevit.create(HERO, pretrained=True)
     images, labels = demo.held_out()
     config, r = model.config, model.r

@@ -216,7 +216,7 @@ def merged_tokens(
         title: above everything.
     """
     pictures = [
-        [image / 255, *(draw_groups(image, step) for step in steps)]
+        [image / 255, *(draw_groups(image, step, width=3) for step in steps)]
         for image, steps in zip(images, groups, strict=True)
     ]
     panels(path, ".png", pictures, columns, labels, title, MERGED_NOTE)
