@@ -26,11 +26,13 @@ from torch import Tensor
 import tomevit
 from docs import tables
 from tomevit.layers import bipartite_soft_matching, merge_mean
-from tomevit.schedule import Schedule
+from tomevit.schedule import Schedule, format_schedule
 from tomevit.tasks import demo, plots
-from tomevit.tasks.visualize import pictures as visualize
+from tomevit.tasks.visualize import Observation, Run, observe, pictures
 
 IMAGES = Path(__file__).parent / "images"
+HERO = "digits_p1.tome_r16"  # the trained model that the first picture is drawn from
+HERO_DIGITS = (3, 5, 8)
 SCHEDULES: tuple[Schedule, ...] = (0, 8, 13, 16, (13, -1.0), 0.08)
 EVEN, ODD, MERGED = plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[2]
 
@@ -62,7 +64,7 @@ def one_step(path: Path, *, count: int = 12, r: int = 4) -> None:
         _patch(above, patch, str(i), i, 0 if i % 2 else 1.9, colour=ODD if i % 2 else EVEN, below=bool(i % 2))
     for i, (value, j) in enumerate(zip(similarity.tolist(), nearest.tolist(), strict=True)):
         chosen, start, end = 2 * i in leaving, (2 * i, 1.45), (2 * j + 1, 0.46)
-        colour, width = (MERGED, 2.6) if chosen else ("#c9ccd2", 1.3)
+        colour, width = (MERGED, 2.6) if chosen else (plots.FAINT, 1.3)
         arrow = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, "color": colour, "linewidth": width}
         above.annotate("", end, start, arrowprops=arrow, zorder=2 if chosen else 1)
         label = [0.72 * a + 0.28 * b for a, b in zip(start, end, strict=True)]
@@ -136,7 +138,10 @@ def schedules(path: Path) -> None:
     for i, r in enumerate(SCHEDULES):
         counts, ratio = model.token_counts(r), tomevit.flops(config) / tomevit.flops(config, r)
         label = f"r = {r}: FLOPs / {ratio:.2f}"
-        axis.plot(range(len(counts)), counts, label=label, linewidth=1.8, marker="os^Dv*"[i], markersize=5)
+        colour = plots.shade(i / (len(SCHEDULES) - 1))
+        axis.plot(
+            range(len(counts)), counts, label=label, linewidth=1.8, marker="os^Dv*"[i], markersize=5, color=colour
+        )
     axis.set_xticks(range(config.depth + 1), [*map(str, range(1, config.depth + 1)), "out"])
     axis.set_ylim(bottom=0)
     axis.set_xlabel("tokens entering block", fontsize=10.5, color=plots.INK)
@@ -144,6 +149,52 @@ def schedules(path: Path) -> None:
     axis.legend(frameon=False, fontsize=9.5, labelcolor=plots.INK, loc="lower left")
     plots._tidy(axis)
     plots.save(figure, path)
+
+
+def hero(path: Path) -> None:
+    """Digits that the model knows, merged or not: the image, and its tokens block by block."""
+    model = tomevit.create(HERO, pretrained=True)
+    images, labels = demo.held_out()
+    config, r = model.config, model.r
+    blocks = pictures.blocks_to_show(config, "strip")
+    seen = [_first_right(model, images[labels == label], str(label)) for label in HERO_DIGITS]
+    merged = [each.runs[1] for each in seen]
+    scale, tokens = max(8, 448 // config.grid[0]), model.token_counts()
+    plots.panels(
+        path,
+        ".png",
+        [
+            [
+                each.image / 255,
+                *(plots.draw_groups(each.image, run.groups[block], scale, scale // 9) for block in blocks),
+            ]
+            for each, run in zip(seen, merged, strict=True)
+        ],
+        [f"{config.num_tokens} tokens", *(f"block {block}: {tokens[block]} tokens" for block in blocks)],
+        [""] * len(seen),
+        f"{config.num_tokens} tokens become {tokens[-1]}, the answer stays, "
+        f"with {tomevit.flops(config) / tomevit.flops(config, r):.1f} times fewer FLOPs",
+        f"{model.card.full_name}, r = {format_schedule(r)}. {plots.MERGED_NOTE}\n"
+        "Tokens are counted with the class token, which never merges.",
+        captions=[
+            [_answer(each.runs[0]), *[""] * (len(blocks) - 1), _answer(run)]
+            for each, run in zip(seen, merged, strict=True)
+        ],
+        inches=1.9,
+    )
+
+
+def _first_right(model: tomevit.VisionTransformer, images: Tensor, name: str) -> Observation:
+    """What becomes of the first of some images that the model takes for what it is, unmerged and merged."""
+    for image in images:
+        seen = observe(model, image, [0, model.r])
+        if all(run.answers[0].name == name for run in seen.runs):
+            return seen
+    raise ValueError(f"{model.card.full_name} knows no {name}")
+
+
+def _answer(run: Run) -> str:
+    return f"{run.answers[0].name}, {100 * run.answers[0].probability:.0f} %"
 
 
 def digits(path: Path) -> None:
@@ -154,10 +205,11 @@ def digits(path: Path) -> None:
 def eight(path: Path) -> None:
     """As `tomevit visualize` draws it."""
     observation = tables.observed((8, 16))
-    visualize.draw(path, ".png", observation, f"{tables.digit()[1]} in {observation.card.full_name}")
+    pictures.draw(path, ".png", observation, f"{tables.digit()[1]} in {observation.card.full_name}")
 
 
 PICTURES: dict[str, Callable[[Path], None]] = {
+    "hero.png": hero,
     "matching.png": one_step,
     "photographs.png": over_depth,
     "schedules.png": schedules,

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +22,7 @@ import tomevit
 from tests.helpers import tiny
 from tomevit.errors import printable
 from tomevit.schedule import format_schedule
+from tomevit.tasks import plots
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.plots import paint_groups
 from tomevit.tasks.visualize import Observation, group_sizes, observe, page
@@ -69,9 +72,9 @@ const copy = (canvas) => {
 class Page:
     """A page in the browser."""
 
-    def __init__(self, driver: Any, path: Path) -> None:
+    def __init__(self, driver: Any, path: Path, *, still: bool = True) -> None:
         self.driver = driver
-        self.look()
+        self.look(still=still)
         driver.get_log("performance")
         driver.get(path.as_uri())
         self.wait("document.documentElement.dataset.ready === 'yes'")
@@ -116,13 +119,15 @@ class Page:
     def focused(self) -> str:
         return str(self.run("const a = document.activeElement; return a.id || a.name || a.tagName"))
 
-    def colours(self, grid: tuple[int, int]) -> torch.Tensor:
+    def colours(self, grid: tuple[int, int], canvas: str = "base") -> torch.Tensor:
         """What the large picture shows in the middle of each patch: (3, rows, columns)."""
         found = self.run(
-            COPY + "const [rows, columns] = arguments[0], cell = base.width / columns, context = copy(base);"
+            COPY + "const [rows, columns] = arguments[0], base = document.getElementById(arguments[1]);"
+            "const cell = base.width / columns, context = copy(base);"
             "return Array.from({ length: rows * columns }, (_, i) => Array.from(context.getImageData("
             "(i % columns + 0.5) * cell, (Math.floor(i / columns) + 0.5) * cell, 1, 1).data.slice(0, 3)))",
             grid,
+            canvas,
         )
         return torch.tensor(found).T.reshape(3, *grid)
 
@@ -134,10 +139,10 @@ Open = Callable[..., Page]
 def opened(browser: Any, tmp_path: Path) -> Iterator[Open]:
     """Opens an observation's page; in the end nothing may have gone wrong in it."""
 
-    def open_page(observation: Observation, title: str = "digit.png") -> Page:
+    def open_page(observation: Observation, title: str = "digit.png", *, still: bool = True) -> Page:
         path = tmp_path / "page.html"
         path.write_text(page.html(observation, title), encoding="utf-8")
-        return Page(browser, path)
+        return Page(browser, path, still=still)
 
     browser.get_log("browser")
     yield open_page
@@ -292,9 +297,10 @@ def test_attention_is_of_the_tokens_that_enter(opened: Open, digits: Observation
         )
         assert most == pytest.approx(100 * float(run.attention[step - 1].max()), rel=0.06)
         assert own == pytest.approx(100 * float(run.prefix_attention[step - 1, 0]), rel=0.06)
-        red = shown.colours((8, 8))[0].float()
-        strongest = int(run.attention[step - 1].argmax())
-        assert red.flatten()[strongest] == red.max()
+        share = run.attention[step - 1]
+        expected = plots.draw_attention(digits.image, torch.arange(64).view(8, 8), share, scale=1) * 255
+        assert (shown.colours((8, 8)) - expected).abs().max() <= 2, "the image shines through, the brighter the more"
+        strongest = int(share.argmax())
         shown.hover(strongest // 8, strongest % 8, (8, 8))
         size = int(group_sizes(run.groups)[step - 1].flatten()[strongest])
         assert ("a token of its own" if size == 1 else f"in a token of {size} patches") in shown.text("readout")
@@ -306,7 +312,7 @@ def test_attention_is_of_the_tokens_that_enter(opened: Open, digits: Observation
 def test_all_of_it_works_from_the_keyboard(opened: Open, digits: Observation) -> None:
     shown = opened(digits)
     reached = []
-    for _ in range(7):
+    for _ in range(10):
         shown.keys(Keys.TAB)
         reached.append(shown.focused())
         seen = shown.run(
@@ -314,7 +320,7 @@ def test_all_of_it_works_from_the_keyboard(opened: Open, digits: Observation) ->
             "return style.outlineStyle === 'solid' && parseFloat(style.outlineWidth) >= 2"
         )
         assert seen, f"{reached[-1]} does not show that it has the focus"
-    assert reached == ["theme", "view", "mark", "play", "step", "run", "SUMMARY"]
+    assert reached == ["theme", "view", "save-png", "save-gif", "mark", "wipe", "play", "step", "run", "SUMMARY"]
 
     shown.run("step.focus()")
     shown.keys(Keys.ARROW_LEFT)
@@ -325,7 +331,7 @@ def test_all_of_it_works_from_the_keyboard(opened: Open, digits: Observation) ->
     assert shown.text("step-text") == "3 of 4, 17 tokens"
     assert "r = 16" in shown.text("answers-title")
 
-    shown.run("document.querySelector('input[name=view]:checked').focus()")
+    shown.run("document.getElementById('save-gif').focus()")
     shown.keys(Keys.TAB)
     assert shown.focused() == "mark"
     assert "row 5, column 5" in shown.text("readout")
@@ -357,6 +363,86 @@ def test_it_plays_through_the_blocks(opened: Open, digits: Observation) -> None:
     shown.run("play.click()")
     assert shown.run("return play.getAttribute('aria-label')") != "Stop"
     assert not shown.text("step-text").startswith("4 of 4")
+
+
+def test_it_opens_by_playing_once(opened: Open, digits: Observation) -> None:
+    shown = opened(digits, still=False)
+    shown.wait("play.getAttribute('aria-label') === 'Stop'")
+    shown.wait("document.getElementById('step-text').textContent.startsWith('4 of 4')")
+    shown.wait("play.getAttribute('aria-label') !== 'Stop'")
+    assert shown.run(
+        "return document.querySelector('input[name=run]:checked').closest('label').textContent"
+    ).startswith("r = 8")
+    shown = opened(digits, still=True)  # nothing moves for those who asked for that
+    assert shown.text("step-text").startswith("4 of 4")
+    assert shown.run("return play.getAttribute('aria-label')") != "Stop"
+
+
+def test_before_and_after_are_wiped(opened: Open, digits: Observation) -> None:
+    shown = opened(digits)
+    wipe = shown.driver.find_element(By.ID, "wipe")
+    visible = "return getComputedStyle(before).clipPath"
+    assert wipe.get_attribute("aria-valuenow") == "50"
+    means = digits.image.expand(3, -1, -1)
+    assert (shown.colours((8, 8), "before") - means).abs().max() <= 1, "the image as it was"
+    first = shown.run(visible)
+    width = shown.run("return stage.clientWidth")
+    ActionChains(shown.driver).drag_and_drop_by_offset(wipe, round(-0.25 * width), 0).perform()
+    assert abs(int(wipe.get_attribute("aria-valuenow")) - 25) <= 1
+    assert shown.run(visible) != first
+    shown.run("wipe.focus()")
+    shown.keys(Keys.ARROW_RIGHT)
+    assert abs(int(wipe.get_attribute("aria-valuenow")) - 30) <= 1
+    shown.keys(Keys.END)
+    assert wipe.get_attribute("aria-valuenow") == "100"
+    shown.keys(Keys.HOME, Keys.ARROW_LEFT)
+    assert wipe.get_attribute("aria-valuenow") == "0"
+    touch = [{"x": point["x"] + 6, "y": point["y"] + 40} for point in [wipe.rect] * 2]
+    touch[1]["x"] += round(0.75 * width)
+    for kind, points in (("touchStart", touch[:1]), ("touchMove", touch[1:]), ("touchEnd", [])):
+        shown.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    assert abs(int(wipe.get_attribute("aria-valuenow")) - 75) <= 1
+    shown.choose("view", 2)
+    assert not wipe.is_displayed()
+
+
+def test_it_saves_what_is_seen(opened: Open, digits: Observation, tmp_path: Path) -> None:
+    shown = opened(digits, "my digit?.png")
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    shown.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    shown.choose("run", 2)
+    shown.run("wipe.focus()")
+    shown.keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)  # a tenth is as it was
+    shown.driver.find_element(By.ID, "save-png").click()
+    shown.driver.find_element(By.ID, "save-gif").click()
+    png, gif = folder / "my_digit_-r16.png", folder / "my_digit_-r16.gif"
+    deadline = time.monotonic() + 60
+    while not (png.exists() and gif.exists()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run = digits.runs[2]
+    expected = [paint_groups(digits.image, groups).expand(3, -1, -1) for groups in run.groups]
+
+    def patches(picture: Image.Image) -> torch.Tensor:
+        """The colour in the middle of each patch, of the second column and those after it: (3, 8, 7)."""
+        cell = picture.width / 8
+        pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1)
+        middle = [int((i + 0.5) * cell) for i in range(8)]
+        return pixels[:, middle][:, :, middle[1:]].float()
+
+    with Image.open(png) as picture:
+        assert picture.height > picture.width, "a caption below"
+        assert (patches(picture) - expected[4][:, :, 1:]).abs().max() <= 1
+    with Image.open(gif) as film:
+        assert film.n_frames == 5
+        assert film.info["loop"] == 0
+        durations = []
+        for step in range(5):
+            film.seek(step)
+            durations.append(film.info["duration"])
+            assert (patches(film) - expected[step][:, :, 1:]).abs().max() <= 6, "256 colours"
+        assert durations[-1] > 2 * durations[0], "it stays at the last block"
+    assert gif.stat().st_size < 200_000
 
 
 def test_charts_and_table_have_the_figures(opened: Open, digits: Observation) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import tomevit
@@ -19,10 +20,19 @@ from tests.tasks.test_cli import run
 from tomevit.cli.options import R
 from tomevit.config import Preprocess
 from tomevit.flops import flops_by_step
+from tomevit.measure.defaults import default_r
 from tomevit.models import build_meta
 from tomevit.schedule import Schedule, format_schedule
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import Observation, attention_weights, group_sizes, observe, pictures, undo_normalisation
+from tomevit.tasks.visualize import (
+    Observation,
+    attention_weights,
+    film,
+    group_sizes,
+    observe,
+    pictures,
+    undo_normalisation,
+)
 from tomevit.transform import Transform
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -280,7 +290,7 @@ def test_r_is_written_as_it_is_read(r: Schedule) -> None:
 
 @pytest.fixture(scope="module")
 def observation() -> Observation:
-    return observe(tiny(img_size=(16, 40)), photograph(), [0, 8, [9, 3]])
+    return observe(tiny(img_size=(16, 40)), photograph(), [0, 8, [9, 3], 4])
 
 
 def size_of(path: Path) -> tuple[int, int]:
@@ -338,7 +348,7 @@ def test_pictures_say_what_was_dropped(tmp_path: Path, observation: Observation)
 
 
 def test_a_strip_shows_the_blocks_asked_for(tmp_path: Path, observation: Observation) -> None:
-    assert pictures.blocks_to_show(tiny(depth=12).config, "strip") == [2, 4, 6, 8, 10, 12]
+    assert pictures.blocks_to_show(tiny(depth=12).config, "strip") == [3, 6, 9, 12]
     assert pictures.blocks_to_show(tiny(depth=2).config, "strip") == [1, 2]
     pictures.draw(tmp_path / "a.svg", ".svg", observation, "title", blocks=[3])
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -374,6 +384,76 @@ def test_neighbours_have_hues_far_apart(columns: int) -> None:
     assert (edges[:, :, 1:] - edges[:, :, :-1]).norm(dim=0).min() > 0.4
 
 
+def test_tokens_of_one_patch_are_as_they_were_and_merged_ones_translucent() -> None:
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    groups = torch.tensor([[0, 0, 1, 2], [0, 0, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
+    drawn = plots.draw_groups(image, groups, scale=4, width=1)
+    photo = image / 255
+    alone = groups.repeat_interleave(4, 0).repeat_interleave(4, 1) > 0
+    torch.testing.assert_close(drawn[:, alone], photo[:, alone])
+    inside, below = drawn[:, 1:7, 1:7], photo[:, 1:7, 1:7]
+    mean = photo[:, :8, :8].mean((1, 2), keepdim=True)
+    torch.testing.assert_close(inside, below + plots.OPACITY * (mean - below))
+    assert len(drawn[:, 0, :8].unique(dim=1).T) == 1, "a line of one colour around it"
+
+
+def test_even_attention_leaves_the_image_to_be_seen() -> None:
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    even = plots.draw_attention(image, torch.arange(16).view(4, 4), torch.full((4, 4), 0.06), scale=4)
+    contrast, whole = (picture - picture.mean((1, 2), keepdim=True) for picture in (even, image / 255))
+    torch.testing.assert_close(contrast, (1 - plots.LIT) * whole)
+
+
+def test_counts_of_tokens_are_those_of_the_model(tmp_path: Path) -> None:
+    """Whoever reads a picture finds the counts of token_counts, and that the class token is among them."""
+    model = tiny(reg_tokens=2)
+    seen = observe(model, photograph(), [0, 8])
+    for show in ("picture", "strip"):
+        pictures.draw(tmp_path / "a.svg", ".svg", seen, "title", show=show)
+        text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert f"<!-- {model.config.num_tokens} tokens" in text
+        assert f"{model.token_counts(8)[-1]} tokens" in text
+        assert "counted with the class and register tokens, which never merge." in text
+        assert text.count("<!-- image -->") == 1
+        assert "<!-- r = 0" not in text, "the image stands for it"
+
+
+@pytest.mark.parametrize("show", ["strip", "attention"])
+def test_an_animation_goes_through_the_blocks(tmp_path: Path, observation: Observation, show: pictures.Show) -> None:
+    path = tmp_path / "a"
+    pictures.animation(path, ".gif", observation, "$5$ of a_name^2", show=show)
+    with Image.open(path) as film_:
+        frames, durations = [], []
+        for frame in range(film_.n_frames):
+            film_.seek(frame)
+            durations.append(film_.info["duration"])
+            frames.append(np.asarray(film_.convert("RGB")))
+        assert film_.info["loop"] == 0, "for ever"
+    assert len(frames) == (5 if show == "strip" else 4)
+    assert durations[-1] == 1000 * pictures.LAST > max(durations[:-1])
+    changed = np.stack([(frame != frames[0]).any(-1) for frame in frames]).any(0)
+    assert changed.any()
+    assert not changed[:, : changed.shape[1] // 5].any(), "the image beside it stays, and does not flicker"
+
+
+def test_an_mp4_lasts_as_long(tmp_path: Path, observation: Observation) -> None:
+    av = pytest.importorskip("av", reason="MP4 is written by PyAV: pip install 'tomevit[video]'")
+    pictures.animation(tmp_path / "a", ".mp4", observation, "title")
+    with av.open(str(tmp_path / "a")) as container:
+        (stream,) = container.streams
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        seconds = 4 * pictures.FRAME + pictures.LAST
+        assert float(container.duration / av.time_base) == pytest.approx(seconds, abs=0.1)
+
+
+def test_an_animation_of_a_photograph_is_small(tmp_path: Path) -> None:
+    photo = Image.fromarray(load_sample_images().images[0])
+    seen = observe(tiny(img_size=(224, 224), patch_size=16, depth=12), photo, [0, 13])
+    pictures.animation(tmp_path / "a.gif", ".gif", seen, "china.jpg")
+    assert (tmp_path / "a.gif").stat().st_size < 3_000_000
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 
@@ -392,6 +472,8 @@ def photo(tmp_path: Path) -> Path:
         ("a.PNG", ["--show", "picture"]),
         ("a.pdf", ["--show", "strip", "--r", "8"]),
         ("a.html", ["--r", "0", "8,-1", "[20,0,7]", "0.08"]),
+        ("a.gif", []),
+        ("a.GIF", ["--show", "attention", "--r", "8", "16"]),
     ],
 )
 def test_the_command_writes_one_file(capsys, photo: Path, tmp_path: Path, name: str, options: list[str]) -> None:
@@ -403,7 +485,7 @@ def test_the_command_writes_one_file(capsys, photo: Path, tmp_path: Path, name: 
     assert (status, printed) == (0, "")
     assert err == f"written to {out}\n"
     assert [file.name for file in out.parent.iterdir()] == [name]
-    magic = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF", ".html": b"<!doctype html>"}
+    magic = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF", ".html": b"<!doctype html>", ".gif": b"GIF89a"}
     assert out.read_bytes().startswith(magic[out.suffix.lower()])
 
 
@@ -438,6 +520,7 @@ def test_photographs_stand_upright(capsys, tmp_path: Path) -> None:
         (["{photo}", "-o", "{tmp}/a.html", "--show", "strip"], "--show is for pictures"),
         (["{photo}", "-o", "{tmp}/a.html", "--block", "3"], "--block is for pictures"),
         (["{photo}", "-o", "{tmp}/a.png", "--show", "picture", "--block", "3"], "--block is for strips"),
+        (["{photo}", "-o", "{tmp}/a.gif", "--block", "3"], "a.gif is an animation over all blocks"),
         (["{photo}", "-o", "{tmp}/a.png", "--block", "5"], "1 to 4"),
         (["{photo}", "-o", "{tmp}/a.png", "--show", "film"], "attention"),
         (["{photo}", "-o", "{tmp}/a.png", "--r", "-1"], "negative"),
@@ -468,6 +551,25 @@ def test_without_matplotlib_pictures_say_what_to_install(capsys, monkeypatch, ph
     assert status == 2
     assert "pip install 'tomevit[plot]'" in err
     assert run(capsys, "visualize", *rest, str(tmp_path / "a.html"))[0] == 0
+
+
+def test_without_an_encoder_films_say_what_to_install(capsys, monkeypatch, photo: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(film, "find_spec", lambda _: None)
+    status, _, err = run(capsys, "visualize", str(photo), "--model", "digits_p1.plain", "-o", str(tmp_path / "a.mp4"))
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "pip install 'tomevit[video]'; a .gif needs nothing more" in err
+
+
+def test_a_plot_of_info_shows_the_r_that_fit(capsys, tmp_path: Path) -> None:
+    out = tmp_path / "tokens.svg"
+    status, printed, _ = run(capsys, "info", "vit_b16", "--plot", str(out))
+    assert status == 0
+    drawn = out.read_text(encoding="utf-8")
+    for r in (0, *default_r(tomevit.card("vit_b16"))):
+        assert f"<!-- r = {format_schedule(r)}: " in drawn
+        assert f"\nr = {format_schedule(r)} " in printed
+    status, printed, _ = run(capsys, "info", "vit_b16")
+    assert "\nr = 8 " not in printed
 
 
 def test_info_compares_schedules(capsys, tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from tqdm import tqdm
 
 from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.running import device_of, readers
+from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.train.checkpoints import read_checkpoint
 from tomevit.tasks.train.loop import AMP, Progress, Trained, train
@@ -203,7 +203,7 @@ def _finish_step_first() -> Iterator[Callable[[], bool]]:
 @contextmanager
 def _bars() -> Iterator[Callable[[Progress], None]]:
     """A bar for each epoch, and below it a line of what was measured."""
-    bar: tqdm[Any] | None = None
+    bar: Bar | None = None
 
     def tell(now: Progress) -> None:
         nonlocal bar
@@ -211,9 +211,7 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
             echo(", ".join(f"{name} {value:.4g}" for name, value in now.measured.items()))
             return
         if bar is None:
-            bar = tqdm(
-                total=now.steps, initial=now.step - 1, desc=f"epoch {now.epoch}", delay=2, leave=False, disable=None
-            )
+            bar = progress_bar(total=now.steps, initial=now.step - 1, desc=f"epoch {now.epoch}")
         bar.set_postfix(loss=f"{now.loss:.3f}", refresh=False)
         bar.update()
         if now.step == now.steps:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from tqdm import tqdm
 
 from tomevit.cli import options
 from tomevit.cli.console import echo
@@ -14,6 +13,7 @@ from tomevit.cli.running import card_of_argument, device_of, trained
 from tomevit.data import images
 from tomevit.measure.defaults import default_r
 from tomevit.output import check_outputs
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, distinct_schedules
 from tomevit.tasks.visualize import ANIMATIONS, PAGE, file_kind, pictures
 from tomevit.tasks.visualize import visualize as make
@@ -27,23 +27,23 @@ from tomevit.tasks.visualize import visualize as make
     "r_values",
     type=R(),
     multiple=True,
-    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies. "
-    f"An r: {options.FORMS_OF_R}.",
+    help=f"Values to compare; default: 0, three that fit the depth, and those with published accuracies; of an "
+    f"animation 0 and one. An r: {options.FORMS_OF_R}.",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="A page, .html, or a picture, .png, .svg or .pdf.",
+    help="A page, .html, a picture, .png, .svg or .pdf, or an animation, .gif or .mp4.",
 )
 @click.option(
     "--show",
     type=click.Choice(pictures.SHOW),
     help="Of a picture: the image beside what the last block leaves; a strip over blocks; or where the class token "
-    "looks in these.  [default: strip]",
+    "looks in these. Of an animation: the tokens, or where the class token looks.  [default: strip]",
 )
-@click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: six.")
+@click.option("--block", "blocks", type=int, multiple=True, help="Of a strip: which blocks; default: four.")
 @options.img_size
 @options.device
 def visualize(
@@ -59,24 +59,32 @@ def visualize(
     """Which patches of IMAGE are one token behind each block, at several r, and where the class token looks.
 
     A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
-    is one for print. Both show the pixels that the model saw, resized and cropped.
+    is one for print. An animation goes through the blocks. All show the pixels that the model saw, resized and cropped.
     """
     check_outputs(out, inputs=[image, model])
     kind = file_kind(out, as_picture=bool(show or blocks))
-    if kind in (PAGE, *ANIMATIONS) and (show or blocks):
+    if kind == PAGE and (show or blocks):
         raise ValueError(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is none: it shows everything"
         )
-    if show == "picture" and blocks:
-        raise ValueError("--block is for strips, and --show picture shows the last block")
+    if blocks and (kind in ANIMATIONS or show == "picture"):
+        shown = (
+            f"{out.name} is an animation over all blocks"
+            if kind in ANIMATIONS
+            else "--show picture shows the last block"
+        )
+        raise ValueError(f"--block is for strips of some blocks, and {shows}")
     place = device_of(device)
     photograph = images.read(image, upright=True)
     card_of_argument(model, r_values, img_size)  # before a download
     subject = trained(model, img_size=img_size).to(place)
     pictures.blocks_to_show(subject.config, show or "strip", blocks)
-    r_values = tuple(distinct_schedules(r_values or [0, *default_r(subject.card)]))
+    fitting = default_r(subject.card)
+    if kind in ANIMATIONS:
+        fitting = [subject.r or fitting[len(fitting) // 2]]
+    r_values = tuple(distinct_schedules(r_values or [0, *fitting]))
 
-    with tqdm(total=len(r_values), delay=2, unit="r", leave=False, disable=None) as bar:
+    with progress_bar(total=len(r_values), unit="r") as bar:
         observation = make(subject, photograph, r_values, title=Path(image).name, progress=bar.update)
     observation.save(out, show=show, blocks=blocks)
     echo(f"written to {out}", err=True)

@@ -19,9 +19,17 @@ from tomevit.cli.tables import Column, Table, show
 from tomevit.config import POOLED, Config, Preset, Source
 from tomevit.errors import nearest, printable
 from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
-from tomevit.measure.defaults import recommended_r
+from tomevit.measure.defaults import default_r, recommended_r
 from tomevit.output import check_outputs, new_file
-from tomevit.schedule import Schedule, entries, format_schedule, schedule_from_json, schedule_to_json, token_counts
+from tomevit.schedule import (
+    Schedule,
+    distinct_schedules,
+    entries,
+    format_schedule,
+    schedule_from_json,
+    schedule_to_json,
+    token_counts,
+)
 
 #: What models can be sorted by: the value of a row, None last; and whether the largest is first.
 KEYS: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
@@ -192,7 +200,8 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
     "r_values",
     type=R(),
     multiple=True,
-    help=f"Values to show; default: the model's own. An r: {options.FORMS_OF_R}.",
+    help=f"Values to show; default: the model's own, and with --plot 0 and those that fit the depth. "
+    f"An r: {options.FORMS_OF_R}.",
 )
 @options.img_size
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -217,7 +226,11 @@ def info(
     contents = _contents(name)
     card = zoo.card_of_no_file(name) if contents is None else contents.card
     config = card.config if img_size is None else replace(card.config, img_size=img_size)
-    schedules = [_at(r, config, card.presets) for r in r_values or (card.r,)]
+    if not r_values:
+        sized = replace(card, config=config, figures=card.figures if img_size is None else ())
+        fitting = [0, *default_r(sized)] if picture else []
+        r_values = tuple(distinct_schedules([card.r, *fitting]))
+    schedules = [_at(r, config, card.presets) for r in r_values]
     if picture is not None:
         _draw(picture, card, config, schedules)
     weights = []
@@ -261,7 +274,8 @@ def _draw(picture: Path, card: Card, config: Config, schedules: Sequence[dict[st
 
     plots.require_matplotlib()
     plots.check_suffix(picture)
-    lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in schedules}
+    dearest_first = sorted(schedules, key=lambda at: -at["gflops"])
+    lines = {f"r = {format_schedule(at['r'])}: {at['gflops']:.4g} GFLOPs": at["tokens"] for at in dearest_first}
     with new_file(picture) as draft:
         plots.tokens_per_layer(draft, picture.suffix, lines, f"{card.name}, {config.num_tokens} tokens at first")
     echo(f"written to {picture}", err=True)

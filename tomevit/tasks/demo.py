@@ -13,13 +13,13 @@ import click
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from tomevit.factory import create
 from tomevit.measure.bench import bench
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
 from tomevit.output import new_file
+from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_from_json, schedule_to_json
 from tomevit.tasks import plots
 from tomevit.tasks.plots import Point
@@ -117,7 +117,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Everything that results.json holds. Both models have the same architecture, so one of them is timed."""
     calls = len(values) * (2 + rounds + 2)
-    with tqdm(total=calls, delay=2, unit="call", leave=False, disable=None) as bar:
+    with progress_bar(total=calls, unit="call") as bar:
         rows = []
         for r in values:
             right = {}

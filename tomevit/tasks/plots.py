@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,14 +22,39 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: The palette of all pictures and of the page: text, lines behind it, what differs in kind, and what is lit.
 INK = "#1f2430"
 GREY = "#8a8f98"
+FAINT = "#c9ccd2"
 COLOURS = ("#c8553d", "#2b6cb0", "#3a7d44", "#7b4fa3")
-GLOW = "inferno"
-DPI = 160
+LIGHT = "#ffb54a"
 
-MERGED_NOTE = "Patches of one token share their mean colour and the hue of their border; grey borders hold one patch."
+OPACITY = 0.6  # of a merged token over the image
+DIM = 0.2  # how bright a patch is that is not attended to
+LIT = 0.35  # the share of LIGHT in one that is attended to most
+
+DPI = 160
+FRAME_DPI = 130  # of an animation
+
+MERGED_NOTE = "Patches within a coloured line are one token, and tend to its mean colour. All others are a token each."
 DROPPED_NOTE = "Dark, hatched patches are dropped: no token stands for them."
+
+
+def shade(place: float) -> tuple[float, float, float]:
+    """The colour of a line among several of rising r: from blue, the lowest at 0, over violet to red, the highest at 1.
+
+    Returns:
+        red, green and blue in [0, 1]
+    """
+    blue, violet, red = (_channels(COLOURS[i]) for i in (1, 3, 0))
+    low, high, share = (blue, violet, 2 * place) if place < 0.5 else (violet, red, 2 * place - 1)
+    first, second, third = (a + (b - a) * share for a, b in zip(low, high, strict=True))
+    return first, second, third
+
+
+def _channels(colour: str) -> tuple[float, ...]:
+    """Of "#c8553d", in [0, 1]."""
+    return tuple(value / 255 for value in bytes.fromhex(colour[1:]))
 
 
 def require_matplotlib() -> None:
@@ -81,10 +107,20 @@ def _highest(values: Tensor, across: int) -> Tensor:
     return F.max_pool2d(F.max_pool2d(values, (across, 1), stride=1), (1, across), stride=1)[0, 0]
 
 
-def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:
-    """Every group in its mean colour, with a line inside its edge: thin and grey around a single patch, else of a hue.
+def edge_colours(rows: int, columns: int) -> Tensor:
+    """The colour of the line around the token whose first patch is here: (rows, columns, 3) float32 in [0, 1].
 
-    Dropped patches are dark and hatched, each in its own colour.
+    A token keeps it as it grows. The steps of the hue down and across are those that spread points best in a plane
+    (powers of 1 over the plastic number), so that neighbours differ on any grid.
+    """
+    hues = [(row * 0.7549 + column * 0.5698) % 1 for row in range(rows) for column in range(columns)]
+    return torch.tensor([hsv_to_rgb(hue, 0.75, 0.95) for hue in hues], dtype=torch.float32).view(rows, columns, 3)
+
+
+def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:
+    """The image under its tokens: those of several patches in their mean colour, translucent, with a line inside.
+
+    A patch that is a token of its own is as it was. Dropped patches are dark and hatched, each in its own colour.
 
     Args:
         image: (C, H, W) uint8, with one or three channels.
@@ -100,25 +136,28 @@ def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) 
     alone = groups.max() + 1 + torch.arange(groups.numel(), device=groups.device).view_as(groups)
     shown = torch.where(dropped, alone, groups)
     _, index, count = torch.unique(shown.flatten(), return_inverse=True, return_counts=True)
-    # The hue follows the group's first patch: it stays when the group grows. The steps down and across are those that
-    # spread points best in a plane (powers of 1 over the plastic number), so that neighbours differ on any grid.
     position = torch.arange(len(index), device=index.device)
     first = torch.full_like(count, len(index)).scatter_reduce(0, index, position, "amin")
-    places = [divmod(i, groups.shape[1]) for i in first.tolist()]
-    paints = [hsv_to_rgb((row * 0.7549 + column * 0.5698) % 1, 0.75, 0.95) for row, column in places]
-    colours = torch.tensor(paints, dtype=torch.float32, device=index.device)
-    colours[count == 1] = 0.32
+    merged = _enlarge((count > 1)[index].view(groups.shape), height, across)
+    colours = edge_colours(*groups.shape).to(index.device).flatten(0, 1)[first]
     lines = colours[_enlarge(index.view(groups.shape), height, across)].permute(2, 0, 1)
-    painted = paint_groups(image, shown) / 255
     down, right = (image.shape[i + 1] // groups.shape[i] for i in (0, 1))
-    painted = painted[:, ::down, ::right]  # all pixels of a patch are the same
-    painted = torch.stack([_enlarge(channel, height, across) for channel in painted]).expand(3, -1, -1)
-    painted = _hatch(painted, dropped, scale)
-    edges = outline(groups, scale, width)
-    if width > 1:  # a thin line around a single patch, of which there may be hundreds
-        single = _enlarge((count == 1)[index].view(groups.shape), height, across)
-        edges = torch.where(single, outline(groups, scale, -(-width // 3)), edges)
-    return torch.where(edges, lines, painted)
+    painted = paint_groups(image, shown)[:, ::down, ::right] / 255  # all pixels of a patch are the same
+    painted = torch.stack([_enlarge(channel, height, across) for channel in painted])
+    below = _resize(image, groups.shape[0], height, across)
+    below = torch.where(
+        merged, below + OPACITY * (painted - below), torch.where(_enlarge(dropped, height, across), painted, below)
+    )
+    picture = _hatch(below.expand(3, -1, -1), dropped, scale)
+    return torch.where(outline(groups, scale, width) & merged, lines, picture)
+
+
+def _resize(image: Tensor, rows: int, height: int, width: int) -> Tensor:
+    """An image (C, H, W) uint8 of so many rows of patches, larger: (C, height, width) float32 in [0, 1]."""
+    picture = image[None].to(torch.float32) / 255
+    if image.shape[1] > 4 * rows:
+        return F.interpolate(picture, (height, width), mode="bilinear", antialias=True)[0]
+    return F.interpolate(picture, (height, width), mode="nearest-exact")[0]  # few pixels, which had better show as such
 
 
 def _hatch(picture: Tensor, dropped: Tensor, scale: int) -> Tensor:
@@ -136,34 +175,26 @@ def _enlarge(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def draw_attention(image: Tensor, groups: Tensor, share: Tensor, scale: int = 24, width: int = 1) -> Tensor:
-    """How much each patch is attended to, glowing over a dark grey image, with a thin line inside each group's edge.
+    """The image, lit where it is attended to and dim elsewhere, with a thin line inside the edge of each merged token.
 
     Args:
         image: (C, H, W) uint8, with one or three channels.
         groups: (rows, columns) int64 from 0, the group of each patch; -1 if it was dropped, and is hatched.
-        share: (rows, columns) float32, each patch's share of the attention; the largest glows brightest.
+        share: (rows, columns) float32, each patch's share of the attention; the largest is brightest.
         scale: pixels along a patch.
         width: of the line, in pixels.
 
     Returns:
         (3, rows * scale, columns * scale) float32 in [0, 1]
     """
-    from matplotlib import colormaps
-
     height, across = groups.shape[0] * scale, groups.shape[1] * scale
     level = _enlarge(share / share.max(), height, across)
-    glow = torch.tensor(colormaps[GLOW](level.numpy())[..., :3], dtype=torch.float32, device=level.device).permute(
-        2, 0, 1
-    )
-    grey = image.to(torch.float32).mean(0)[None, None] / 255
-    if image.shape[1] > 4 * groups.shape[0]:
-        grey = F.interpolate(grey, (height, across), mode="bilinear", antialias=True)
-    else:  # a patch of few pixels, which had better show as such
-        grey = F.interpolate(grey, (height, across), mode="nearest-exact")
-    grey = 0.6 * grey[0]
-    opacity = 0.25 + 0.65 * level
-    picture = grey * (1 - opacity) + glow * opacity
-    picture = torch.where(outline(groups, scale, width), 0.7 * picture + 0.3, picture)
+    picture = _resize(image, groups.shape[0], height, across).expand(3, -1, -1)
+    light = torch.tensor(_channels(LIGHT), dtype=torch.float32, device=picture.device)[:, None, None]
+    picture = DIM * picture * (1 - level) + level * (picture + LIT * (light - picture))
+    _, index, count = torch.unique(groups.flatten(), return_inverse=True, return_counts=True)
+    merged = _enlarge((count > 1)[index].view(groups.shape), height, across)
+    picture = torch.where(outline(groups, scale, width) & merged, 0.7 * picture + 0.3, picture)
     return _hatch(picture, groups < 0, scale)
 
 
@@ -186,10 +217,18 @@ def merged_tokens(
         title: above everything.
     """
     pictures = [
-        [image / 255, *(draw_groups(image, step) for step in steps)]
+        [image / 255, *(draw_groups(image, step, width=3) for step in steps)]
         for image, steps in zip(images, groups, strict=True)
     ]
     save(panels(pictures, columns, labels, title, MERGED_NOTE), path)
+
+
+class Source(NamedTuple):
+    """What all pictures of a figure are of."""
+
+    picture: Tensor  # (C, H, W) in [0, 1]
+    heading: str
+    caption: str
 
 
 def panels(
@@ -201,6 +240,7 @@ def panels(
     *,
     captions: Sequence[Sequence[str]] = (),
     inches: float = 1.45,
+    source: Source | None = None,
 ) -> Figure:
     """Pictures of one shape in rows and columns, for `save`.
 
@@ -212,24 +252,89 @@ def panels(
         note: below everything.
         captions: for each picture, a line below it; none at all if empty.
         inches: the longer edge of each picture.
+        source: once, to the left of all rows.
     """
-    height, width = pictures[0][0].shape[1:]
-    across, down = inches * width / max(height, width), inches * height / max(height, width)
-    lines = 0.2 if captions else 0.0
-    figure = _figure(across * len(columns) + 0.6, (down + lines) * len(pictures) + 0.95)
-    axes = figure.subplots(len(pictures), len(columns), squeeze=False, gridspec_kw={"wspace": 0.02, "hspace": 0.02})
-    for row, (shown, label) in enumerate(zip(pictures, labels, strict=True)):
-        for axis, picture in zip(axes[row], shown, strict=True):
-            _show(axis, picture)
-        for axis, caption in zip(axes[row], captions[row] if captions else (), strict=False):
-            axis.set_xlabel(caption, fontsize=9, color=INK, labelpad=4)
-        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8)
-    for axis, heading in zip(axes[0], columns, strict=True):
-        axis.set_title(heading, fontsize=10, color=INK, pad=6)
-    figure.suptitle(title, fontsize=12.5, color=INK)
-    figure.supxlabel(note, fontsize=9, color=GREY)
+    figure, _ = _panels(pictures, columns, labels, title, note, captions=captions, inches=inches, source=source)
     _make_texts_plain(figure)
     return figure
+
+
+def panels_over_time(
+    pictures: Sequence[Sequence[Tensor]],
+    columns: Sequence[str],
+    title: str,
+    note: str,
+    *,
+    captions: Sequence[Sequence[str]],
+    inches: float,
+    source: Source,
+) -> list[np.ndarray]:
+    """Pictures side by side that change from frame to frame, all else in place.
+
+    Args:
+        pictures: for each frame, a row of (C, H, W) in [0, 1].
+        columns: headings.
+        title: above everything.
+        note: below everything.
+        captions: for each frame and picture, as many lines in all.
+        inches: the longer edge of each picture.
+        source: to their left, the same in every frame.
+
+    Returns:
+        frames, (height, width, 3) uint8
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure, (axes,) = _panels(
+        pictures[-1:], columns, [""], title, note, captions=captions[-1:], inches=inches, source=source
+    )
+    figure.set_dpi(FRAME_DPI)
+    canvas = FigureCanvasAgg(figure)
+    _make_texts_plain(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")  # so that nothing moves as captions change
+    frames = []
+    for row, words in zip(pictures, captions, strict=True):
+        for axis, picture, caption in zip(axes, row, words, strict=True):
+            axis.images[0].set_data(_pixels(picture))
+            axis.set_xlabel(caption)
+        _make_texts_plain(figure)
+        canvas.draw()
+        frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return frames
+
+
+def _panels(
+    pictures: Sequence[Sequence[Tensor]],
+    columns: Sequence[str],
+    labels: Sequence[str],
+    title: str,
+    note: str,
+    *,
+    captions: Sequence[Sequence[str]],
+    inches: float,
+    source: Source | None,
+) -> tuple[Figure, list[list[Axes]]]:
+    """As `panels` has it, and the axes of the rows."""
+    height, width = pictures[0][0].shape[1:]
+    across, down = inches * width / max(height, width), inches * height / max(height, width)
+    below = [caption for row in captions for caption in row]
+    if source is not None and len(pictures) == 1:
+        below.append(source.caption)
+    lines = 0.2 * max((caption.count("\n") + 1 for caption in below), default=0)
+    first = 0 if source is None else 1
+    figure = _figure(across * (len(columns) + first) + 0.6, (down + lines) * len(pictures) + 1.1)
+    grid = figure.add_gridspec(len(pictures), len(columns) + first, wspace=0.02, hspace=0.02)
+    axes = [[figure.add_subplot(grid[i, first + j]) for j in range(len(columns))] for i in range(len(pictures))]
+    if source is not None:
+        _show(figure.add_subplot(grid[:, 0]), source.picture, source.caption, source.heading)
+    for i, (row, label) in enumerate(zip(pictures, labels, strict=True)):
+        for j, picture in enumerate(row):
+            _show(axes[i][j], picture, captions[i][j] if captions else "", "" if i else columns[j])
+        axes[i][0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11, color=INK, labelpad=8)
+    figure.suptitle(title, fontsize=12.5, color=INK)
+    figure.supxlabel(note, fontsize=9, color=GREY)
+    return figure, axes
 
 
 def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]], title: str, note: str = "") -> None:
@@ -242,13 +347,12 @@ def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]]
         title: above the plot.
         note: below it.
     """
-    from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(7.6, 4.6)
     axis = figure.subplots()
     for i, (label, counts) in enumerate(lines.items()):
-        colour = colormaps["viridis"](0.05 + 0.8 * i / max(1, len(lines) - 1))
+        colour = shade(i / max(1, len(lines) - 1))
         axis.plot(
             range(len(counts)), counts, color=colour, marker="os^Dv"[i % 5], markersize=5, linewidth=1.8, label=label
         )
@@ -307,7 +411,7 @@ def accuracy_throughput(
         axis.plot(
             [point.throughput for point in points],
             [point.accuracy for point in points],
-            color="#c9ccd2",
+            color=FAINT,
             linewidth=1,
             linestyle=(0, (3, 3)),
             zorder=1,
@@ -425,8 +529,6 @@ def speed_up(
         title: above all panels.
         note: below them, what the figures must be read with.
     """
-    from matplotlib import colormaps
-
     figure = _figure(0.8 + 5.4 * len(panels), 4.9)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (dtype, lines) in zip(axes, panels.items(), strict=True):
@@ -437,9 +539,9 @@ def speed_up(
         place = {str(r): float(r) if isinstance(r, int) and numbers else float(i) for i, r in enumerate(values)}
         limit = [(place[str(r)], ratio) for r, _, ratio in longest]
         axis.plot(*zip(*limit, strict=True), color=GREY, linewidth=1.6, linestyle=(0, (4, 3)), label="limit, by FLOPs")
-        axis.axhline(1.0, color="#c9ccd2", linewidth=1.2, zorder=1)
+        axis.axhline(1.0, color=FAINT, linewidth=1.2, zorder=1)
         for i, (label, points) in enumerate(lines.items()):
-            colour = colormaps["viridis"](0.12 + 0.73 * i / max(1, len(lines) - 1))
+            colour = shade(i / max(1, len(lines) - 1))
             across, up = [place[str(r)] for r, _, _ in points], [ratio for _, ratio, _ in points]
             axis.plot(across, up, color=colour, marker="os^Dv"[i % 5], markersize=6, linewidth=1.8, label=label)
         axis.set_xticks(list(place.values()), [format_schedule(r) for r in values])
@@ -585,7 +687,7 @@ def fidelity_throughput(
         loc="outside upper center",
     )
     figure.supxlabel("\n".join(wrap(note, 40 + 55 * len(panels))), fontsize=9, color=GREY)
-    _save(figure, path)
+    save(figure, path)
 
 
 def share_over_tokens(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]], title: str, note: str) -> None:
@@ -630,13 +732,19 @@ def _tidy(axis: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
         side.set_visible(False)
 
 
-def _show(axis: Axes, picture: Tensor) -> None:
-    """A picture (C, H, W) in [0, 1], with one or three channels."""
-    axis.imshow(picture.expand(3, -1, -1).permute(1, 2, 0).numpy(), interpolation="antialiased")
+def _show(axis: Axes, picture: Tensor, caption: str, heading: str) -> None:
+    """A picture (C, H, W) in [0, 1], with one or three channels, a caption below and a heading above."""
+    axis.imshow(_pixels(picture), interpolation="antialiased")
     axis.set_xticks([])
     axis.set_yticks([])
     for side in axis.spines.values():
         side.set_visible(False)
+    axis.set_xlabel(caption, fontsize=9.5, color=INK, labelpad=4)
+    axis.set_title(heading, fontsize=11, color=INK, pad=6)
+
+
+def _pixels(picture: Tensor) -> np.ndarray:
+    return np.asarray(picture.expand(3, -1, -1).permute(1, 2, 0))
 
 
 def save(figure: Figure, path: Path, kind: str = "png") -> None:
@@ -649,12 +757,12 @@ def save(figure: Figure, path: Path, kind: str = "png") -> None:
 
 
 def _make_texts_plain(figure: Figure) -> None:
+    """Names of files and classes are no mathematics, and no TeX; what the font has not is told by its number."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
     from matplotlib.text import Text
 
     drawn = get_font(findfont(FontProperties())).get_charmap()
     for text in figure.findobj(Text):
-        # Names of files and classes are no mathematics, and no TeX; what the font has not is told by its number.
         text.set_parse_math(False)
         text.set_usetex(False)
         lines = (printable(line, lambda c: c.isprintable() and ord(c) in drawn) for line in text.get_text().split("\n"))

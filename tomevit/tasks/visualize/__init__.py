@@ -31,6 +31,8 @@ from tomevit.output import is_stream, new_file
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule
 from tomevit.subject import subject_of
 from tomevit.tasks import plots
+from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
+from tomevit.tasks.visualize.film import require_encoder
 from tomevit.transform import Transform, transform
 
 if TYPE_CHECKING:
@@ -47,12 +49,12 @@ __all__ = [
     "file_kind",
     "group_sizes",
     "observe",
+    "prefix_names",
     "undo_normalisation",
     "visualize",
 ]
 
 PAGE = ".html"
-ANIMATIONS = (".gif", ".mp4")
 
 ANSWERS = 3  # the most probable classes of each run
 
@@ -135,7 +137,7 @@ class Observation:
 
         Args:
             path: the file; what was there is replaced.
-            show, blocks: of a picture, as `figure` takes them; None: "strip".
+            show, blocks: of a picture, as `figure` takes them; None: "strip". An animation takes show, and no blocks.
 
         Raises:
             ValueError: the name ends otherwise; or show or blocks do not fit.
@@ -145,14 +147,16 @@ class Observation:
 
         check_path("path", path, "the file to write")
         kind = file_kind(Path(path), as_picture=bool(show or blocks))
-        if kind in (PAGE, *ANIMATIONS) and (show or blocks):
+        if kind == PAGE and (show or blocks):
             raise ValueError(f"show and blocks are for pictures, and {path} is none: it shows everything")
+        if kind in ANIMATIONS and blocks:
+            raise ValueError(f"blocks are for strips, and {path} is an animation over all blocks")
         pictures.blocks_to_show(self.config, show or "strip", blocks)
         with new_file(path) as draft:
             if kind == PAGE:
                 draft.write_text(page.html(self, self.title or self.card.full_name), encoding="utf-8")
             elif kind in ANIMATIONS:
-                pictures.animation(draft, kind, self, self._heading())
+                pictures.animation(draft, kind, self, self._heading(), show=show or "strip")
             else:
                 pictures.draw(draft, kind, self, self._heading(), show=show or "strip", blocks=blocks)
 
@@ -173,13 +177,14 @@ def file_kind(path: Path, *, as_picture: bool = False) -> str:
     suffix = path.suffix.lower()
     if suffix in (PAGE, ".htm") or (is_stream(path) and not suffix and not as_picture):
         return PAGE
-    if suffix in ANIMATIONS:
-        return suffix
     plots.require_matplotlib()
+    if suffix in ANIMATIONS:
+        require_encoder(suffix)
+        return suffix
     try:
         return plots.picture_kind(path)
     except ValueError as error:
-        raise ValueError(f"{error}, a page's in {PAGE}") from None
+        raise ValueError(f"{error}, a page's in {PAGE}, an animation's in {' or '.join(ANIMATIONS)}") from None
 
 
 def visualize(
@@ -344,6 +349,12 @@ def group_sizes(groups: Tensor) -> Tensor:
     there, group = (flat >= 0).to(torch.int64), flat.clamp(min=0)
     count = torch.zeros_like(flat).scatter_add_(-1, group, there)
     return (count.gather(-1, group) * there).view_as(groups)
+
+
+def prefix_names(config: Config) -> list[str]:
+    """What the tokens in front of the patches are called, which never merge and are counted among all tokens."""
+    names = ["class"] * config.class_token + ["distillation"] * config.dist_token
+    return names + [f"register {i}" for i in range(1, config.reg_tokens + 1)]
 
 
 def undo_normalisation(image: Tensor, prepared_by: Transform) -> Tensor:

@@ -1,7 +1,7 @@
-"use strict";
 (() => {
   const data = JSON.parse(byId("data").textContent);
   const [rows, columns] = data.grid;
+  const edges = Uint8Array.from(atob(data.edges), (character) => character.charCodeAt(0)); // a colour for each patch
   const patches = rows * columns;
   const depth = data.runs[0].tokens.length - 1; // step 0 is the patch embedding, step i block i
   const runs = data.runs.map((run) => ({
@@ -18,15 +18,16 @@
     run: Math.max(0, runs.findIndex((run) => run.tokens[depth] < run.tokens[0])),
     step: depth,
     view: "groups",
+    wipe: 0.5, // how much of the picture, from the left, is the image as it was
     hovered: -1, // patches, or -1
     cursor: -1, // where the keyboard is
     pinned: -1,
   };
   const base = byId("base").getContext("2d");
+  const before = byId("before").getContext("2d");
   const mark = byId("mark").getContext("2d");
   const pixels = canvas(columns, rows).getContext("2d"); // a picture with a pixel for each patch
   const photo = new Image();
-  let grey; // the photo, dark and without colours
   let means; // patches x 3
   let cell = 1; // pixels along a patch on the large canvases
 
@@ -89,26 +90,15 @@
     return (run.attention[(step - 1) * patches + patch] / 65535) * run.most[step - 1];
   }
 
-  /** A token keeps the hue of its first patch as it grows; neighbours have hues far apart, as in plot.py. */
-  function hue(patch) {
-    const sixth = ((Math.floor(patch / columns) * 0.7549 + (patch % columns) * 0.5698) % 1) * 6;
-    const channel = (n) => {
-      const k = (n + sixth) % 6;
-      return Math.round(242 * (1 - 0.75 * Math.max(0, Math.min(k, 4 - k, 1))));
-    };
-    return `rgb(${channel(5)} ${channel(3)} ${channel(1)})`;
+  /** A token keeps the colour of its first patch as it grows. */
+  function edge(patch) {
+    return `rgb(${edges.subarray(3 * patch, 3 * patch + 3).join(" ")})`;
   }
 
-  /** Matplotlib's inferno, at nine places. */
-  const GLOW = [
-    [0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85],
-    [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164],
-  ];
-
-  function glow(level, channel) {
-    const at = Math.min(level, 0.9999) * (GLOW.length - 1);
-    const below = Math.floor(at);
-    return GLOW[below][channel] + (at - below) * (GLOW[below + 1][channel] - GLOW[below][channel]);
+  /** What lies over a patch that has this level of attention: a sheet's colour, and how opaque it is. */
+  function sheet(level) {
+    const opacity = 1 - data.dim * (1 - level) - (1 - data.lit) * level;
+    return [data.light.map((light) => (light * data.lit * level) / opacity), opacity];
   }
 
   // --------------------------------------------------------------------------------------------------------- drawing
@@ -124,10 +114,9 @@
       }
       image.data[4 * patch + 3] = 255;
       if (state.view === "attention") {
-        const level = step > 0 ? run.attention[(step - 1) * patches + patch] / 65535 : 0;
-        const [red, green, blue] = means.subarray(3 * patch, 3 * patch + 3);
+        const [colour, opacity] = step > 0 ? sheet(run.attention[(step - 1) * patches + patch] / 65535) : [[0, 0, 0], 0];
         for (let c = 0; c < 3; c++) {
-          image.data[4 * patch + c] = step > 0 ? glow(level, c) : 0.2 * (red + green + blue);
+          image.data[4 * patch + c] = means[3 * patch + c] * (1 - opacity) + colour[c] * opacity;
         }
       }
     }
@@ -135,7 +124,7 @@
   }
 
   /** Lines inside the edges of tokens, in the colour that `style` gives a token. */
-  function outline(context, tokens, style, width) {
+  function outline(context, cell, tokens, style, width) {
     const of = tokens.of;
     for (let row = 0, patch = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++, patch++) {
@@ -168,7 +157,7 @@
   }
 
   /** Bright diagonals over the patches that are dropped. */
-  function hatch(context, tokens) {
+  function hatch(context, cell, tokens) {
     const apart = Math.max(4, Math.floor(cell / 3));
     context.save();
     context.beginPath();
@@ -187,38 +176,44 @@
     context.restore();
   }
 
-  function drawBase() {
-    const { width, height } = base.canvas;
+  /** The image, in `cell` pixels to a patch. */
+  function drawImage(context, cell) {
+    context.imageSmoothingEnabled = photo.naturalHeight > 4 * rows;
+    context.imageSmoothingQuality = "high";
+    context.drawImage(photo, 0, 0, columns * cell, rows * cell);
+  }
+
+  /** What is shown of a step, in `cell` pixels to a patch. */
+  function drawStep(context, cell, step) {
     const run = runs[state.run];
-    const tokens = tokensShown();
+    const tokens = tokensShown(run, step);
+    const merged = (colour) => (token) => (token >= 0 && tokens.size[token] > 1 ? colour(token) : null);
     if (state.view === "groups") {
-      base.imageSmoothingEnabled = false;
-      miniature(pixels, run, state.step);
-      base.drawImage(pixels.canvas, 0, 0, width, height);
-      const line = Math.max(1, Math.round(0.09 * cell));
-      const thin = Math.max(1, Math.round(0.03 * cell));
-      const hues = Array.from(tokens.first, (patch, token) => (tokens.size[token] > 1 ? hue(patch) : "rgb(82 82 82)"));
-      outline(base, tokens, (token) => hues[token] ?? null, (token) => (tokens.size[token] > 1 ? line : thin));
-      hatch(base, tokens);
+      context.imageSmoothingEnabled = false;
+      miniature(pixels, run, step);
+      context.drawImage(pixels.canvas, 0, 0, columns * cell, rows * cell);
+      const line = Math.max(1, Math.round(0.1 * cell));
+      outline(context, cell, tokens, merged((token) => edge(tokens.first[token])), () => line);
+      hatch(context, cell, tokens);
       return;
     }
-    base.imageSmoothingEnabled = photo.naturalHeight > 4 * rows;
-    base.imageSmoothingQuality = "high";
-    base.drawImage(state.view === "image" ? photo : grey, 0, 0, width, height);
-    if (state.view === "attention" && state.step > 0) {
+    drawImage(context, cell);
+    if (state.view === "attention" && step > 0) {
       const image = pixels.createImageData(columns, rows);
       for (let patch = 0; patch < patches; patch++) {
-        const level = run.attention[(state.step - 1) * patches + patch] / 65535;
-        for (let c = 0; c < 3; c++) image.data[4 * patch + c] = glow(level, c);
-        image.data[4 * patch + 3] = 255 * (0.25 + 0.65 * level);
+        const [colour, opacity] = sheet(run.attention[(step - 1) * patches + patch] / 65535);
+        image.data.set([...colour, 255 * opacity], 4 * patch);
       }
       pixels.putImageData(image, 0, 0);
-      base.imageSmoothingEnabled = false;
-      base.drawImage(pixels.canvas, 0, 0, width, height);
-      const inside = (token) => (token < 0 ? null : "rgb(255 255 255 / 0.3)");
-      outline(base, tokens, inside, () => Math.max(1, Math.round(0.025 * cell)));
-      hatch(base, tokens);
+      context.imageSmoothingEnabled = false;
+      context.drawImage(pixels.canvas, 0, 0, columns * cell, rows * cell);
+      outline(context, cell, tokens, merged(() => "rgb(255 255 255 / 0.3)"), () => Math.max(1, Math.round(0.025 * cell)));
+      hatch(context, cell, tokens);
     }
+  }
+
+  function drawBase() {
+    drawStep(base, cell, state.step);
   }
 
   function selected() {
@@ -241,7 +236,7 @@
       }
     }
     const line = Math.max(2, Math.round(0.1 * cell));
-    outline(mark, tokens, (token) => (token === chosen ? "#fff" : null), () => line);
+    outline(mark, cell, tokens, (token) => (token === chosen ? "#fff" : null), () => line);
     for (const at of new Set([state.pinned, state.cursor])) {
       if (at >= 0) square(at, Math.max(2, Math.round(0.08 * cell)));
     }
@@ -297,7 +292,7 @@
       const front = data.prefix.length > 2 ? [`${data.prefix.length} that never merge`] : data.prefix.map((name) => `the ${name} token`);
       const largest = Math.max(...size);
       readout.replaceChildren(
-        `${many(size.length + data.prefix.length, "token")}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
+        `${many(size.length + data.prefix.length, "token")}${state.view === "attention" && state.step > 0 ? " that enter" : ""}: ${[...front, `${size.length} for ${many(patches - dropped, "patch")}`].join(", ")}` +
           (largest === 1 ? "" : `, the largest for ${largest}`) +
           (dropped ? `; ${many(dropped, "patch")} dropped.` : ".") +
           (largest === 1 ? "" : " Point at one."),
@@ -320,7 +315,7 @@
       legend.replaceChildren(`What the model sees: resized and cropped to ${data.size[1]} × ${data.size[0]} pixels.`);
     } else if (state.view === "groups") {
       legend.replaceChildren(
-        "Patches of one token share their mean colour and the hue of their edge. Grey edges hold one patch." +
+        "Patches of one token share its mean colour and an edge. Those without an edge are a token each." +
           (run.dropped[depth] ? " Dark, hatched patches are dropped: no token stands for them." : ""),
       );
     } else if (state.step === 0) {
@@ -342,8 +337,8 @@
     const context = bar.getContext("2d");
     const image = context.createImageData(128, 1);
     for (let i = 0; i < 128; i++) {
-      for (let c = 0; c < 3; c++) image.data[4 * i + c] = glow(i / 127, c);
-      image.data[4 * i + 3] = 255;
+      const [colour, opacity] = sheet(i / 127);
+      image.data.set([...colour.map((value) => value * opacity + 160 * (1 - opacity)), 255], 4 * i);
     }
     context.putImageData(image, 0, 0);
     return bar;
@@ -429,7 +424,7 @@
       const box = svg.getBoundingClientRect();
       const across = ((event.clientX - box.left) / box.width) * WIDTH;
       const step = Math.round(((across - LEFT) / (WIDTH - LEFT - 12)) * depth);
-      change({ step: Math.min(depth, Math.max(0, step)) });
+      goTo(Math.min(depth, Math.max(0, step)));
     });
     let front = -1;
     return (run, step) => {
@@ -460,7 +455,7 @@
 
   const strip = Array.from({ length: depth + 1 }, (_, step) => {
     const thumb = canvas(columns, rows);
-    thumb.addEventListener("click", () => change({ step }));
+    thumb.addEventListener("click", () => goTo(step));
     return thumb;
   });
   let cards = [];
@@ -473,6 +468,9 @@
       strip.forEach((thumb, step) => miniature(thumb.getContext("2d"), run, step));
     }
     if ("run" in changed) writeAnswers();
+    if ("view" in changed) {
+      for (const part of document.querySelectorAll("#before, #wipe, .tag")) part.hidden = state.view === "image";
+    }
     if ("step" in changed) {
       const slider = byId("step");
       slider.value = state.step;
@@ -499,6 +497,11 @@
     Object.assign(state, changed);
     for (const key of Object.keys(changed)) if (before[key] === state[key]) delete changed[key];
     if (Object.keys(changed).length > 0) show(changed);
+  }
+
+  function goTo(step) {
+    play(false);
+    change({ step });
   }
 
   function point(changed, aloud = false) {
@@ -535,7 +538,7 @@
       point({ cursor: moves[event.key](), hovered: -1 }, true);
     } else if (event.key === "PageUp" || event.key === "PageDown") {
       const step = state.step + (event.key === "PageDown" ? 1 : -1);
-      change({ step: Math.min(depth, Math.max(0, step)) });
+      goTo(Math.min(depth, Math.max(0, step)));
       writeReadout(true);
     } else if (event.key === "Enter" || event.key === " ") {
       point({ pinned: state.pinned === at ? -1 : at, hovered: -1 }, true);
@@ -563,14 +566,117 @@
     );
   }
 
+  function playOnceSeen() {
+    const seen = new IntersectionObserver(
+      (entries) => {
+        if (!entries.some((entry) => entry.isIntersecting)) return;
+        seen.disconnect();
+        play(true);
+      },
+      { threshold: 0.5 },
+    );
+    seen.observe(byId("stage"));
+  }
+
   function resize() {
     const width = byId("stage").clientWidth * (window.devicePixelRatio || 1);
     const fits = Math.max(1, Math.round(width / columns));
     if (fits === cell && mark.canvas.width === cell * columns) return;
     cell = fits;
-    for (const { canvas: large } of [base, mark]) Object.assign(large, { width: cell * columns, height: cell * rows });
+    for (const { canvas: large } of [base, before, mark]) Object.assign(large, { width: cell * columns, height: cell * rows });
+    drawImage(before, cell);
     drawBase();
     drawMark();
+  }
+
+  // ------------------------------------------------------------------------------------------------- before and after
+
+  function wipeTo(share) {
+    state.wipe = Math.min(1, Math.max(0, share));
+    byId("stage").style.setProperty("--wipe", `${100 * state.wipe}%`);
+    byId("wipe").setAttribute("aria-valuenow", Math.round(100 * state.wipe));
+    byId("wipe").setAttribute("aria-valuetext", `${Math.round(100 * state.wipe)} % of the picture`);
+  }
+
+  function startWipe() {
+    const wipe = byId("wipe");
+    wipe.addEventListener("pointerdown", (event) => wipe.setPointerCapture(event.pointerId));
+    wipe.addEventListener("pointermove", (event) => {
+      if (!wipe.hasPointerCapture(event.pointerId)) return;
+      const box = byId("stage").getBoundingClientRect();
+      wipeTo((event.clientX - box.left) / box.width);
+    });
+    wipe.addEventListener("keydown", (event) => {
+      if (event.ctrlKey || event.altKey || event.metaKey) return;
+      const steps = { ArrowLeft: -0.05, ArrowDown: -0.05, ArrowRight: 0.05, ArrowUp: 0.05, Home: -1, End: 1 };
+      if (!(event.key in steps)) return;
+      wipeTo(state.wipe + steps[event.key]);
+      event.preventDefault();
+    });
+    wipeTo(state.wipe);
+  }
+
+  // ----------------------------------------------------------------------------------------------------------- saving
+
+  /** A step as it is seen, with what it is below, on a canvas of its own; `longest` is its longer edge, about. */
+  function poster(step, longest) {
+    const cell = Math.max(1, Math.round(longest / Math.max(rows, columns)));
+    const [width, height] = [cell * columns, cell * rows];
+    const size = Math.max(12, Math.round(width / 32));
+    const context = canvas(width, height + Math.round(3.6 * size)).getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "#fff";
+    context.fillRect(0, 0, context.canvas.width, context.canvas.height);
+    drawStep(context, cell, step);
+    if (state.view !== "image") {
+      const at = Math.round(state.wipe * width);
+      context.save();
+      context.beginPath();
+      context.rect(0, 0, at, height);
+      context.clip();
+      drawImage(context, cell);
+      context.restore();
+      context.fillStyle = "#fff";
+      if (at > 0 && at < width) context.fillRect(at - 1, 0, Math.max(2, Math.round(width / 300)), height);
+    }
+    const run = runs[state.run];
+    const best = run.answers[0];
+    const count = `${run.tokens[step]} of ${many(run.tokens[0], "token")}`;
+    const lines = [
+      `r = ${run.r}, ${step === 0 ? "before block 1" : `block ${step} of ${depth}`}: ${count}`,
+      `${document.title} in ${data.name}${best ? `: ${best[0]}, ${percent(best[1])}` : ""}`,
+    ];
+    lines.forEach((line, i) => {
+      context.font = `${i === 0 ? 600 : 400} ${size}px system-ui, sans-serif`;
+      context.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--saved-ink");
+      let shown = line;
+      while (context.measureText(shown).width > width - size) shown = `${shown.slice(0, -2)}…`;
+      context.fillText(shown, size / 2, height + (1.45 + 1.4 * i) * size);
+    });
+    return context;
+  }
+
+  function save(blob, kind) {
+    const link = element("a", { href: URL.createObjectURL(blob) });
+    const stem = `${document.title.replace(/\.\w+$/, "")}-r${runs[state.run].r}`;
+    link.download = `${stem.replace(/[^\p{L}\p{N}._-]+/gu, "_").slice(0, 80)}.${kind}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  function savePng() {
+    poster(state.step, 1024).canvas.toBlob((blob) => save(blob, "png"));
+  }
+
+  async function saveGif() {
+    const button = byId("save-gif");
+    button.disabled = true;
+    await new Promise((drawn) => setTimeout(drawn, 50)); // until the button says so
+    const posters = Array.from({ length: depth + 1 }, (_, step) => poster(step, 512));
+    const { width, height } = posters[0].canvas;
+    const frames = posters.map((context) => context.getImageData(0, 0, width, height).data);
+    const delays = frames.map((_, step) => (step === depth ? 2500 : Math.min(400, 6000 / depth)));
+    save(encodeGif(frames, delays, width, height), "gif");
+    button.disabled = false;
   }
 
   function isDark() {
@@ -595,14 +701,10 @@
     for (let i = 0; i < whole.width * whole.height; i++) {
       const row = Math.floor(Math.floor(i / whole.width) / down);
       const patch = row * columns + Math.floor((i % whole.width) / across);
-      const level = 0.2 * (image.data[4 * i] + image.data[4 * i + 1] + image.data[4 * i + 2]);
       for (let c = 0; c < 3; c++) {
         means[3 * patch + c] += image.data[4 * i + c] / (down * across);
-        image.data[4 * i + c] = level;
       }
     }
-    context.putImageData(image, 0, 0);
-    grey = whole;
   }
 
   function start() {
@@ -645,10 +747,7 @@
       input.checked = input.value === state.view; // browsers remember what was chosen before a reload
       input.addEventListener("change", () => change({ view: input.value }));
     }
-    byId("step").addEventListener("input", (event) => {
-      play(false);
-      change({ step: Number(event.target.value) });
-    });
+    byId("step").addEventListener("input", (event) => goTo(Number(event.target.value)));
     byId("play").addEventListener("click", () => play(!play.on));
     byId("figures").addEventListener("toggle", writeTable);
     byId("theme").addEventListener("click", () => {
@@ -671,6 +770,9 @@
       }
     });
     picture.addEventListener("blur", () => point({ cursor: -1 }));
+    startWipe();
+    byId("save-png").addEventListener("click", savePng);
+    byId("save-gif").addEventListener("click", saveGif);
     new ResizeObserver(resize).observe(byId("stage"));
 
     nameTheme();
@@ -678,6 +780,7 @@
     resize();
     show(state);
     document.documentElement.dataset.ready = "yes";
+    if (!slow.matches) playOnceSeen();
   }
 
   photo.onload = start;

@@ -7,6 +7,7 @@ import hashlib
 import html as escaping
 import json
 import re
+from collections.abc import Mapping
 from importlib import resources
 from io import BytesIO
 from typing import Any
@@ -18,7 +19,8 @@ from tomevit.config import POOLED, Config
 from tomevit.errors import printable
 from tomevit.flops import flops
 from tomevit.schedule import format_schedule
-from tomevit.tasks.visualize import Observation, Run
+from tomevit.tasks import plots
+from tomevit.tasks.visualize import Observation, Run, prefix_names
 from tomevit.version import __version__
 
 #: Larger than this, in bytes, an image is a JPEG.
@@ -41,21 +43,28 @@ def html(observation: Observation, title: str) -> str:
     if observation.config.num_patches > 2**16:
         raise ValueError(f"a page holds up to {2**16} patches, and this image has {observation.config.num_patches}")
     files = resources.files("tomevit.tasks.visualize")
-    parts = {kind: (files / f"page.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")}
+    names = ("page.html", "page.css", "gif.js", "page.js")
+    template, style, *scripts = ((files / name).read_text(encoding="utf-8") for name in names)
+    style = _fill(style, {"ink": plots.INK, "grey": plots.GREY, "faint": plots.FAINT, "blue": plots.COLOURS[1]})
+    script = "".join(scripts)
     # In a script, only < could end it or begin a comment.
     data = json.dumps(_data(observation), separators=(",", ":")).replace("<", "\\u003c")
     policy = (
-        f"default-src 'none'; img-src data:; style-src {_hash(parts['css'])}; script-src {_hash(parts['js'])}; "
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
         f"base-uri 'none'; form-action 'none'"
     )
     filled = {
         "policy": policy,
         "title": escaping.escape(printable(title)),
-        "style": parts["css"],
-        "script": parts["js"],
+        "style": style,
+        "script": script,
         "data": data,
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], parts["html"])
+    return _fill(template, filled)
+
+
+def _fill(text: str, filled: Mapping[str, str]) -> str:
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], text)
 
 
 def _hash(text: str) -> str:
@@ -65,22 +74,29 @@ def _hash(text: str) -> str:
 def _data(observation: Observation) -> dict[str, Any]:
     config, card = observation.config, observation.card
     (height, width), (rows, columns) = config.img_size, config.grid
-    prefix = _prefix(config)
+    prefix = prefix_names(config)
     notes = [
         "FLOPs are multiply-adds of matrix products, as the ToMe paper counts them.",
-        f"Never merged: {', '.join(f'the {name} token' for name in prefix)}." if prefix else "",
+        f"Counts of tokens include those that never merge: {', '.join(f'the {name} token' for name in prefix)}."
+        if prefix
+        else "",
         "" if config.class_token else "This model has no class token, whose attention could be shown.",
         f"Made with tomevit {__version__}.",
     ]
     name = printable(card.full_name) or "a model without a name"
     return {
         "setting": f"{name}, {width} × {height} pixels, {columns} × {rows} patches",
+        "name": name,
         "notes": " ".join(filter(None, notes)),
         "reads": _reads(config),
         "size": [height, width],
         "grid": [rows, columns],
         "prefix": prefix,
         "unmerged": flops(config),
+        "edges": base64.b64encode((255 * plots.edge_colours(rows, columns)).round().byte().numpy().tobytes()).decode(),
+        "light": [*bytes.fromhex(plots.LIGHT[1:])],
+        "dim": plots.DIM,
+        "lit": plots.LIT,
         "image": _image(observation.image),
         "runs": [_run(run) for run in observation.runs],
     }
@@ -90,12 +106,6 @@ def _reads(config: Config) -> str:
     """What the class token's attention does not show."""
     aside = ", not the class token" if config.pool == "avg" else ""
     return "" if config.pool == "token" else f" The head reads the {POOLED[config.pool]}{aside}."
-
-
-def _prefix(config: Config) -> list[str]:
-    """What the tokens in front of the patches are called."""
-    names = ["class"] * config.class_token + ["distillation"] * config.dist_token
-    return names + [f"register {i}" for i in range(1, config.reg_tokens + 1)]
 
 
 def _run(run: Run) -> dict[str, Any]:

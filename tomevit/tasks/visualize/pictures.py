@@ -1,10 +1,11 @@
-"""An observation as one picture, for a paper or a talk: the tokens, or where the class token looks."""
+"""An observation as a picture or an animation: the tokens, or where the class token looks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from tomevit.config import Config
 from tomevit.errors import join_with_or
 from tomevit.schedule import format_schedule
 from tomevit.tasks import plots
-from tomevit.tasks.visualize import Observation, Run
+from tomevit.tasks.visualize import Observation, Run, film, prefix_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 Show = Literal["picture", "strip", "attention"]
 SHOW = get_args(Show)
 
-COLUMNS = 6  # blocks of a strip, unless asked for
+COLUMNS = 4  # blocks of a strip, unless asked for
+INCHES = 2.5  # the longer edge of a picture in a strip
+LARGE = 3.2  # and where each r has but one
+FRAME, LAST = 0.4, 2.5  # seconds that an animation stays at a block, and at the end
 ATTENTION_NOTE = (
     "Attention of the class token in a block, mean of the heads; a token's share is divided among its patches.\n"
-    "Black is none, the brightest patch of a picture has the share below it. Lines are around tokens that enter."
+    "The brighter a patch, the more it has: the brightest as much as is said below. Lines are around merged tokens."
 )
 
 
@@ -44,58 +48,66 @@ def draw(
     plots.save(figure(observation, title, show=show, blocks=blocks), path, suffix[1:])
 
 
-def animation(path: Path, suffix: str, observation: Observation, title: str) -> None:  # noqa: ARG001
-    """Draw an observation as an animation over the blocks.
-
-    Args:
-        path: the animation to write.
-        suffix: its kind, ".gif" or ".mp4", whatever the path's.
-        observation: what to draw.
-        title: above everything.
-
-    Raises:
-        ValueError: there is no such animation yet.
-    """
-    raise ValueError(f"there are no animations yet, as {suffix} would be: name a page, .html, or a picture, .png")
-
-
 def figure(observation: Observation, title: str, *, show: Show = "strip", blocks: Sequence[int] = ()) -> Figure:
-    """An observation as a figure of matplotlib's.
+    """An observation as a figure of matplotlib's: the image once, beside it what the model makes of it at each r.
 
     Args:
         observation: what to draw.
         title: above everything.
         show: "picture": the image, and what the last block leaves of it at each r (ToMe, figure 4). "strip": the tokens
             behind some blocks, a row for each r. "attention": where the class token looks in these blocks.
-        blocks: which blocks, from 1; empty: six, evenly spaced, the last among them.
+        blocks: which blocks, from 1; empty: four, evenly spaced, the last among them.
 
     Raises:
         ValueError: as `blocks_to_show`.
     """
-    config, runs = observation.config, observation.runs
-    blocks = blocks_to_show(config, show, blocks)
-    image = observation.image / 255
-    any_dropped = any(run.dropped[-1] for run in runs)
-    merged_note = plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped
+    blocks = blocks_to_show(observation.config, show, blocks)
+    source, runs = _source(observation, show)
+    note = _note(observation, show)
+    inches = LARGE if show == "picture" else INCHES
+    pixels = 2 * inches * plots.DPI  # twice those on the page: what is scaled down has smooth edges
     if show == "picture":
-        inches = 3.2
-        pictures = [[image, *(_tokens(observation, run, config.depth, inches) for run in runs)]]
-        columns = ["image", *(f"r = {_short(format_schedule(run.r))}" for run in runs)]
-        captions = [[f"{config.num_patches} patches", *(_outcome(run) for run in runs)]]
-        labels, note = [""], merged_note
-    else:
-        inches = 1.9
-        columns = ["image", *(f"block {block}" for block in blocks)]
-        labels = [_label(run) for run in runs]
-        if show == "strip":
-            pictures = [[image, *(_tokens(observation, run, block, inches) for block in blocks)] for run in runs]
-            captions = [[f"{config.num_patches} patches", *(_left(run, block) for block in blocks)] for run in runs]
-            note = merged_note
-        else:
-            pictures = [[image, *(_attention(observation, run, block, inches) for block in blocks)] for run in runs]
-            captions = [["", *(f"at most {_most(run, block):.2g} %" for block in blocks)] for run in runs]
-            note = ATTENTION_NOTE + " Hatched patches are dropped before." * any_dropped
-    return plots.panels(pictures, columns, labels, title, note, captions=captions, inches=inches)
+        pictures = [[_picture(observation, run, observation.config.depth, show, pixels) for run in runs]]
+        columns = [_r(run) for run in runs]
+        captions = [[_outcome(run) for run in runs]]
+        return plots.panels(pictures, columns, [""], title, note, captions=captions, inches=inches, source=source)
+    columns = [f"block {block}" for block in blocks]
+    labels = ["\n".join([_r(run), _cost(run), *_answer(run)]) for run in runs]
+    pictures = [[_picture(observation, run, block, show, pixels) for block in blocks] for run in runs]
+    captions = [[_caption(run, block, show) for block in blocks] for run in runs]
+    return plots.panels(pictures, columns, labels, title, note, captions=captions, inches=inches, source=source)
+
+
+def animation(path: Path, suffix: str, observation: Observation, title: str, *, show: Show = "strip") -> None:
+    """Draw an observation block by block, every r side by side, beside the image. It stays at the last block a while.
+
+    Args:
+        path: the file to write.
+        suffix: ".gif", which begins again for ever, or ".mp4", whatever the path's.
+        observation: what to draw.
+        title: above everything.
+        show: "strip" or "picture": the tokens behind each block. "attention": where the class token looks in it.
+
+    Raises:
+        ValueError: there is no class token whose attention could be shown, or no encoder (`film.require_encoder`).
+    """
+    film.require_encoder(suffix)
+    config = observation.config
+    blocks_to_show(config, show)
+    source, runs = _source(observation, show)
+    steps = range(show == "attention", config.depth + 1)
+    inches = max(2.2, 2 * LARGE / (1 + len(runs)))
+    width = round(13 * inches * (1 + len(runs)))
+    frames = plots.panels_over_time(
+        [[_picture(observation, run, step, show, inches * plots.FRAME_DPI) for run in runs] for step in steps],
+        [f"{_r(run)}: {_cost(run)}" for run in runs],
+        "\n".join(wrap(title, round(0.75 * width))),
+        "\n".join(wrap(_note(observation, show), width)),
+        captions=[[_moment(run, step, show) for run in runs] for step in steps],
+        inches=inches,
+        source=source,
+    )
+    film.write(path, suffix, frames, [*[min(FRAME, 6 / len(steps))] * (len(steps) - 1), LAST])
 
 
 def blocks_to_show(config: Config, show: Show, blocks: Sequence[int] = ()) -> Sequence[int]:
@@ -117,21 +129,38 @@ def blocks_to_show(config: Config, show: Show, blocks: Sequence[int] = ()) -> Se
     return blocks or [round(config.depth * i / many) for i in range(1, many + 1)]
 
 
-def _tokens(observation: Observation, run: Run, block: int, inches: float) -> Tensor:
-    scale = _scale(observation.config, inches)
-    return plots.draw_groups(observation.image, run.groups[block], scale, max(1, round(0.09 * scale)))
+def _source(observation: Observation, show: Show) -> tuple[plots.Source, list[Run]]:
+    """The image, and the runs to show beside it: of tokens, those that change any, if there are such."""
+    config, runs = observation.config, list(observation.runs)
+    lines = [f"{config.num_tokens} tokens"]
+    merging = [run for run in runs if run.tokens[-1] < run.tokens[0]]
+    if show != "attention" and merging:
+        plain = [run for run in runs if run not in merging]
+        lines += [line for run in plain[:1] for line in (_cost(run), *_answer(run))]
+        runs = merging
+    return plots.Source(observation.image / 255, "image", "\n".join(lines)), runs
 
 
-def _attention(observation: Observation, run: Run, block: int, inches: float) -> Tensor:
-    assert run.attention is not None
-    scale = _scale(observation.config, inches)
-    share = run.attention[block - 1]
-    return plots.draw_attention(observation.image, run.groups[block - 1], share, scale, max(1, round(0.03 * scale)))
+def _note(observation: Observation, show: Show) -> str:
+    """What the pictures must be read with."""
+    any_dropped = any(run.dropped[-1] for run in observation.runs)
+    if show == "attention":
+        return ATTENTION_NOTE + " Hatched patches are dropped before." * any_dropped
+    names = prefix_names(observation.config)
+    kinds = " and ".join(dict.fromkeys(name.split()[0] for name in names))  # "register 1": register
+    tokens = f"{kinds} token, which never merges" if len(names) == 1 else f"{kinds} tokens, which never merge"
+    included = f"\nTokens are counted with the {tokens}." if names else ""
+    return plots.MERGED_NOTE + f" {plots.DROPPED_NOTE}" * any_dropped + included
 
 
-def _scale(config: Config, inches: float) -> int:
-    """Pixels along a patch, for twice the pixels that the page has: what is scaled down has smooth edges."""
-    return max(4, math.ceil(2 * inches * plots.DPI / max(config.grid)))
+def _picture(observation: Observation, run: Run, step: int, show: Show, pixels: float) -> Tensor:
+    """The tokens behind a step, or the attention in it, with at least so many pixels along the longer edge."""
+    scale = max(4, math.ceil(pixels / max(observation.config.grid)))
+    if show == "attention":
+        assert run.attention is not None
+        groups, share = run.groups[step - 1], run.attention[step - 1]
+        return plots.draw_attention(observation.image, groups, share, scale, max(1, round(0.03 * scale)))
+    return plots.draw_groups(observation.image, run.groups[step], scale, max(1, round(0.11 * scale)))
 
 
 def _most(run: Run, block: int) -> float:
@@ -139,9 +168,19 @@ def _most(run: Run, block: int) -> float:
     return 100 * run.attention[block - 1].max().item()
 
 
-def _label(run: Run) -> str:
-    lines = [f"r = {_short(format_schedule(run.r))}", _cost(run)]
-    return "\n".join([*lines, *_answer(run)])
+def _r(run: Run) -> str:
+    return f"r = {_short(format_schedule(run.r))}"
+
+
+def _caption(run: Run, block: int, show: Show) -> str:
+    return f"at most {_most(run, block):.2g} %" if show == "attention" else _left(run, block)
+
+
+def _moment(run: Run, step: int, show: Show) -> str:
+    """Two lines below a frame: where it is, and at the end what the model says."""
+    depth = len(run.tokens) - 1
+    where = f"block {step} of {depth}" if step else "before block 1"
+    return "\n".join([f"{where}: {_caption(run, step, show)}", *(_answer(run) if step == depth else [""])])
 
 
 def _outcome(run: Run) -> str:
