@@ -1,6 +1,11 @@
-# Everything runs in .venv, which is made on first use; what tries other packages in .venv-clients, which has them.
+# Everything runs in .venv, which is made on first use; what tries other packages in .venv-clients, which has them, and what
+# tries the lowest versions in .venv-lowest. The versions are those of constraints.txt; with CONSTRAINTS= the newest.
 #   make demo     set up, then run the demo into demo/
 #   make check    set up, then format check, lint, types, tests
+#   make quick    set up, then a quick part of the tests, QUICK below
+#   make lowest   set up, then that part with the lowest versions of what tomevit needs, those of constraints-lowest.txt
+#   make dist     set up, then build wheel and sdist into dist/ and try them in an empty environment, with the quick part of
+#                 the sdist's tests; make dist TESTS=all runs them all
 #   make docs     set up, then build the site into build/site and test it
 #   make clients  set up, then try the models with other packages, and store what came of it for docs/works_with.md
 #   make faults   set up, then try broken and hostile files, machines and networks, and store it for docs/promises.md
@@ -10,10 +15,15 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 MINUTES ?= 9
 OUT ?= build/gpu
-BIN := .venv/bin
-CLIENTS := .venv-clients/bin
+SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+BIN := .venv/$(SCRIPTS)
+CLIENTS := .venv-clients/$(SCRIPTS)
+LOWEST := .venv-lowest/$(SCRIPTS)
+# Of each part of create(), from names and numbers to files and answers; nothing that compiles, and no network.
+QUICK := $(patsubst %,tests/core/test_%.py,checkpoint formats golden headers output schedule transform typed zoo)
+TESTS ?= $(QUICK)
 
-.PHONY: demo check docs clients faults gpu soak lint test coverage fix clean
+.PHONY: demo check docs clients faults gpu soak quick lowest dist lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -37,6 +47,15 @@ gpu:
 soak: .venv/test
 	$(BIN)/pytest -m soak --durations=0
 
+quick: .venv/quick
+	$(BIN)/pytest --numprocesses=auto --dist=worksteal $(QUICK)
+
+lowest: .venv-lowest/quick
+	$(LOWEST)/pytest --numprocesses=auto --dist=worksteal $(QUICK)
+
+dist: .venv/dist
+	PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(BIN)/python scripts/try_dist.py $(TESTS)
+
 lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -53,18 +72,25 @@ fix: .venv/test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-clients demo build
+	rm -rf .venv .venv-clients .venv-lowest build demo dist
 
 .venv/demo: EXTRAS := plot
+.venv/dist: EXTRAS := dist
+.venv/quick: EXTRAS := quick
 .venv/test: EXTRAS := test
-.venv/demo .venv/test: pyproject.toml constraints.txt
+.venv/demo .venv/dist .venv/quick .venv/test: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 # pip would compile on one core only. What needs a later Python lies in torch's _internal, and is not needed.
 	-$(BIN)/python -m compileall -q -j 0 -x '/(tests|_internal)/' .venv/lib
 	touch $@
 
 .venv-clients/clients: pyproject.toml constraints.txt constraints-clients.txt
 	test -x $(CLIENTS)/python || $(PYTHON) -m venv .venv-clients
-	$(CLIENTS)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --constraint constraints-clients.txt --editable '.[clients]'
+	$(CLIENTS)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) --constraint constraints-clients.txt --editable '.[clients]'
+	touch $@
+
+.venv-lowest/quick: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[quick,engines,parquet]'
 	touch $@

@@ -1,3 +1,3 @@
 """The version: the one place that has it, read by the build without importing the package."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

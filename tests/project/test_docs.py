@@ -63,7 +63,7 @@ COMPARES = "takes ImageNet and the published weights; tests/tasks/test_evaluate.
 NOT_RUN = {
     "make demo": INSTALLS,
     "make check": INSTALLS,
-    "make clean && make test CONSTRAINTS=constraints-lowest.txt": INSTALLS,
+    "make lowest": INSTALLS,
     "make gpu": "takes a GPU, and minutes; tests/tools/test_gpu_programme.py runs it small, on a CPU",
     "tomevit demo": "takes half a minute; tests/tasks/test_demo.py runs it",
     "tomevit eval --data imagenet --model deit_s16 --r 0 13 2x 2x late 2x redundant diffrate-2.9g --expect": (COMPARES),

@@ -1,14 +1,20 @@
-"""What is built carries all that runs: the configs, which lie beside the package in a checkout, among it."""
+"""What is built carries all that runs: the configs, which lie beside the package in a checkout, among it.
+
+And what is said of a release in several places is said alike.
+"""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tomevit import zoo
 from tomevit.version import __version__
@@ -50,3 +56,40 @@ def test_the_sdist_carries_what_the_wheel_is_built_from(tmp_path: Path) -> None:
     with tarfile.open(build("sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {name for name in FILES if name.startswith(("tomevit/", "configs/", "tests/"))}
+
+
+def test_the_lowest_versions_that_are_run_are_those_that_are_taken() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    taken = {
+        f"{bound.name}{str(bound.specifier).replace('>=', '==')}"
+        for extra in (project["dependencies"], *(extras[name] for name in ("plot", "train", "engines", "parquet")))
+        for bound in map(Requirement, extra)
+    }
+    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+    run = {line for line in lines if not line.startswith(("#", "timm=="))}
+    assert run == taken
+
+
+def test_a_citation_is_of_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall("^version: (.*)$", citation, re.MULTILINE) == [__version__]
+
+
+@pytest.mark.parametrize("file", [".github/workflows/checks.yml", ".pre-commit-config.yaml", ".ci/run"])
+def test_what_is_called_elsewhere_is_a_target_of_make(file: str) -> None:
+    targets = set(
+        re.findall(r"^([\w./-]+(?: [\w./-]+)*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    called = re.findall(
+        r"^\W*(?:run: |entry: )?make ([\w./-]+)", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert called
+    assert set(called) <= {name for line in targets for name in line.split()}
+
+
+def test_the_quick_part_is_there() -> None:
+    (names,) = re.findall(
+        r"^QUICK := .*test_%.py,(.*)\)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name in names.split() if not (ROOT / f"tests/core/test_{name}.py").is_file()] == []

@@ -68,11 +68,7 @@ def visualize(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is none: it shows everything"
         )
     if blocks and (kind in ANIMATIONS or show == "picture"):
-        shown = (
-            f"{out.name} is an animation over all blocks"
-            if kind in ANIMATIONS
-            else "--show picture shows the last block"
-        )
+        shows = f"{out.name} is an animation over all" if kind in ANIMATIONS else "--show picture shows the last"
         raise ValueError(f"--block is for strips of some blocks, and {shows}")
     place = device_of(device)
     photograph = images.read(image, upright=True)
