@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch.fx
 from torch import Tensor, nn
 
 from tomevit.layers.merge import Tokens, check_tokens
 from tomevit.models.vit import VisionTransformer
+
+# What looks at values is no part of a graph of torch.fx.
+torch.fx.wrap("check_tokens")
 
 
 class DistilledLogits(NamedTuple):

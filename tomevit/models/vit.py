@@ -30,6 +30,7 @@ from tomevit.schedule import Schedule, Step, resolve_steps
 
 # What looks at values is no part of a graph of torch.fx, as create_feature_extractor makes it.
 torch.fx.wrap("check_images")
+torch.fx.wrap("check_tokens")
 torch.fx.wrap("pool")
 
 
