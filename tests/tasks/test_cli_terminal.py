@@ -115,4 +115,6 @@ def test_lines_are_wrapped_below_their_labels() -> None:
     assert wrapped("a line of words", None) == ["a line of words"]
     assert wrapped("a line of words", 9) == ["a line of", "words"]
     assert wrapped("label  some words that go on", 18, 7) == ["label  some words", "       that go on"]
-    assert wrapped("  indented words", 12) == ["  indented", "  words"]
+    assert wrapped("  indented words", 12, 7) == ["  indented", "  words"]
+    assert wrapped("  a file's name: no image", 12) == ["  a file's name: no image"]
+    assert wrapped("some\tname\nand a word", 18) == [r"some\tname\nand a", "word"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tomevit.cli.console import echo, is_terminal
+from tomevit.errors import printable
 
 LEAST_WIDTH = 8  # that a column is shortened to
 
@@ -80,16 +81,21 @@ def _shorten(text: str, width: int) -> str:
 
 
 def wrapped(line: str, width: int | None, hanging: int = 0) -> list[str]:
-    """A line in as many as it takes.
+    """A line in as many as it takes, each as a terminal may show it.
+
+    One that is indented stays whole unless it may hang: it names a file.
 
     Args:
         width: characters that each may have, but that no word is cut, such as an address; None: any number.
         hanging: characters of the label, with the spaces behind it, that a line may begin with: what follows stands
             below what is behind it.
     """
-    if width is None or len(line) <= width:
+    if width is None:
         return [line]
+    line = printable(line)  # or a line end in a name would be taken for a space
     indented = len(line) - len(line.lstrip())
+    if len(line) <= width or (indented and not hanging):
+        return [line]
     label = line[:hanging] if line[:hanging].endswith("  ") else line[:indented]
     found = textwrap.wrap(
         line[len(label) :], max(1, width - len(label)), break_long_words=False, break_on_hyphens=False
