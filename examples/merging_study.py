@@ -68,7 +68,7 @@ def train_all(study: Study, seeds: int, jobs: int, path: Path) -> None:
     missing = [(r, seed) for seed in range(seeds) for r in study["r"] if (r, seed) not in done]
     if not missing:
         return
-    options = argparse.Namespace(**{name: study[name] for name in FIXED}, bfloat16=False)
+    options = argparse.Namespace(**{name: study[name] for name in FIXED}, elastic=0.0, bfloat16=False)
     bar = tqdm(total=len(done) + len(missing), initial=len(done), desc="trainings", disable=None)
     with bar, ProcessPoolExecutor(jobs, get_context("spawn"), prepare_process) as pool:
         try:

@@ -44,6 +44,7 @@ class Recipe(NamedTuple):
     epochs: int
     batch: int
     lr: float
+    elastic: float  # see `move_digits`
     bfloat16: bool  # autocast in training
     half: bool  # the file holds float16
 
@@ -57,6 +58,7 @@ RECIPES = {
         epochs=120,
         batch=64,
         lr=3e-3,
+        elastic=0.0,
         bfloat16=False,
         half=False,
     ),
@@ -68,6 +70,7 @@ RECIPES = {
         epochs=24,
         batch=32,
         lr=2e-3,
+        elastic=0.12,
         bfloat16=True,
         half=True,
     ),
@@ -126,7 +129,7 @@ def train(model: VisionTransformer, digits: Digits, options: argparse.Namespace,
     """AdamW with a linear warm-up and a cosine decay, in place.
 
     Args:
-        options: epochs, batch, lr, seed, and whether to compute in bfloat16.
+        options: epochs, batch, lr, seed, and elastic, and whether to compute in bfloat16.
         quiet: draw no progress bar; None: only where there is no terminal.
     """
     generator = torch.Generator().manual_seed(options.seed)
@@ -144,7 +147,7 @@ def train(model: VisionTransformer, digits: Digits, options: argparse.Namespace,
         for _ in range(options.epochs):
             order = torch.randperm(len(digits.labels), generator=generator)
             for chosen in torch.split(order, options.batch):
-                images = preprocess(move_digits(digits.images[chosen], generator))
+                images = preprocess(move_digits(digits.images[chosen], generator, elastic=options.elastic))
                 loss = train_step(model, optimiser, images, digits.labels[chosen], bfloat16=options.bfloat16)
                 scheduler.step()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -167,6 +170,7 @@ def make_card(options: argparse.Namespace) -> tomevit.Card:
     command = "python -m examples.train_digits"
     command += f" --model {options.model}" if options.model != MODEL else ""
     command += f" --r {options.r} --epochs {options.epochs} --batch {options.batch} --lr {options.lr:g}"
+    command += f" --elastic {options.elastic:g}" if options.elastic else ""
     command += f" --seed {options.seed}"
     command += f" --limit {options.limit}" if options.limit else ""
     command += " --validate" if options.validate else ""
@@ -195,6 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--batch", type=int, help="images per step")
     parser.add_argument("--lr", type=float, help="the highest learning rate")
+    parser.add_argument("--elastic", type=float, help="how far strokes bend by chance, of half the image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="a weights file to go on from, as this program writes them")
     parser.add_argument("--limit", type=int, help="train on so many images only")
@@ -204,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--heldout", type=Path, help="write the held-out images there, and stop")
     options = parser.parse_args(arguments)
     recipe = RECIPES[options.model]
-    for name in ("epochs", "batch", "lr", "bfloat16"):
+    for name in ("epochs", "batch", "lr", "elastic", "bfloat16"):
         if getattr(options, name, None) is None:
             setattr(options, name, getattr(recipe, name))
     if options.heldout:

@@ -66,7 +66,7 @@ def without_class_token(path: Path) -> Path:
         torch.manual_seed(0)
         model: VisionTransformer = build(config)
         init_small(model)
-        options = argparse.Namespace(epochs=EPOCHS, batch=64, lr=3e-3, seed=0, bfloat16=False)
+        options = argparse.Namespace(epochs=EPOCHS, batch=64, lr=3e-3, seed=0, elastic=0.0, bfloat16=False)
         train_digits.train(model, load_split()[0], options)
         tomevit.save(model, path, card=replace(card, config=config, weights="without_class_token"))
     return path

@@ -56,8 +56,12 @@ def _split(digits: Digits) -> tuple[Digits, Digits]:
     return Digits(digits.images[most], digits.labels[most]), Digits(digits.images[rest], digits.labels[rest])
 
 
-def move_digits(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, H, W) uint8, and again."""
+def move_digits(images: Tensor, generator: torch.Generator | None = None, *, elastic: float = 0.0) -> Tensor:
+    """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, H, W) uint8, and again.
+
+    Args:
+        elastic: how far strokes bend besides, of half the image (Simard, Steinkraus, Platt, ICDAR 2003); 0: they do not.
+    """
 
     def draw(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
@@ -67,6 +71,10 @@ def move_digits(images: Tensor, generator: torch.Generator | None = None) -> Ten
     to_x = torch.stack([angle.cos() * wide, shear - angle.sin() * wide, draw(shift)], 1)
     to_y = torch.stack([angle.sin() * high, angle.cos() * high, draw(shift)], 1)
     grid = F.affine_grid(torch.stack([to_x, to_y], 1), list(images.shape), align_corners=False)
+    if elastic:
+        coarse = torch.rand(len(images), 2, 5, 5, generator=generator) * 2 - 1
+        bent = F.interpolate(coarse, images.shape[-2:], mode="bicubic", align_corners=True)
+        grid = grid + elastic * bent.permute(0, 2, 3, 1)
     moved = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.round().to(torch.uint8)
 
