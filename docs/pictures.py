@@ -160,9 +160,7 @@ def hero(path: Path) -> None:
     seen = [_first_right(model, images[labels == label], str(label)) for label in HERO_DIGITS]
     merged = [each.runs[1] for each in seen]
     scale, tokens = max(8, 448 // config.grid[0]), model.token_counts()
-    plots.panels(
-        path,
-        ".png",
+    figure = plots.panels(
         [
             [
                 each.image / 255,
@@ -182,6 +180,7 @@ def hero(path: Path) -> None:
         ],
         inches=1.9,
     )
+    plots.save(figure, path)
 
 
 def _first_right(model: tomevit.VisionTransformer, images: Tensor, name: str) -> Observation:

@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.gpu.store import ROWS
 from benchmarks.methods.compare import Answers, Difference, Group, groups_of
 from benchmarks.methods.ways import BASELINE, TARGETS, TUNED, UNMERGED
-from tomevit.cli.options import machine, markdown, with_range
+from tomevit.cli.options import machine, with_range
+from tomevit.cli.tables import Column, Table
 from tomevit.errors import join_with_or
 from tomevit.output import new_file
 from tomevit.tasks import plots
@@ -167,7 +168,7 @@ def _equal_time(group: Group) -> str:
     reached = [target for target in TARGETS if _is_reached([group], target)]
     columns = ["way", *(f"{target:g} times" for target in reached)]
     rows = [[called(way), *(_cell(group, way, target) for target in reached)] for way in group.ways]
-    return "\n".join(markdown(columns, rows))
+    return "\n".join(Table([*map(Column, columns)], rows).markdown())
 
 
 def _is_reached(groups: Iterable[Group], target: float) -> bool:
@@ -210,7 +211,7 @@ def points(groups: Iterable[Group]) -> str:
                     f"{fmean(each.kl for each in those):.4f}",
                 ]
             )
-    return "\n".join(markdown(columns, rows)) + "\n"
+    return "\n".join(Table([*map(Column, columns)], rows).markdown()) + "\n"
 
 
 def _same(those: Sequence[Answers]) -> bool:

@@ -15,8 +15,9 @@ from tomevit.measure.defaults import default_r
 from tomevit.output import check_outputs
 from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, distinct_schedules
-from tomevit.tasks.visualize import ANIMATIONS, PAGE, file_kind, pictures
+from tomevit.tasks.visualize import PAGE, file_kind, pictures
 from tomevit.tasks.visualize import visualize as make
+from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
 
 
 @click.command(cls=Many)

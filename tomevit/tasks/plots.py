@@ -7,7 +7,7 @@ from colorsys import hsv_to_rgb
 from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -289,7 +289,7 @@ def panels_over_time(
         pictures[-1:], columns, [""], title, note, captions=captions[-1:], inches=inches, source=source
     )
     figure.set_dpi(FRAME_DPI)
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     _make_texts_plain(figure)
     canvas.draw()
     figure.set_layout_engine("none")  # so that nothing moves as captions change
