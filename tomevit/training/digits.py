@@ -60,7 +60,7 @@ def move_digits(images: Tensor, generator: torch.Generator | None = None, *, ela
     """Each image turned, sheared, scaled and shifted a little by chance: (B, 1, H, W) uint8, and again.
 
     Args:
-        elastic: how far strokes bend besides, of half the image (Simard, Steinkraus, Platt, ICDAR 2003); 0: they do not.
+        elastic: how far strokes bend besides, of half the image (Simard, Steinkraus and Platt, ICDAR 2003).
     """
 
     def draw(limit: float) -> Tensor:
