@@ -31,7 +31,7 @@ from tomevit.tasks import demo, plots
 from tomevit.tasks.visualize import Observation, Run, observe, pictures
 
 IMAGES = Path(__file__).parent / "images"
-HERO = "digits_p1.tome_r16"  # the trained model that the first picture is drawn from
+HERO = "digits_p2.tome_r13"  # the trained model that the first picture is drawn from
 HERO_DIGITS = (3, 5, 8)
 SCHEDULES: tuple[Schedule, ...] = (0, 8, 13, 16, (13, -1.0), 0.08)
 EVEN, ODD, MERGED = plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[2]
@@ -154,7 +154,7 @@ def schedules(path: Path) -> None:
 def hero(path: Path) -> None:
     """Digits that the model knows, merged or not: the image, and its tokens block by block."""
     model = tomevit.create(HERO, pretrained=True)
-    images, labels = demo.held_out()
+    images, labels = demo.held_out("digits_p2")
     config, r = model.config, model.r
     blocks = pictures.blocks_to_show(config, "strip")
     seen = [_first_right(model, images[labels == label], str(label)) for label in HERO_DIGITS]
@@ -198,7 +198,7 @@ def _answer(run: Run) -> str:
 
 def digits(path: Path) -> None:
     """As `tomevit demo` draws them."""
-    demo._draw_merging(path, tomevit.create("digits_p1.tome_r16", pretrained=True), *demo.held_out())
+    demo._draw_merging(path, tomevit.create(HERO, pretrained=True), *demo.held_out("digits_p2"))
 
 
 def eight(path: Path) -> None:

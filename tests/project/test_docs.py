@@ -86,8 +86,7 @@ NOT_RUN = {
     "tomevit export mine.safetensors --format aoti -o vit.pt2": EXPORTS,
     "tomevit train FOLDER --model vit_b16 --pretrained --r 13 --amp bf16 -o run": TRAINS,
     "tomevit train digits --model digits_p1": TRAINS,
-    "python -m examples.finetune --data FOLDER --model vit_b16 --pretrained true --r 13 --amp bf16 --out run": TRAINS,
-    "python -m examples.finetune --recipe mae_b16.tome_r16 --dry-run --batch 4": TRAINS,
+    "tomevit train --recipe mae_b16.tome_r16 --dry-run --batch 4": TRAINS,
     "torchrun --nproc-per-node 2 -m examples.train_fsdp --out run": TRAINS,
 }
 
