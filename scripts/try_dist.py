@@ -28,13 +28,13 @@ import torch, tomevit
 torch.save(tomevit.create("deit_ti16", num_classes=10).state_dict(), "theirs.pth")
 print(tomevit.__file__)
 """
-#: What was converted is what was saved, and it answers with merging.
+#: What was converted is what was saved, and answers with merging.
 CREATE = """
 import torch, tomevit
-model = tomevit.create("mine.safetensors", r=13)
+model = tomevit.load("mine.safetensors")
 theirs = torch.load("theirs.pth", weights_only=True)
 assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
-assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 10)
+assert model(torch.zeros(1, 3, 224, 224), r=13).shape == (1, 10)
 """
 
 
