@@ -213,5 +213,5 @@ def test_its_other_helpers() -> None:
     ema.update(model)
     assert torch.equal(ema(images_for(model)), model(images_for(model)))
     assert utils.get_state_dict(ema).keys() == model.state_dict().keys()
-    assert timm.layers.apply_test_time_pool(model, {"input_size": (3, 64, 64)}) == (model, False)
+    assert timm.layers.apply_test_time_pool(model, {"input_size": (3, 32, 32)}) == (model, False)
     assert task.DistillationTeacher(model, num_classes=7)(images_for(model)).shape == (3, 7)

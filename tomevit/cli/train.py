@@ -7,13 +7,14 @@ import math
 import shlex
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from tomevit import private
 from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import R
@@ -145,7 +146,8 @@ def train_command(*, resume: bool, **given: Any) -> None:
         echo(_describe(run))
     with _finish_step_first() as stop, _bars() as tell:
         try:
-            trained = train(run, checkpoint, tell=tell, stop=stop)
+            with private.allow_many_programs() if run.options.compile else nullcontext():
+                trained = train(run, checkpoint, tell=tell, stop=stop)
             if chosen.dry_run:
                 name, tokens = run.model.card.name, ", ".join(map(str, run.model.token_counts()))
                 echo(f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens")

@@ -68,9 +68,10 @@ def visualize(
         raise ValueError(
             f"--{'show' if show else 'block'} is for pictures, and {out.name} is none: it shows everything"
         )
-    if blocks and (kind in ANIMATIONS or show == "picture"):
-        shows = f"{out.name} is an animation over all" if kind in ANIMATIONS else "--show picture shows the last"
-        raise ValueError(f"--block is for strips of some blocks, and {shows}")
+    if blocks and kind in ANIMATIONS:
+        raise ValueError(f"--block is for strips, and {out.name} is an animation over all blocks")
+    if blocks and show == "picture":
+        raise ValueError("--block is for strips, and --show picture shows the last block")
     place = device_of(device)
     photograph = images.read(image, upright=True)
     card_of_argument(model, r_values, img_size)  # before a download

@@ -114,7 +114,8 @@ def edge_colours(rows: int, columns: int) -> Tensor:
     (powers of 1 over the plastic number), so that neighbours differ on any grid.
     """
     hues = [(row * 0.7549 + column * 0.5698) % 1 for row in range(rows) for column in range(columns)]
-    return torch.tensor([hsv_to_rgb(hue, 0.75, 0.95) for hue in hues], dtype=torch.float32).view(rows, columns, 3)
+    colours = [hsv_to_rgb(hue, 0.75, 0.95) for hue in hues]
+    return torch.tensor(colours, dtype=torch.float32, device="cpu").view(rows, columns, 3)
 
 
 def draw_groups(image: Tensor, groups: Tensor, scale: int = 24, width: int = 2) -> Tensor:

@@ -67,6 +67,7 @@ def train(
     """Train in place, and save on the way.
 
     Args:
+        run: with options.compile call it within `private.allow_many_programs`, since r may change often.
         checkpoint: go on from there, if it is one.
         tell: called with how far it is.
         stop: asked after each step; if so, the state is saved.
@@ -90,7 +91,6 @@ def train(
     if options.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema))  # type: ignore[no-untyped-call]
     if options.compile:  # block by block: few programs, whatever the depth, and none for a new r
-        torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
             block.compile(dynamic=True)
     mix = mixing(options.mixup, options.cutmix, len(data.classes))
