@@ -87,7 +87,7 @@ def test_a_compiled_model_takes_any_r_with_the_call() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     images = images_for(model)
     with torch.no_grad():
-        for r in (4, 3, 0.05, 0.07, [4, 0, 2], ["4+1 diffrate", 3]):
+        for r in (4, 3, 0.05, ["4+1 diffrate", 3]):
             torch.testing.assert_close(compiled(images, r), model(images, r))
 
 
@@ -97,7 +97,7 @@ def test_a_compiled_model_takes_budgets_with_the_call() -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images = images_for(model)
     with torch.no_grad():
-        for r in ("1.3x", "1.4x late", ("1.3x", -0.5), "1.3x"):
+        for r in ("1.3x", "1.4x late", "1.3x"):
             torch.testing.assert_close(compiled(images, r), model(images, model.plain(r)))
 
 
@@ -130,7 +130,6 @@ def test_traced_features_compile() -> None:
 @pytest.mark.parametrize(
     ("family", "batch", "strict"),
     [
-        ("vit", "fixed", False),
         ("vit", "dynamic", False),
         ("vit", "dynamic", True),
         ("deit", "dynamic", False),

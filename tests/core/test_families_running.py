@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import tomevit
-from tests.core.test_families import FAMILIES, each_family, images_for, model_of
+from tests.core.test_families import DIFFERENT, FAMILIES, each_family, images_for, model_of
 from tests.helpers import relative_error
 from tomevit.layers.packed import PackedLinear, can_pack
 from tomevit.models import VisionTransformer
@@ -23,8 +23,6 @@ from tomevit.weights.adapt import adapt
 from tomevit.weights.checkpoint import assemble
 from tomevit.weights.rules import Resampling
 
-#: Families that together have every field that the trunk reads.
-DIFFERENT = ("clip", "dinov2 linear", "siglip", "dinov3", "pe core", "eva02 large")
 ROTARY = [name for name, fields in FAMILIES.items() if "rope" in fields]
 
 
