@@ -631,29 +631,13 @@ def fidelity_throughput(
         for label, points in lines.items():
             i = marked.index(label) if label in marked else None
             colour, width, layer = ("#c9ccd2", 1.0, 1) if i is None else (COLOURS[i], 1.8, 3)
-            marker = "" if i is None else "os^D"[i]
-            across = [point.throughput for point in points]
-            above.plot(
-                across,
-                [point.accuracy for point in points],
-                color=colour,
-                marker=marker,
-                markersize=5,
-                linewidth=width,
-                zorder=layer,
-                label="other ways" if i is None else label,
-            )
+            style: dict[str, Any] = {"color": colour, "linewidth": width, "zorder": layer, "markersize": 5}
+            style["marker"] = "" if i is None else "os^D"[i]
+            name = "other ways" if i is None else label
+            above.plot([p.throughput for p in points], [p.accuracy for p in points], label=name, **style)
             # On a logarithmic axis r = 0, which does not move the answers, has no place.
             apart = [point for point in points if point.kl > 0]
-            below.plot(
-                [point.throughput for point in apart],
-                [point.kl for point in apart],
-                color=colour,
-                marker=marker,
-                markersize=5,
-                linewidth=width,
-                zorder=layer,
-            )
+            below.plot([point.throughput for point in apart], [point.kl for point in apart], **style)
         below.set_yscale("log")
         below.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         below.yaxis.set_minor_formatter(NullFormatter())

@@ -118,7 +118,7 @@ class Observation:
         Args:
             show: "picture": the image, and what the last block leaves of it at each r. "strip": the tokens behind some
                 blocks, a row for each r. "attention": where the class token looks in these blocks.
-            blocks: of a strip or of attention: which blocks, from 1; empty: six, evenly spaced, the last among them.
+            blocks: of a strip or of attention: which blocks, from 1; empty: four, evenly spaced, the last among them.
 
         Raises:
             ValueError: matplotlib is not installed; there is no such block; or no class token whose attention could be
