@@ -25,6 +25,7 @@ from PIL import Image
 
 import tomevit
 from tests.faults.terminal import run_at_terminal
+from tests.helpers import PLAIN
 from tests.outcomes import survives
 from tests.tasks.test_cli import run
 from tomevit import cli
@@ -34,7 +35,7 @@ from tomevit.data.distributed import join_process_group, on_this_machine
 from tomevit.data.workers import load_batches
 from tomevit.deploy.programs.trace import quiet
 from tomevit.errors import DownloadError, OutputError
-from tomevit.tasks.demo import PLAIN, held_out
+from tomevit.tasks.demo import held_out
 from tomevit.transform import transform
 from tomevit.weights import cache
 

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 import tomevit
 from tests.faults.terminal import run_at_terminal
-from tests.helpers import tiny
+from tests.helpers import PLAIN, tiny
 from tests.outcomes import survives
 from tests.tasks.test_cli import run
 from tomevit.cards import Card
 from tomevit.config import Figure, Source
 from tomevit.tasks import plots
-from tomevit.tasks.demo import PLAIN, held_out
+from tomevit.tasks.demo import held_out
 from tomevit.weights.push import find_base, model_card
 
 TERMINAL = survives(

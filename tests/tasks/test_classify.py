@@ -24,7 +24,7 @@ import tomevit
 import tomevit.cli.classify
 from benchmarks.peers import timm, torchvision
 from docs import class_names as script
-from tests.helpers import tiny
+from tests.helpers import PLAIN, TRAINED, tiny
 from tests.tasks.test_cli import run
 from tests.tools.test_images import FILES, turned
 from tomevit import Card, Config, card, class_names, classify, list_models
@@ -32,7 +32,7 @@ from tomevit.data.class_names import IMAGENET, imagenet
 from tomevit.data.images import read
 from tomevit.measure.timing import WARMUP
 from tomevit.tasks.classify import Answer, Guess, answers, check_classifiable, summarise
-from tomevit.tasks.demo import PLAIN, TRAINED, accuracy, held_out
+from tomevit.tasks.demo import accuracy, held_out
 
 DIGITS = "digits_p1"
 
@@ -315,7 +315,7 @@ def test_one_image_is_shown_with_all_classes_asked_for(capsys, tmp_path):
     status, out, err = run(capsys, "classify", path, "--model", TRAINED, "--top", "3")
     assert (status, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0] == f"{TRAINED}, r = 16: 9 of 65 tokens leave the last block"
+    assert lines[0] == f"{TRAINED}, r = 16: 9 of 65 tokens remain after the last block"
     assert lines[1] == "the model's own classes"
     assert lines[3].startswith(f"{path}, ")
     assert lines[3].endswith(" ms")

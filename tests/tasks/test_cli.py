@@ -60,7 +60,7 @@ def test_info_and_list_show_presets(capsys, tmp_path):
     assert status == 0
     assert "197 197 194 176 156 141 133 121 107 88 64 56 3" in out
     assert 'here r = [0,"2+1 diffrate",' in out
-    assert "diffrate-2.9g: 2.905 GFLOPs, 1.58 times fewer, 3 tokens leave the last block; top-1 79.54 % (deit" in out
+    assert "diffrate-2.9g: 2.905 GFLOPs, 1.58 times fewer, 3 tokens after the last block; top-1 79.54 % (deit" in out
     assert "top-1 79.54 % at r = diffrate-2.9g (OpenGVLab/DiffRate@91ae3e3" in out
     _, out, _ = run(capsys, "info", "deit_s16", "--json")
     (preset,) = [preset for preset in json.loads(out)["presets"] if preset["name"] == "diffrate-2.3g"]

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from tests.faults.terminal import rendered, run_at_terminal
+from tests.helpers import PLAIN
 from tomevit import progress
 from tomevit.cli.tables import Column, Table, wrapped
-from tomevit.tasks.demo import PLAIN, held_out
+from tomevit.tasks.demo import held_out
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from torch import Tensor
 import tomevit
 import tomevit.cli
 import tomevit.tasks.evaluate
-from tests.helpers import tiny
+from tests.helpers import PLAIN, TRAINED, tiny
 from tests.project.test_torchrun import torchrun
 from tests.tasks.test_cli import run
 from tomevit.cli import running
@@ -35,7 +35,6 @@ from tomevit.measure.published import published_accuracies
 from tomevit.tasks import demo, plots
 from tomevit.tasks.evaluate import Expected, Step, evaluate, forget, judge, paired, wilson
 
-PLAIN, TRAINED = demo.PLAIN, demo.TRAINED
 COUNT = 83  # digits, of 360: no multiple of a batch
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import tomevit
+from tests.helpers import PLAIN
 from tomevit.tasks import demo
 from tomevit.tasks.classify import Answer, answers
 from tomevit.tasks.embed import embed
@@ -142,7 +143,7 @@ def test_a_gpu_is_not_waited_for_until_an_answer_is_read(monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def model() -> tomevit.VisionTransformer:
-    return tomevit.create(demo.PLAIN, pretrained=True)
+    return tomevit.create(PLAIN, pretrained=True)
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 import tomevit.measure.bounds
-from tests.helpers import tiny
+from tests.helpers import PLAIN, tiny
 from tests.tasks.test_cli import run
 from tomevit.errors import OutputError
-from tomevit.tasks.demo import PLAIN, held_out
+from tomevit.tasks.demo import held_out
 from tomevit.tasks.embedding_files import read
 
 #: How the output of each command may end, the simplest first.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tomevit
-from tests.helpers import images_for, tiny
+from tests.helpers import PLAIN, images_for, tiny
 from tomevit.layers.matching import bipartite_soft_matching
 from tomevit.models import VisionTransformer
 from tomevit.schedule import Schedule, Step, resolve_steps, schedule_from_json
@@ -623,7 +623,7 @@ def test_models_in_which_nothing_merges(clocked: Callable[..., VisionTransformer
 def test_the_digits_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "ROUNDS", 1)
     monkeypatch.setattr(costs, "COUNTS", 5)
-    model = tomevit.create(demo.PLAIN, pretrained=True)
+    model = tomevit.create(PLAIN, pretrained=True)
     images, labels = demo.held_out()
     with demo.one_thread():
         front = tomevit.tune(

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import tomevit
-from tests.helpers import tiny
+from tests.helpers import PLAIN, tiny
 from tests.tasks.test_cli import run
 from tests.tasks.test_tune import clock
 from tomevit.cli.tune import Latency
-from tomevit.tasks.demo import PLAIN, held_out
+from tomevit.tasks.demo import held_out
 from tomevit.tasks.tune import Front, answers, costs
 
 QUICKLY = ("--matchings", "bipartite", "--rounds", "6", "--batch", "2", "--workers", "0")

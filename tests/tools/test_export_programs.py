@@ -699,7 +699,7 @@ def test_a_file_that_only_onnxruntime_and_numpy_read(
     lines = [line.split(maxsplit=1) for line in out.splitlines()]
     assert lines[:4] == [
         ["written", str(path)],
-        ["r", "6: of 65 tokens 53 leave the last block"],
+        ["r", "6: 53 of 65 tokens remain after the last block"],
         ["input", "images: float32 (batch, 3, 32, 32), pixels from 0 to 1, less mean, over std"],
         ["output", "logits: float32 (batch, 3)"],
     ]

@@ -270,7 +270,8 @@ def _text_head(setting: _Setting) -> list[str]:
     source, before, left = setting.classes.source, setting.tokens[0], setting.tokens[-1]
     kinds = {"": "classes without names", "own": "the model's own classes"}
     said = (
-        f"{printable(setting.model)}, r = {format_schedule(setting.r)}: {left} of {before} tokens leave the last block",
+        f"{printable(setting.model)}, r = {format_schedule(setting.r)}: "
+        f"{left} of {before} tokens remain after the last block",
         kinds.get(source, f"classes of {source}, by the size of the head"),
         "",
     )

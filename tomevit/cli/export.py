@@ -118,7 +118,7 @@ def _print(program: Program) -> None:
         echo(f"written     {path}")
     metadata = program.metadata
     tokens = json.loads(metadata["tokens"])
-    echo(f"r           {metadata['r']}: of {tokens[0]} tokens {tokens[-1]} leave the last block")
+    echo(f"r           {metadata['r']}: {tokens[-1]} of {tokens[0]} tokens remain after the last block")
     for end in ("input", "output"):
         echo(f"{end:12}{metadata[end]}")
     if program.parity is None:

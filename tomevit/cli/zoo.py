@@ -341,7 +341,7 @@ def _lines_of_presets(config: Config, presets: Sequence[dict[str, Any]]) -> Iter
         published = [f"; top-1 {figure['top1']:.2f} % ({printable(figure['weights'])})" for figure in preset["figures"]]
         yield (
             f"{'' if i else 'presets':<15}{printable(preset['name'])}: {preset['gflops']:.4g} GFLOPs, "
-            f"{unmerged / preset['gflops']:.2f} times fewer, {preset['tokens'][-1]} tokens leave the last block"
+            f"{unmerged / preset['gflops']:.2f} times fewer, {preset['tokens'][-1]} tokens after the last block"
             f"{''.join(published)}"
         )
     for source in dict.fromkeys(preset["source"] for preset in presets):

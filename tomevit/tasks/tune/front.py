@@ -33,7 +33,7 @@ class Point:
     r: Schedule = 0  # as `model.r` takes it
     kind: Literal["unmerged", "constant", "shape", "preset", "found"]  # where it comes from
     matchings: tuple[str, ...]  # by which tokens merge, in the order in which they come
-    tokens: int  # that leave the last block
+    tokens: int  # that remain after the last block
     flop_ratio: float  # r = 0 over this, as they are computed
     seconds: float  # the median of a call, which is a batch
     seconds_range: tuple[float, float]  # its quartiles
@@ -186,7 +186,7 @@ class Front:
             r                       as `model.r`; (r, inflection) is {"mean": r, "inflection": inflection}
             kind                    "unmerged", "constant", "shape" (constant by another matching, late, deferred),
                                     "preset", or "found" by the search
-            matchings, tokens       names; tokens that leave the last block
+            matchings, tokens       names; tokens that remain after the last block
             flop_ratio              r = 0 over this, as multiply-adds are computed
             seconds, seconds_range  median of a call, and quartiles
             speed_up, speed_up_range    the median of r = 0 over this one; 95 % interval, or null for fewer than 6
