@@ -24,6 +24,7 @@ START, END = "<!-- methods: start -->", "<!-- methods: end -->"
 NOTHING = "Nothing is stored yet: `python -m benchmarks.methods --store` measures it."
 #: What the cells of a table say beside a number.
 SIGNS = {"ahead": "▲", "behind": "▼", "tied": ""}
+MOST_NAMED = 4  # in a sentence
 
 
 def read(folder: Path = RESULTS) -> tuple[dict[str, Any], list[Group]]:
@@ -35,14 +36,15 @@ def read(folder: Path = RESULTS) -> tuple[dict[str, Any], list[Group]]:
 
 
 def section(setting: dict[str, Any], groups: Sequence[Group]) -> str:
-    """What stands on the page: for each group which way wins, and one table of all."""
+    """What stands on the page: in short which way wins, pictures, and for each group a table and sentences."""
     if not groups:
         return NOTHING
-    parts = [_about(setting, groups), LEGEND]
-    for group in groups:
-        parts += [f"### {group.name}", _of_files(group), _equal_time(group), *sentences(group)]
+    parts = [_about(setting, groups), in_short(groups)]
     pictures = dict.fromkeys(group.architecture for group in groups)
     parts += [f"![{name}: accuracy and KL over throughput](images/{picture_name(name)})" for name in pictures]
+    for i, group in enumerate(groups):
+        parts += [f"### {group.name}", _of_files(group), *([] if i else [LEGEND]), _equal_time(group)]
+        parts += sentences(group)
     return "\n\n".join(parts)
 
 
@@ -97,6 +99,32 @@ def sentences(group: Group) -> list[str]:
     return found + ([f"No way is {join_with_or(beyond)} times as fast as r = 0 here."] if beyond else [])
 
 
+def in_short(groups: Sequence[Group]) -> str:
+    """A table: at each speed-up the way that is furthest ahead of the baseline, if one is beyond chance."""
+    reached = [target for target in TARGETS if _is_reached(groups, target)]
+    rows = [[group.name, *(_furthest_ahead(group, target) for target in reached)] for group in groups]
+    table = Table([Column("furthest ahead"), *(Column(f"{target:g} times") for target in reached)], rows)
+    return "\n".join(
+        [
+            f"The way that has most more right than constant {BASELINE}, in points, where that is beyond chance:",
+            "",
+            *table.markdown(),
+        ]
+    )
+
+
+def _furthest_ahead(group: Group, target: float) -> str:
+    there = [way for way, places in group.places.items() if target in places]
+    if BASELINE not in there:
+        return f"{called(BASELINE)} is not so fast" if there else "–"
+    differences = {way: group.difference(way, BASELINE, target) for way in there if way != BASELINE}
+    ahead = {way: each for way, each in differences.items() if each.verdict == "ahead"}
+    if not ahead:
+        return "none"
+    way = max(ahead, key=lambda way: ahead[way].value)
+    return f"{way} +{ahead[way].value:.1f} ({ahead[way].lower:.1f} to {ahead[way].upper:.1f})"
+
+
 def _winner(group: Group, there: Sequence[str], target: float) -> str:
     best = max(there, key=lambda way: group.places[way][target].top1)
     others = [way for way in there if way != best]
@@ -132,8 +160,15 @@ def _against_baseline(group: Group, there: Sequence[str], target: float) -> str:
         if those := [f"{way} by {_points(each)}" for way, each in ranked if each.verdict == verdict]:
             parts.append(f"{word} {called(BASELINE)}: {'; '.join(those)}.")
     if tied := [way for way, each in ranked if each.verdict == "tied"]:
-        parts.append(f"Tied with {called(BASELINE)}: {'all others' if len(tied) == len(ranked) else _list(tied)}.")
+        parts.append(f"Tied with {called(BASELINE)}: {_all_or_names(tied, len(ranked))}.")
     return " ".join(parts)
+
+
+def _all_or_names(tied: Sequence[str], compared: int) -> str:
+    """The table's signs name them: a sentence has room for a few."""
+    if len(tied) == compared:
+        return "all others"
+    return _list(tied) if len(tied) <= MOST_NAMED else f"the {len(tied)} others"
 
 
 def _list(names: Iterable[str]) -> str:

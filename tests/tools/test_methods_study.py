@@ -271,6 +271,16 @@ def test_the_table_has_a_sign_for_what_differs() -> None:
     assert "Measured on a processor, 1 thread" in text
 
 
+def test_in_short_there_is_a_winner_where_one_is_beyond_chance() -> None:
+    ways = {"bipartite": [(1.6, 30)], "redundant": [(1.6, 4)], "late": [(1.6, 9), (2.0, 9)], "random": [(1.3, 1)]}
+    text = page.in_short([group_of(ways), group_of({"bipartite": [(1.3, 9)], "late": [(1.3, 8)]})])
+    wins, none = text.splitlines()[-2:]
+    assert wins.startswith("| model.plain | random +7.6 (")
+    assert "| redundant +11.6 (" in wins
+    assert wins.endswith("| constant bipartite is not so fast | constant bipartite is not so fast |")
+    assert none == "| model.plain | none | – | – | – |"
+
+
 def test_the_page_is_made_from_what_is_stored() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert text == page.written(text, page.section(*page.read())), "stale: python -m benchmarks.methods --store"
