@@ -19,6 +19,7 @@ from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.running import device_of, readers
+from tomevit.cli.tables import show
 from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.train.checkpoints import read_checkpoint
@@ -143,17 +144,17 @@ def train_command(*, resume: bool, **given: Any) -> None:
         chosen = replace(chosen, workers=readers(place))
     run = set_up(chosen, checkpoint)
     if not chosen.dry_run:
-        echo(_describe(run))
+        show([_describe(run)])
     with _finish_step_first() as stop, _bars() as tell:
         try:
             with private.allow_many_programs() if run.options.compile else nullcontext():
                 trained = train(run, checkpoint, tell=tell, stop=stop)
             if chosen.dry_run:
                 name, tokens = run.model.card.name, ", ".join(map(str, run.model.token_counts()))
-                echo(f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens")
+                show([f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens"])
                 echo(json.dumps(cost(run.options, trained)))
             elif len(trained.epochs) < chosen.epochs:
-                echo(f"stopped after {trained.steps} steps; {_go_on(chosen)}")
+                show([f"stopped after {trained.steps} steps; {_go_on(chosen)}"])
             else:
                 _show(run, trained, stop)
         except KeyboardInterrupt:
@@ -164,7 +165,7 @@ def train_command(*, resume: bool, **given: Any) -> None:
 
 def _show(run: Run, trained: Trained, stop: Callable[[], bool]) -> None:
     report = finish(run, trained, stop)
-    echo(*summary(report))
+    show(summary(report))
     if report["not_learned"]:
         echo(f"tomevit: {report['not_learned']}", err=True)
 
@@ -210,7 +211,7 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
     def tell(now: Progress) -> None:
         nonlocal bar
         if now.measured is not None:
-            echo(", ".join(f"{name} {value:.4g}" for name, value in now.measured.items()))
+            show([", ".join(f"{name} {value:.4g}" for name, value in now.measured.items())])
             return
         if bar is None:
             bar = progress_bar(total=now.steps, initial=now.step - 1, desc=f"epoch {now.epoch}")
