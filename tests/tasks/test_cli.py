@@ -1,6 +1,7 @@
 """The commands, run as a user runs them."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -316,7 +317,9 @@ def test_every_verb_has_an_example_that_it_takes(capsys, tmp_path, monkeypatch, 
     cli.load_command(name).make_context(name, arguments)
     status, out, _ = run(capsys, name, "--help")
     assert status == 0
-    assert f"Example: tomevit {cli.VERBS[name].example}" in " ".join(out.split())
+    assert f"  Example: tomevit {cli.VERBS[name].example}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"\w-$|\\b", out, re.MULTILINE), "an address is cut, or a mark of click's is shown"
 
 
 def test_the_installed_command_and_an_import_without_side_effects():

@@ -65,7 +65,7 @@ GROUPS = {
             "evaluate",
             "eval_command",
             "Accuracy and throughput over labelled images, at several r.",
-            "eval --data imagenet/val --model vit_b16 --r 0 8 13 -o eval.json",
+            "eval --data val/ --model vit_b16 --r 0 8 13 -o eval.json",
         ),
         "bench": Verb(
             "bench", "bench", "Throughput at several r, and what bounds it.", "bench vit_b16 --r 8 13 --batch 8"
@@ -74,7 +74,7 @@ GROUPS = {
             "tune",
             "tune_command",
             "Schedules for this device, searched on your images: speed against fidelity.",
-            "tune photos/ --model vit_b16 --speed-up 1.5 -o tuned.safetensors",
+            "tune photos --model vit_b16 --speed-up 1.5 -o a.safetensors",
         ),
         "visualize": Verb(
             "visualize",

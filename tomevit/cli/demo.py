@@ -25,6 +25,7 @@ COLUMNS = (
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
+    show_default=True,
     help="Directory for the pictures.",
 )
 @click.option(

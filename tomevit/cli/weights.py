@@ -29,7 +29,11 @@ from tomevit.weights.verify import verify as run_verify
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default MODEL.safetensors."
 )
-@click.option("--model", help="What the checkpoint is, as in deit_s16 or deit_s16.tome_r13; default: as recognised.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="What the checkpoint is, as in deit_s16 or deit_s16.tome_r13; default: as recognised.",
+)
 @click.option(
     "--format", "format_name", metavar="NAME", help=f"Its format, of {', '.join(MAIN_FORMATS)}; default: as recognised."
 )
@@ -54,7 +58,7 @@ def convert(
     """Write a checkpoint of any known format as one self-describing file.
 
     SOURCE is a file, a directory with one checkpoint, as model.safetensors and config.json, the index of several files,
-    a URL, hf-hub:owner/repo[@revision], or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
+    hf-hub:owner/repo[@revision], a URL, or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
     """
     report = conversion.convert(
         source,
@@ -150,7 +154,8 @@ def push(
 ) -> None:
     """Share a file that tomevit wrote on the Hugging Face hub, with a model card.
 
-    Log in first, with `hf auth login` or HF_TOKEN. Others then load it as hf-hub:OWNER/REPO.
+    Log in first, with `hf auth login` or HF_TOKEN. Others then load it by the name
+    hf-hub:OWNER/REPO.
     """
     measured = [Figure(top1=percent, r=r, source=f"measured by {repo.partition('/')[0]}") for r, percent in top1]
     address = run_push(
