@@ -17,7 +17,7 @@ from tomevit.factory import create
 from tomevit.measure.bench import bench
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
-from tomevit.output import new_file
+from tomevit.output import make_directory, new_file
 from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_from_json, schedule_to_json
 from tomevit.tasks import plots
@@ -88,13 +88,14 @@ def run(
 
     Raises:
         ValueError: an r of no known form, or matplotlib is not installed.
+        OutputError: nothing can be written into that directory.
     """
     plots.require_matplotlib()
     plain, trained = (create(card.full_name, pretrained=True) for card in cards(model))
     values = distinct_schedules([0, *(r_values or R_VALUES)])
     for r in values:
         plain.schedule(r)  # a wrong r ends here, before anything is measured or written
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
 
     images, labels = held_out(model)
     with one_thread():
