@@ -160,6 +160,13 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["tune", ".", "--model", "vit_b16", "--json", "--csv"], "--json and --csv ask for two forms"),
         (["demo", "--r", "-1"], "negative"),
         (["demo", "--r", "8", "9x"], "cannot be reached"),
+        (["demo", "-o", "/dev/null/demo"], "/dev/null/demo cannot be written: Not a directory"),
+        (["export", "digits_p1.plain", "--format", "timm", "-o", "/dev/null/a/"], "/dev/null/a cannot be written"),
+        (["train", "digits", "--model", "digits_p1", "-o", "/dev/null/run"], "/dev/null/run cannot be written"),
+        (["lsit"], "there is no command 'lsit'; did you mean list"),
+        (["zzz"], "there is no command 'zzz'; there are list, info"),
+        (["list", "--weights=1"], "(see tomevit list --help)"),
+        (["demo", "--r"], "(see tomevit demo --help)"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(capsys, arguments, says):

@@ -64,7 +64,7 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
     assert source.hub
     repo, cache = source.hub, Path(constants.HF_HUB_CACHE)
