@@ -6,7 +6,9 @@ import difflib
 import os
 import reprlib
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from types import UnionType
+from typing import Any
 
 
 class CheckpointError(ValueError):
@@ -85,6 +87,23 @@ class OutputError(OSError):
 
 class OtherProcessError(ValueError):
     """What is wrong, in one of several processes that need not say so: another does."""
+
+
+def import_extra(module: str, what: str) -> Any:
+    """A module of a package that only training needs.
+
+    Args:
+        what: needs it, in the plural.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, of one that was built for another torch
+        package = {"sklearn": "scikit-learn"}.get(found := module.partition(".")[0], found)
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
+        raise ValueError(f"{what} need {package}{reason}: pip install 'tomevit[train]'") from error
 
 
 def join_with_or(names: Iterable[str]) -> str:

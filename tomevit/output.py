@@ -105,6 +105,19 @@ def check_outputs(*paths: Path | None, inputs: Iterable[str | os.PathLike[str]] 
         places.add(place)
 
 
+def make_directory(path: Path) -> None:
+    """A directory for results, and those above it, unless it is there.
+
+    Raises:
+        OutputError: there can be none, or nothing can be written into it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OutputError(error.errno or errno.EIO, path) from error
+
+
 @contextmanager
 def new_file(
     path: str | os.PathLike[str],
@@ -132,6 +145,7 @@ def new_file(
     draft = target.with_name(f"{_stem(target)}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.draft")
     try:
         with explain_os_errors(path, draft):
+            draft.touch()  # or each writer would tell in its own words what the system refuses
             yield draft
             if target.exists():
                 draft.chmod(stat.S_IMODE(target.stat().st_mode))

@@ -18,13 +18,15 @@ else:
 class Bar(Base):
     """A bar that shows nothing for a while, whatever asks it to show itself, and leaves nothing behind.
 
+    Nothing at all is shown where standard error is no terminal, unless `disable` says otherwise.
+
     tqdm's own delay holds for `update` alone: a new description, and lines that are printed between, draw the bar at
     once, and it is then not removed at the end.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, disable: bool | None = None, **options: Any) -> None:
         self._due, self._drawn = time.monotonic() + DELAY, False
-        super().__init__(leave=False, **options)
+        super().__init__(leave=False, disable=disable, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         if time.monotonic() < self._due:

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 from tomevit.config import Preprocess
+from tomevit.errors import import_extra
 from tomevit.subject import subject_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ class TrainingTransform:
         self.size = size
         self.steps: list[Callable[[Any], Any]] = []
         if crop or randaugment or erasing:
-            v2 = _torchvision_transforms()
+            v2 = import_extra("torchvision.transforms.v2", "images that are cropped or changed by chance")
         if crop:
             self.steps += [
                 v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode(preprocess.interpolation)),
@@ -195,17 +196,6 @@ class TrainingTransform:
 
     def __repr__(self) -> str:
         return f"TrainingTransform({self.preprocess}, size={self.size}, steps={self.steps})"
-
-
-def _torchvision_transforms() -> Any:
-    try:
-        from torchvision.transforms import v2
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch
-        why = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported: {error}"
-        raise ValueError(
-            f"images are cropped by chance with torchvision, which {why}: pip install torchvision"
-        ) from error
-    return v2
 
 
 def check_image(image: object, channels: int) -> None:

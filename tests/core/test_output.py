@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 import tomevit
 from tests.helpers import tiny
 from tomevit.errors import OutputError
-from tomevit.output import check_output, check_outputs, new_file
+from tomevit.output import check_output, check_outputs, make_directory, new_file
 
 posix = pytest.mark.skipif(os.name != "posix", reason="pipes and devices of POSIX")
 
@@ -236,3 +236,19 @@ def test_names_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
     path = tmp_path / ("ü" * 125 + ".txt")
     put(path)
     assert path.read_text() == "new"
+
+
+def test_a_directory_for_results_is_made_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_directory(tmp_path / "a" / "b")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for wrong in ("file", "file/a", "file/a/b"):
+        with pytest.raises(OutputError, match=rf"^{tmp_path / wrong} cannot be written: "):
+            make_directory(tmp_path / wrong)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory in which nobody can make a file")
+def test_what_refuses_a_file_is_told_before_a_writer_tries() -> None:
+    with pytest.raises(OutputError, match=r"^/proc/a.pth cannot be written: "), new_file("/proc/a.pth"):
+        pytest.fail("torch.save would have told it in words of its own")

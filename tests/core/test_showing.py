@@ -361,8 +361,8 @@ def test_training_transforms_take_what_others_take_and_travel() -> None:
 
 
 def test_without_torchvision_training_transforms_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms", None)
-    with pytest.raises(ValueError, match="torchvision, which is not installed: pip install torchvision"):
+    monkeypatch.setitem(__import__("sys").modules, "torchvision.transforms.v2", None)
+    with pytest.raises(ValueError, match=r"by chance need torchvision: pip install 'tomevit\[train\]'$"):
         tomevit.transform("digits_p1", train=True)
     tomevit.transform("digits_p1")
 

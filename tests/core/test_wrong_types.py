@@ -30,6 +30,7 @@ WRONG: dict[str, Any] = {
     "picture": PICTURE,
     "object": object(),
     "module": torch.nn.Linear(2, 2),
+    "parameter": torch.nn.Parameter(torch.zeros(3)),
     "bytes": b"x",
 }
 
@@ -100,6 +101,11 @@ CALLS: dict[str, tuple[Callable[[VisionTransformer, Any], object], str, tuple[st
     "Config": (lambda _, v: tomevit.Config(depth=v), "depth", ("int",)),
     "Front.load": (lambda _, v: tomevit.Front.load(v), "path", ()),
     "MaskedAutoencoder": (lambda _, v: MaskedAutoencoder(v), "encoder", ()),
+    "MaskedAutoencoder.r": (
+        lambda m, v: setattr(MaskedAutoencoder(m, decoder_dim=8, decoder_depth=1, decoder_heads=1), "r", v),
+        "r",
+        ("int", "list"),
+    ),
     "Preprocess": (lambda _, v: tomevit.Preprocess(mean=v), "mean", ("list",)),
     "model(images)": (lambda m, v: m(v), "images", ()),
     "model(images, r)": (lambda m, v: m(images_for(m), v), "r", ("None", "int", "list")),
@@ -112,7 +118,9 @@ CALLS: dict[str, tuple[Callable[[VisionTransformer, Any], object], str, tuple[st
     "model.forward_head": (lambda m, v: m.forward_head(v), "tokens", ()),
     "model.forward_intermediates": (lambda m, v: m.forward_intermediates(v), "images", ()),
     "model.freeze": (lambda m, v: m.freeze(v), "blocks", ()),
-    "model.r": (lambda m, v: setattr(m, "r", v), "r", ("int", "list", "module")),
+    "model.card": (lambda m, v: setattr(m, "card", v), "card", ()),
+    "model.config": (lambda m, v: setattr(m, "config", v), "config", ()),
+    "model.r": (lambda m, v: setattr(m, "r", v), "r", ("int", "list")),
     "model.reset_classifier": (lambda m, v: m.reset_classifier(v), "num_classes", ("int",)),
     "model.token_counts": (lambda m, v: m.token_counts(2, v), "num_tokens", ("None", "int")),
 }

@@ -1,6 +1,7 @@
 """The commands, run as a user runs them."""
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -159,6 +160,13 @@ def test_every_form_of_r_can_be_written(capsys, written, meant):
         (["tune", ".", "--model", "vit_b16", "--json", "--csv"], "--json and --csv ask for two forms"),
         (["demo", "--r", "-1"], "negative"),
         (["demo", "--r", "8", "9x"], "cannot be reached"),
+        (["demo", "-o", "/dev/null/demo"], "/dev/null/demo cannot be written: Not a directory"),
+        (["export", "digits_p1.plain", "--format", "timm", "-o", "/dev/null/a/"], "/dev/null/a cannot be written"),
+        (["train", "digits", "--model", "digits_p1", "-o", "/dev/null/run"], "/dev/null/run cannot be written"),
+        (["lsit"], "there is no command 'lsit'; did you mean list"),
+        (["zzz"], "there is no command 'zzz'; there are list, info"),
+        (["list", "--weights=1"], "(see tomevit list --help)"),
+        (["demo", "--r"], "(see tomevit demo --help)"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(capsys, arguments, says):
@@ -316,7 +324,9 @@ def test_every_verb_has_an_example_that_it_takes(capsys, tmp_path, monkeypatch, 
     cli.load_command(name).make_context(name, arguments)
     status, out, _ = run(capsys, name, "--help")
     assert status == 0
-    assert f"Example: tomevit {cli.VERBS[name].example}" in " ".join(out.split())
+    assert f"  Example: tomevit {cli.VERBS[name].example}\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert not re.search(r"\w-$|\\b", out, re.MULTILINE), "an address is cut, or a mark of click's is shown"
 
 
 def test_the_installed_command_and_an_import_without_side_effects():

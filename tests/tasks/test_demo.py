@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 
 import pytest
 import torch
 
 import tomevit
 from tests.helpers import PLAIN, TRAINED
+from tomevit.cli import demo as command
+from tomevit.cli import main
 from tomevit.tasks import demo, plots
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -20,11 +25,12 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def small(tmp_path_factory):
     """A demo at its smallest: the directory, and what was printed."""
     out = tmp_path_factory.mktemp("demo") / "deep" / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        lines: list[str] = []
-        patch.setattr(demo.click, "echo", lambda text="": lines.append(text))
-        demo.run(out, (16, (4, -1.0), 16, 0), model="digits_p1", rounds=1)  # what comes twice is measured once
-    return out, "\n".join(lines)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(command, "run", partial(demo.run, rounds=1))
+        with pytest.raises(SystemExit) as stop:  # what comes twice is measured once
+            main(["demo", "--model", "digits_p1", "--r", "16", "4,-1.0", "16", "0", "-o", str(out)])
+    assert not stop.value.code
+    return out, printed.getvalue()
 
 
 def test_it_writes_pictures_and_figures(small):
@@ -61,10 +67,9 @@ def test_results_are_measured(small):
 def test_the_table_is_aligned_and_says_how_it_was_measured(small):
     out, printed = small
     results = json.loads((out / "results.json").read_text())
-    table = [
-        line for line in printed.splitlines() if line.startswith("      ") or line.strip().startswith(("r ", "0 "))
-    ]
-    assert len({len(line) for line in table}) == 1
+    head, *rows = [line for line in printed.splitlines() if line.startswith(("r ", "0 ", "16 ", "4,-1 "))]
+    assert len(rows) == 3
+    assert {len(line) for line in rows} == {len(head)}
     for part in (results["environment"]["device"], results["environment"]["torch"], "1 call", "1 thread"):
         assert part in printed
 

@@ -106,6 +106,12 @@ def test_a_latency_has_its_unit(tuned: Tuned) -> None:
     assert 0.1 < json.loads(out)["chosen"]["seconds"] <= 0.2
 
 
+def test_a_single_image_is_too_few_in_one_line(tuned: Tuned, digits: Path) -> None:
+    status, out, err = tuned(folder=next(digits.rglob("*.png")))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"tomevit: \S+ has 1 image, too few to tell schedules apart: 32 at least\n", err)
+
+
 def test_without_a_promise_there_is_the_front_alone(tuned: Tuned, digits: Path, tmp_path: Path) -> None:
     for i, path in enumerate(sorted(digits.rglob("*.png"))):
         (tmp_path / f"{i}.png").write_bytes(path.read_bytes())

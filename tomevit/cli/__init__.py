@@ -21,7 +21,7 @@ from typing import NamedTuple
 import click
 
 from tomevit.cli.console import echo, open_console
-from tomevit.errors import OtherProcessError
+from tomevit.errors import OtherProcessError, nearest
 from tomevit.version import __version__
 
 
@@ -65,7 +65,7 @@ GROUPS = {
             "evaluate",
             "eval_command",
             "Accuracy and throughput over labelled images, at several r.",
-            "eval --data imagenet/val --model vit_b16 --r 0 8 13 -o eval.json",
+            "eval --data val/ --model vit_b16 --r 0 8 13 -o eval.json",
         ),
         "bench": Verb(
             "bench", "bench", "Throughput at several r, and what bounds it.", "bench vit_b16 --r 8 13 --batch 8"
@@ -74,7 +74,7 @@ GROUPS = {
             "tune",
             "tune_command",
             "Schedules for this device, searched on your images: speed against fidelity.",
-            "tune photos/ --model vit_b16 --speed-up 1.5 -o tuned.safetensors",
+            "tune photos --model vit_b16 --speed-up 1.5 -o a.safetensors",
         ),
         "visualize": Verb(
             "visualize",
@@ -123,7 +123,10 @@ class Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         return list(VERBS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS and not ctx.resilient_parsing:
+            known = f"there are {', '.join(VERBS)}"
+            ctx.fail(f"there is no command {cmd_name!r}; {nearest(cmd_name, VERBS, known)}")
         return load_command(cmd_name) if cmd_name in VERBS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -220,7 +223,8 @@ def _run(arguments: list[str]) -> int | str | None:
     except SystemExit as stop:  # of click, where whoever read the output has left
         return stop.code
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "tomevit"
+        verb = next((f"tomevit {argument}" for argument in arguments if argument in VERBS), "tomevit")
+        where = error.ctx.command_path if error.ctx else verb
         return _fail(f"{error.format_message().rstrip('.')} (see {where} --help)", 2)
     except OtherProcessError:
         return 2

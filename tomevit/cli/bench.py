@@ -40,7 +40,7 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 
 
 @click.command(cls=Many)
-@click.argument("model", metavar="NAME|FILE", default="vit_b16")
+@click.argument("model", metavar="[NAME|FILE]", default="vit_b16")
 @click.option(
     "--r",
     "r_values",
@@ -107,7 +107,7 @@ def bench(
 
     All candidates take turns, and medians are compared. It says what binds (arithmetic, memory, launches), how much of
     the FLOPs saved becomes time saved, and which r to take, where its accuracy is known: as published, or by --front.
-    A NAME has fresh weights; they do not matter here.
+    A NAME, by default vit_b16, has fresh weights; they do not matter here.
     """
     check_outputs(picture, out, inputs=[model, *filter(None, [front_file])])
     form = report_form(out, flag, FORMS)

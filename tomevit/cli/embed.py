@@ -91,8 +91,10 @@ def embed(
 
     Several processes share the work under torchrun, which takes an --r for its own option; say --merge there:
 
-    torchrun --nproc-per-node 8 -m tomevit embed DIR -o out.parquet --device cuda --merge 16
-    """
+    \b
+    torchrun --nproc-per-node 8 -m tomevit embed DIR -o out.parquet \\
+      --device cuda --merge 16
+    """  # noqa: D301  # click's mark for lines that stay as they are
 
     def load() -> tuple[VisionTransformer, Data]:
         # Whatever the user may have got wrong comes before a download.

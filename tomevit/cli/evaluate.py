@@ -181,8 +181,10 @@ def eval_command(
     Top-1 and top-5 with intervals of 95 %, the difference to r = 0 on the same images and how often the answer is the
     same. Images are prepared as the weights were evaluated when they were published.
 
-    On several GPUs: torchrun --nproc-per-node N --no-python -- tomevit eval --device cuda ...
-    """
+    \b
+    On several GPUs:
+    torchrun --nproc-per-node N --no-python -- tomevit eval --device cuda ...
+    """  # noqa: D301  # click's mark for lines that stay as they are
     if threads is not None:
         torch.set_num_threads(threads)
     request = _Request(

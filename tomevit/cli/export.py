@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import click
 import torch
 from torch import Tensor
 
-from tomevit.cli.console import echo, echo_json
+from tomevit.cli.console import echo_json
 from tomevit.cli.options import BATCH, FORMS_OF_R, R
+from tomevit.cli.tables import show
 from tomevit.data.images import find, prepare_image
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
 from tomevit.errors import ImageError, join_with_or, nearest
@@ -70,7 +72,7 @@ def export(
         if "calibrate" in given:
             given["calibrate"] = partial(_sample, given["calibrate"])
         program = export_program(source, out, format_name, **given)
-        echo_json(_as_json(program)) if as_json else _print(program)
+        echo_json(_as_json(program)) if as_json else show(_lines(program), hanging=12)
         return
     if format_name not in FORMATS:
         known = [*PROGRAMS, *MAIN_FORMATS]
@@ -84,10 +86,8 @@ def export(
     if as_json:
         echo_json({"written": list(map(str, written)), "unsaid": unsaid})
         return
-    for path in written:
-        echo(f"written     {path}")
-    for sentence in unsaid:
-        echo(f"left out    {sentence}")
+    lines = [*(f"written     {path}" for path in written), *(f"left out    {sentence}" for sentence in unsaid)]
+    show(lines, hanging=12)
 
 
 def _sample(folder: Path, transform: Transform) -> Tensor:
@@ -113,22 +113,22 @@ def _as_json(program: Program) -> dict[str, Any]:
     return {"written": list(map(str, program.written)), "metadata": program.metadata, "parity": parity}
 
 
-def _print(program: Program) -> None:
+def _lines(program: Program) -> Iterator[str]:
     for path in program.written:
-        echo(f"written     {path}")
+        yield f"written     {path}"
     metadata = program.metadata
     tokens = json.loads(metadata["tokens"])
-    echo(f"r           {metadata['r']}: {tokens[-1]} of {tokens[0]} tokens remain after the last block")
+    yield f"r           {metadata['r']}: {tokens[-1]} of {tokens[0]} tokens remain after the last block"
     for end in ("input", "output"):
-        echo(f"{end:12}{metadata[end]}")
+        yield f"{end:12}{metadata[end]}"
     if program.parity is None:
-        echo("compared    no: onnxruntime is not installed (pip install 'tomevit[export]')")
+        yield "compared    no: onnxruntime is not installed (pip install 'tomevit[export]')"
         return
     parity = program.parity
     alike = f"least cosine {parity.least_cosine:.6f}"
     if parity.same_top1 is not None:
         alike = f"same top-1 {parity.same_top1} of {parity.images}"
-    echo(
+    yield (
         f"compared    {parity.runtime} with torch in float32, {parity.images} {parity.source} images: largest "
         f"difference {parity.difference:.2g} of values up to {parity.largest:.2g}, {alike}"
     )

@@ -189,5 +189,5 @@ def machine(where: Mapping[str, Any]) -> str:
 def described(where: Mapping[str, Any]) -> str:
     """What was measured, and where, in one line."""
     height, width = where["img_size"]
-    rounds = f"{where['rounds']} rounds, " if "rounds" in where else ""
+    rounds = f"{where['rounds']} round{'s' * (where['rounds'] != 1)}, " if "rounds" in where else ""
     return f"{where['model']}, {height}x{width}, {rounds}{machine(where)}"

@@ -19,6 +19,7 @@ from tomevit.cli import options
 from tomevit.cli.console import echo
 from tomevit.cli.options import R
 from tomevit.cli.running import device_of, readers
+from tomevit.cli.tables import show
 from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.train.checkpoints import read_checkpoint
@@ -69,7 +70,11 @@ def option(name: str, kind: Any = None, text: str = "", **kinds: Any) -> Callabl
 @click.command("train")
 @click.argument("data", required=False)
 @click.option("--model", metavar="NAME", help="A name of the zoo, as in `tomevit list`.")
-@option("--recipe", text="The weights whose recipe fills in options, as in mae_b16.tome_r16: how they were trained.")
+@option(
+    "--recipe",
+    text="The weights whose recipe fills in options, as in mae_b16.tome_r16: how they were trained.",
+    metavar="NAME",
+)
 @click.option(
     "--pretrained",
     is_flag=False,
@@ -115,13 +120,13 @@ def option(name: str, kind: Any = None, text: str = "", **kinds: Any) -> Callabl
 @option("--channels-last", text="Layout of images and kernels in memory.", is_flag=True)
 @option("--grad-checkpointing", text="Less memory, more time.", is_flag=True)
 @option("--seed", click.IntRange(0, 2**32 - 1))
-@click.option("-o", "--out", help=f"Folder for all that is written. Default: {Options.out}.")
+@click.option("-o", "--out", metavar="DIRECTORY", help=f"Folder for all that is written. Default: {Options.out}.")
 @option("--save-every", COUNT, "Steps between checkpoints, beside that after each epoch.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, with its options.")
 @option("--steps", POSITIVE, "Stop after so many, in all; --resume goes on.")
 @option("--dry-run", text="Two steps on generated images: does it fit, how long does it take?", is_flag=True)
 def train_command(*, resume: bool, **given: Any) -> None:
-    r"""Train a model on DATA, with merging: from fresh weights, or with --pretrained fine-tune it.
+    """Train a model on DATA, with merging: from fresh weights, or with --pretrained fine-tune it.
 
     DATA is a folder with train/ and val/ in it, and in each of them a folder for every class; or digits or mnist, small
     sets for digits_p1 and digits_p2. Into --out go model.safetensors, report.json, and a checkpoint from which --resume
@@ -134,7 +139,7 @@ def train_command(*, resume: bool, **given: Any) -> None:
     tomevit train digits --model digits_p1 --r 16
     tomevit train FOLDER --model vit_b16 --pretrained --r 13 --amp bf16 -o run
     tomevit train --resume -o run
-    """
+    """  # noqa: D301  # click's mark for lines that stay as they are
     asked = {name: value for name, value in given.items() if value is not None}
     checkpoint = read_checkpoint(Path(asked.get("out", Options.out))) if resume else None
     chosen = complete(asked, checkpoint)
@@ -143,17 +148,17 @@ def train_command(*, resume: bool, **given: Any) -> None:
         chosen = replace(chosen, workers=readers(place))
     run = set_up(chosen, checkpoint)
     if not chosen.dry_run:
-        echo(_describe(run))
+        show([_describe(run)])
     with _finish_step_first() as stop, _bars() as tell:
         try:
             with private.allow_many_programs() if run.options.compile else nullcontext():
                 trained = train(run, checkpoint, tell=tell, stop=stop)
             if chosen.dry_run:
                 name, tokens = run.model.card.name, ", ".join(map(str, run.model.token_counts()))
-                echo(f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens")
+                show([f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens"])
                 echo(json.dumps(cost(run.options, trained)))
             elif len(trained.epochs) < chosen.epochs:
-                echo(f"stopped after {trained.steps} steps; {_go_on(chosen)}")
+                show([f"stopped after {trained.steps} steps; {_go_on(chosen)}"])
             else:
                 _show(run, trained, stop)
         except KeyboardInterrupt:
@@ -164,7 +169,7 @@ def train_command(*, resume: bool, **given: Any) -> None:
 
 def _show(run: Run, trained: Trained, stop: Callable[[], bool]) -> None:
     report = finish(run, trained, stop)
-    echo(*summary(report))
+    show(summary(report))
     if report["not_learned"]:
         echo(f"tomevit: {report['not_learned']}", err=True)
 
@@ -210,7 +215,7 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
     def tell(now: Progress) -> None:
         nonlocal bar
         if now.measured is not None:
-            echo(", ".join(f"{name} {value:.4g}" for name, value in now.measured.items()))
+            show([", ".join(f"{name} {value:.4g}" for name, value in now.measured.items())])
             return
         if bar is None:
             bar = progress_bar(total=now.steps, initial=now.step - 1, desc=f"epoch {now.epoch}")

@@ -240,6 +240,7 @@ def _find(folder: Path, card: Card, truth: Path | None, classes: Path | None) ->
     if config.in_chans not in (1, 3):
         raise ValueError(f"the model takes images of {config.in_chans} channels, and files have 1 or 3")
     names = read_class_names(classes, config.num_classes) if classes else card.class_names
+    said = None
     try:
         found = labelled(folder, config.num_classes, names, truth=truth)
     except ValueError as error:
@@ -248,13 +249,12 @@ def _find(folder: Path, card: Card, truth: Path | None, classes: Path | None) ->
         located = search([folder])
         found = Labelled(located.files, [], "none", passed_over=located.passed_over())
         if config.num_classes > 1:
-            echo(f"tomevit: accuracy is not measured, but agreement with r = 0: {error}", err=True)
-    if found.passed_over:
-        echo(f"tomevit: {found.passed_over}", err=True)
-    if len(found.files) < LEAST_IMAGES:
-        raise ValueError(
-            f"{folder} has {len(found.files)} images, too few to tell schedules apart: {LEAST_IMAGES} at least"
-        )
+            said = f"accuracy is not measured, but agreement with r = 0: {error}"
+    if (count := len(found.files)) < LEAST_IMAGES:
+        images = f"{count} image{'s' * (count != 1)}"
+        raise ValueError(f"{folder} has {images}, too few to tell schedules apart: {LEAST_IMAGES} at least")
+    for line in filter(None, (said, found.passed_over)):
+        echo(f"tomevit: {line}", err=True)
     return found
 
 

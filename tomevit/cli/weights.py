@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tomevit.cards import by_pattern, lines_left_out
 from tomevit.cli.console import echo, echo_json
 from tomevit.cli.options import R, Size
 from tomevit.cli.running import DTYPES
+from tomevit.cli.tables import show
 from tomevit.config import Figure
 from tomevit.errors import AmbiguousCheckpointError
 from tomevit.weights import convert as conversion
@@ -27,7 +29,11 @@ from tomevit.weights.verify import verify as run_verify
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default MODEL.safetensors."
 )
-@click.option("--model", help="What the checkpoint is, as in deit_s16 or deit_s16.tome_r13; default: as recognised.")
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="What the checkpoint is, as in deit_s16 or deit_s16.tome_r13; default: as recognised.",
+)
 @click.option(
     "--format", "format_name", metavar="NAME", help=f"Its format, of {', '.join(MAIN_FORMATS)}; default: as recognised."
 )
@@ -52,7 +58,7 @@ def convert(
     """Write a checkpoint of any known format as one self-describing file.
 
     SOURCE is a file, a directory with one checkpoint, as model.safetensors and config.json, the index of several files,
-    a URL, hf-hub:owner/repo[@revision], or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
+    hf-hub:owner/repo[@revision], a URL, or a name of the zoo with its weights, as in vit_b16.augreg_in21k_ft_in1k.
     """
     report = conversion.convert(
         source,
@@ -69,7 +75,7 @@ def convert(
     if as_json:
         echo_json(asdict(report))
     else:
-        _print(report)
+        show(_lines(report), hanging=12)
 
 
 def _ask(error: AmbiguousCheckpointError) -> str:
@@ -78,19 +84,21 @@ def _ask(error: AmbiguousCheckpointError) -> str:
     return answer
 
 
-def _print(report: Report) -> None:
-    echo(f"source      {report.source}", f"sha256      {report.sha256}", f"recognised  {report.recognised}")
-    echo(f"model       {report.model}")
+def _lines(report: Report) -> Iterator[str]:
+    yield f"source      {report.source}"
+    yield f"sha256      {report.sha256}"
+    yield f"recognised  {report.recognised}"
+    yield f"model       {report.model}"
     renamed = {name: sources for name, sources in report.names.items() if sources != (name,)}
-    echo(f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names")
+    yield f"tensors     {len(report.names)} parameters, of which {len(report.names) - len(renamed)} keep their names"
     patterns = (f"{' + '.join(by_pattern(sources))} -> {by_pattern([name])[0]}" for name, sources in renamed.items())
     for line in dict.fromkeys(patterns):
-        echo(f"            {line}")
+        yield f"            {line}"
     for line in lines_left_out(report.left_out):
-        echo(f"left out    {line}")
+        yield f"left out    {line}"
     for change in report.changes:
-        echo(f"changed     {change}")
-    echo(f"written     {report.out}")
+        yield f"changed     {change}"
+    yield f"written     {report.out}"
 
 
 @click.command()
@@ -109,8 +117,8 @@ def verify(
         echo_json([check._asdict() for check in checks])
     else:
         width = max(len(check.name) for check in checks)
-        for check in checks:
-            echo(f"{'ok  ' if check.passed else 'FAIL'}  {check.name.ljust(width)}  {check.found}")
+        lines = (f"{'ok  ' if check.passed else 'FAIL'}  {check.name.ljust(width)}  {check.found}" for check in checks)
+        show(lines, hanging=width + 8)
     ctx.exit(0 if all(check.passed for check in checks) else 1)
 
 
@@ -146,7 +154,8 @@ def push(
 ) -> None:
     """Share a file that tomevit wrote on the Hugging Face hub, with a model card.
 
-    Log in first, with `hf auth login` or HF_TOKEN. Others then load it as hf-hub:OWNER/REPO.
+    Log in first, with `hf auth login` or HF_TOKEN. Others then load it by the name
+    hf-hub:OWNER/REPO.
     """
     measured = [Figure(top1=percent, r=r, source=f"measured by {repo.partition('/')[0]}") for r, percent in top1]
     address = run_push(

@@ -15,6 +15,7 @@ from tomevit.errors import check_type
 from tomevit.layers.block import Block
 from tomevit.layers.merge import Tokens, rows, rows_or_zero
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.assigned import CheckedAttributes
 from tomevit.models.for_timm import group_matcher
 from tomevit.models.init import initial_weights
 from tomevit.models.vit import VisionTransformer, run
@@ -31,7 +32,7 @@ class Reconstruction(NamedTuple):
     mask: Tensor  # (B, N) float32: 1 where a patch was hidden, 0 where it was visible
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(CheckedAttributes):
     """Pre-training: most patches are hidden, and their pixels predicted from the others.
 
     The encoder is a model of the zoo and learns in place; in training mode or not, as it was, and the decoder is on its

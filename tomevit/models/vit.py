@@ -22,6 +22,7 @@ from tomevit.layers.merge import Tokens, check_tokens, rows
 from tomevit.layers.pool import AttentionPool, pool
 from tomevit.layers.rotary import RotaryEmbedding
 from tomevit.layers.uninitialised import layer_norm, linear
+from tomevit.models.assigned import CheckedAttributes
 from tomevit.models.for_timm import TimmInterface
 from tomevit.models.init import initial_heads
 from tomevit.models.summary import summarise
@@ -34,7 +35,7 @@ torch.fx.wrap("check_tokens")
 torch.fx.wrap("pool")
 
 
-class VisionTransformer(TimmInterface):
+class VisionTransformer(CheckedAttributes, TimmInterface):
     """A vision transformer in which tokens merge.
 
     Parameters have timm's names. They are left uninitialised here: `tomevit.models.build` fills them, once.

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +17,7 @@ from tomevit.factory import create
 from tomevit.measure.bench import bench
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
-from tomevit.output import new_file
+from tomevit.output import make_directory, new_file
 from tomevit.progress import progress_bar
 from tomevit.schedule import Schedule, distinct_schedules, format_schedule, schedule_from_json, schedule_to_json
 from tomevit.tasks import plots
@@ -27,7 +26,7 @@ from tomevit.transform import transform
 from tomevit.version import __version__
 from tomevit.zoo import cards
 
-MODEL = "digits_p2"
+MODELS = ("digits_p2", "digits_p1")
 R_VALUES: tuple[Schedule, ...] = (8, 13, 16, "2x")
 PICTURED = (0, 2, 3, 4, 5, 8)  # classes whose shapes differ most
 
@@ -70,8 +69,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run(out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODEL, batch: int = 50, rounds: int = 12) -> None:
-    """Classify held-out digits at several r, print a table, and write two pictures and all figures.
+def run(
+    out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODELS[0], batch: int = 50, rounds: int = 12
+) -> dict[str, Any]:
+    """Classify held-out digits at several r, and write two pictures and all figures.
 
     Times one CPU thread.
 
@@ -82,27 +83,30 @@ def run(out: Path, r_values: Sequence[Schedule] = (), *, model: str = MODEL, bat
         batch: images per call.
         rounds: timed calls of each r.
 
+    Returns:
+        What results.json has.
+
     Raises:
         ValueError: an r of no known form, or matplotlib is not installed.
+        OutputError: nothing can be written into that directory.
     """
     plots.require_matplotlib()
     plain, trained = (create(card.full_name, pretrained=True) for card in cards(model))
     values = distinct_schedules([0, *(r_values or R_VALUES)])
     for r in values:
         plain.schedule(r)  # a wrong r ends here, before anything is measured or written
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
 
     images, labels = held_out(model)
     with one_thread():
         results = _measure(plain, trained, images, labels, values, batch, rounds)
-    _print(results)
     with new_file(out / "merged_tokens.png") as draft:
         _draw_merging(draft, trained, images, labels)
     with new_file(out / "accuracy_throughput.png") as draft:
         _draw_trade_off(draft, results)
     with new_file(out / "results.json") as draft:
         draft.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    click.echo(f"\nwritten to {out}: merged_tokens.png, accuracy_throughput.png, results.json")
+    return results
 
 
 def _measure(
@@ -147,40 +151,9 @@ def _measure(
     }
 
 
-def _print(results: dict[str, Any]) -> None:
-    where = results["environment"]
-    click.echo(
-        f"{results['images']} held-out handwritten digits. Accuracy of {results['off_the_shelf']} off the shelf,\n"
-        f"and of {results['trained_with_merging']}, trained with merging. {_setting(results)}.\n"
-        f"{where['device']}, tomevit {where['tomevit']}, torch {where['torch']}, Python {where['python']}.\n"
-        "FLOPs are multiply-adds as they are computed; speed-up cannot pass the FLOP ratio by much.\n"
-    )
-    heads = ("r", "tokens", "GFLOPs", "off the shelf %", "trained %", "images/s", "speed-up", "FLOP ratio")
-    cells = [heads, *(_cells(row) for row in results["rows"])]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        click.echo("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+def setting(results: dict[str, Any]) -> str:
+    """How results were measured, in words."""
 
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        _format_r(row["r"]),
-        str(row["tokens"]),
-        f"{row['gflops_computed']:.4f}",
-        f"{row['accuracy']['off_the_shelf']:.2f}",
-        f"{row['accuracy']['trained_with_merging']:.2f}",
-        f"{row['images_per_second']:.0f}",
-        f"{row['speed_up']:.2f}",
-        f"{row['flop_ratio_computed']:.2f}",
-    )
-
-
-def _format_r(stored: Any) -> str:
-    """An r of results.json, as it is typed."""
-    return format_schedule(schedule_from_json(stored))
-
-
-def _setting(results: dict[str, Any]) -> str:
     def count(number: int, what: str) -> str:
         return f"{number} {what}{'s' if number > 1 else ''}"
 
@@ -189,6 +162,11 @@ def _setting(results: dict[str, Any]) -> str:
         f"Median of {count(results['rounds'], 'call')} of {count(results['batch'], 'image')}, {results['dtype']}, "
         f"{count(threads, 'thread')}"
     )
+
+
+def r_of(row: dict[str, Any]) -> str:
+    """The r of a row of results, as it is typed."""
+    return format_schedule(schedule_from_json(row["r"]))
 
 
 @torch.inference_mode()
@@ -218,16 +196,14 @@ def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
         path,
         {
             name: [
-                Point(
-                    f"r = {_format_r(row['r'])}", row["images_per_second"], row["accuracy"][key], row["gflops_computed"]
-                )
+                Point(f"r = {r_of(row)}", row["images_per_second"], row["accuracy"][key], row["gflops_computed"])
                 for row in rows
             ]
             for key, name in (
                 ("off_the_shelf", "merging off the shelf"),
-                ("trained_with_merging", f"trained with merging, r = {_format_r(results['trained_r'])}"),
+                ("trained_with_merging", f"trained with merging, r = {r_of({'r': results['trained_r']})}"),
             )
         },
         f"Merging on {results['images']} held-out digits",
-        f"{_setting(results)}\n{results['environment']['device']}",
+        f"{setting(results)}\n{results['environment']['device']}",
     )

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from tomevit.errors import import_extra
 from tomevit.training.digits import DIGITS, SPLIT_SEED, load_split, move_digits
-from tomevit.training.extras import import_extra
 from tomevit.transform import TrainingTransform, Transform
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomevit.training.extras import import_extra
+from tomevit.errors import import_extra
 
 SPLIT_SEED = 0  # whatever the seed of the training
 #: The sets of handwritten digits: their images' size, and the model that takes them.

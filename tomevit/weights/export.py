@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tomevit.cards import Card
 from tomevit.errors import check_path, check_type
 from tomevit.flops import plain_steps
-from tomevit.output import check_output, explain_os_errors, new_file
+from tomevit.output import check_output, make_directory, new_file
 from tomevit.schedule import format_schedule
 from tomevit.weights import checkpoint, rules
 from tomevit.weights.convert import weights_of
@@ -81,8 +81,7 @@ def export(
     made = [folder for folder in (out, *out.parents) if as_directory and not folder.exists()]
     try:
         if made:
-            with explain_os_errors(out):
-                out.mkdir(parents=True)
+            make_directory(out)
         with contextlib.ExitStack() as files:  # none is put in place before all are written
             for name, content in configs.items():
                 draft = files.enter_context(new_file(out / name, inputs=inputs))

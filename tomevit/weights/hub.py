@@ -11,6 +11,7 @@ from pathlib import Path
 from tomevit.cards import first_line
 from tomevit.config import Source
 from tomevit.errors import DownloadError
+from tomevit.progress import Bar
 from tomevit.weights.disk import DiskError, disk_error, explain_disk_errors, no_home
 from tomevit.weights.servers import Interrupted, UnreachedError, bounded_answers, is_offline, retry, words
 
@@ -63,6 +64,7 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
     assert source.hub
     repo, cache = source.hub, Path(constants.HF_HUB_CACHE)
@@ -76,7 +78,8 @@ def _try_hub(source: Source, name: str, *, local: bool) -> Path:
             place = next(place for place in (cache, *cache.parents) if place.exists())
             if there.will_download and (there.file_size or 0) > shutil.disk_usage(place).free:
                 raise disk_error(errno.ENOSPC, cache, "HF_HOME", there.file_size)
-            return Path(hf_hub_download(repo, name, revision=source.revision, local_files_only=local))
+            bar = None if are_progress_bars_disabled() else Bar
+            return Path(hf_hub_download(repo, name, revision=source.revision, local_files_only=local, tqdm_class=bar))
     except (DiskError, EntryNotFoundError, Interrupted, UnreachedError):
         raise
     except GatedRepoError as error:

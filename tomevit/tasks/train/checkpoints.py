@@ -17,7 +17,6 @@ def save_checkpoint(run: Run, parts: Record, done: Record) -> None:
     if run.options.dry_run:
         return
     out = Path(run.options.out)
-    out.mkdir(parents=True, exist_ok=True)
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     found = {"options": asdict(run.options), "data": describe(run.data), "done": done, "generators": generators}
     with new_file(out / CHECKPOINT) as path:

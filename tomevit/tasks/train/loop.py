@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from tomevit.errors import import_extra
 from tomevit.models import DistilledLogits
 from tomevit.schedule import Schedule
 from tomevit.tasks.train.checkpoints import restore, save_checkpoint
 from tomevit.tasks.train.options import Options, Record
 from tomevit.tasks.train.setup import Run
 from tomevit.training.datasets import Images, seeded
-from tomevit.training.extras import import_extra
 from tomevit.training.parameter_groups import param_groups
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}

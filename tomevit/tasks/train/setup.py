@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from tomevit.factory import create
 from tomevit.models import VisionTransformer
+from tomevit.output import make_directory
 from tomevit.schedule import resolve_schedule
 from tomevit.tasks.train.options import Options, Record
 from tomevit.training.datasets import Data, augmentation, check_source, load_data, noise_data
@@ -70,6 +72,8 @@ def set_up(options: Options, checkpoint: Record | None = None) -> Run:
     _fit_head(model, data.classes, options)
     if options.pretrained == "none" and model.config.embed_dim < NARROW:
         init_small(model)
+    if not options.dry_run:
+        make_directory(Path(options.out))  # what cannot be written is told before an epoch has passed
     return run
 
 
