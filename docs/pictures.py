@@ -32,7 +32,7 @@ from tomevit.tasks.visualize import Observation, Run, observe, pictures
 
 IMAGES = Path(__file__).parent / "images"
 HERO = "digits_p2.tome_r13"  # the trained model that the first picture is drawn from
-HERO_DIGIT = 2
+HERO_DIGIT = 3
 SCHEDULES: tuple[Schedule, ...] = (0, 8, 0.08, 13, 16, (13, -1.0))  # from the dearest to the cheapest
 EVEN, ODD, MERGED = plots.COLOURS[0], plots.COLOURS[1], plots.COLOURS[2]
 
@@ -162,7 +162,7 @@ def hero(path: Path) -> None:
     plain, merged = seen.runs
     scale = max(8, 448 // config.grid[0])
     figure = plots.panels(
-        [[seen.image / 255, *(plots.draw_groups(seen.image, merged.groups[i], scale, scale // 9) for i in blocks)]],
+        [[seen.image / 255, *(plots.draw_groups(seen.image, merged.groups[i], scale, scale // 7) for i in blocks)]],
         [f"image\n{config.num_tokens} tokens", *(f"after block {i}\n{merged.tokens[i]} tokens" for i in blocks)],
         [""],
         f"A trained ViT merges r = {format_schedule(r)} tokens in each block: "

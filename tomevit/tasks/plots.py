@@ -36,7 +36,9 @@ LIT = 0.35  # the share of LIGHT in one that is attended to most
 DPI = 160
 FRAME_DPI = 130  # of an animation
 
-MERGED_NOTE = "Patches within a coloured line are one token, and tend to its mean colour. All others are a token each."
+MERGED_NOTE = (
+    "Lines of one colour are around the patches of one token, tinted with its mean; all others are a token each."
+)
 DROPPED_NOTE = "Dark, hatched patches are dropped: no token stands for them."
 
 
