@@ -167,7 +167,7 @@ def hero(path: Path) -> None:
         [""],
         f"A trained ViT merges r = {format_schedule(r)} tokens in each block: "
         f"{tomevit.flops(config) / tomevit.flops(config, r):.1f} times fewer FLOPs, the same answer",
-        f"{model.card.full_name}. {plots.MERGED_NOTE} The class token, which never merges, is counted.",
+        f"{model.card.full_name}. {plots.MERGED_NOTE}\nThe class token, which never merges, is counted.",
         captions=[[_answer(plain), *[""] * (len(blocks) - 1), _answer(merged)]],
         inches=1.9,
     )

@@ -158,7 +158,9 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
             rate(best),
             f"{ours['speed_up']:.2f}",
             f"{ours['flop_ratio_computed']:.2f}",
-            with_range(ours["efficiency"], ours.get("efficiency_range"), 2).replace(" ", tables.NO_BREAK),
+            with_range(ours["efficiency"], ours.get("efficiency_range"), 2)
+            .replace(" ", tables.NO_BREAK)
+            .replace("–", f"{tables.JOINER}–{tables.JOINER}"),
             *("" if row is None else f"{ours['images_per_second'] / row['images_per_second']:.2f}" for row in others),
         ]
 

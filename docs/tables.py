@@ -26,7 +26,7 @@ from tomevit.tasks.demo import held_out
 from tomevit.tasks.visualize import Observation, observe, page
 
 HELP_WIDTH = 90  # characters
-NO_BREAK, NO_BREAK_HYPHEN = "\u00a0", "\u2011"
+NO_BREAK, NO_BREAK_HYPHEN, JOINER = "\u00a0", "\u2011", "\u2060"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) -> str:
@@ -63,7 +63,8 @@ def _architecture(card: Card) -> Sequence[object]:
         card.config.num_tokens,
         columns["params M"],
         f"{gigaflops:g}",  # three digits, and no exponent
-        *(columns[name].replace(" ", NO_BREAK) for name in ("top-1", "merged", "take r")),
+        columns["top-1"].replace(" ", NO_BREAK).replace("-", NO_BREAK_HYPHEN),
+        *(columns[name].replace(" ", NO_BREAK) for name in ("merged", "take r")),  # to be copied, hyphens and all
     )
 
 
