@@ -179,7 +179,7 @@ def _caption(run: Run, block: int, show: Show) -> str:
 def _moment(run: Run, step: int, show: Show) -> str:
     """Two lines below a frame: where it is, and at the end what the model says."""
     depth = len(run.tokens) - 1
-    where = f"block {step} of {depth}" if step else "before block 1"
+    where = f"{'in' if show == 'attention' else 'after'} block {step} of {depth}" if step else "before block 1"
     return "\n".join([f"{where}: {_caption(run, step, show)}", *(_answer(run) if step == depth else [""])])
 
 
