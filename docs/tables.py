@@ -46,10 +46,10 @@ def families() -> dict[str, list[Card]]:
 
 def architectures(title: str) -> str:
     """Of a family: where it is defined, and a row for each architecture."""
-    columns = ("model", "in timm", "pixels", "tokens", "params, M", "GFLOPs", "top-1, %", "merged, %", "take r")
+    columns = ("model", "pixels", "tokens", "params, M", "GFLOPs", "top-1, %", "merged, %", "take r", "in timm")
     cards = families()[title]
     papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
-    return f"{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}"
+    return f"{papers}.\n\n{table(columns, map(_architecture, cards))}"
 
 
 def _architecture(card: Card) -> Sequence[object]:
@@ -58,13 +58,13 @@ def _architecture(card: Card) -> Sequence[object]:
     gigaflops = float(f"{row['gflops']:.3g}")
     return (
         f"`{card.name}`",
-        f"`{card.timm}`" if card.timm else "",
         "×".join(dict.fromkeys(map(str, card.config.img_size))),  # one number for a square
         card.config.num_tokens,
         columns["params M"],
         f"{gigaflops:g}",  # three digits, and no exponent
         columns["top-1"].replace(" ", NO_BREAK).replace("-", NO_BREAK_HYPHEN),
         *(columns[name].replace(" ", NO_BREAK) for name in ("merged", "take r")),  # to be copied, hyphens and all
+        f"`{card.timm}`" if card.timm else "",
     )
 
 
