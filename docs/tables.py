@@ -17,16 +17,16 @@ from docs import weights_table
 from tests.outcomes import KINDS
 from tomevit import cli, zoo
 from tomevit.cards import Card
+from tomevit.cli.zoo import COLUMNS, cells, summary
 from tomevit.config import Figure
 from tomevit.flops import plain_schedule
-from tomevit.measure.defaults import default_r
-from tomevit.models import build_meta
+from tomevit.measure.defaults import plain_figure
 from tomevit.schedule import Schedule
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.visualize import Observation, observe, page
 
 HELP_WIDTH = 90  # characters
-NO_BREAK, NO_BREAK_HYPHEN = "\u00a0", "\u2011"
+NO_BREAK, NO_BREAK_HYPHEN, JOINER = "\u00a0", "\u2011", "\u2060"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) -> str:
@@ -46,23 +46,25 @@ def families() -> dict[str, list[Card]]:
 
 def architectures(title: str) -> str:
     """Of a family: where it is defined, and a row for each architecture."""
-    columns = ("model", "in timm", "pixels", "tokens", "blocks × width", "params, M", "GFLOPs", "most r")
+    columns = ("model", "pixels", "tokens", "params, M", "GFLOPs", "top-1, %", "merged, %", "take r", "in timm")
     cards = families()[title]
     papers = "; ".join(dict.fromkeys(paper for card in cards for paper in card.papers))
-    return f"{papers}.\n\n{table(columns, map(_architecture, cards), text=2)}"
+    return f"{papers}.\n\n{table(columns, map(_architecture, cards))}"
 
 
 def _architecture(card: Card) -> Sequence[object]:
-    config = card.config
+    row = summary(zoo.card(card.name))
+    columns = dict(zip((column.name for column in COLUMNS), cells(row), strict=False))
+    gigaflops = float(f"{row['gflops']:.3g}")
     return (
         f"`{card.name}`",
+        "×".join(dict.fromkeys(map(str, card.config.img_size))),  # one number for a square
+        card.config.num_tokens,
+        columns["params M"],
+        f"{gigaflops:g}",  # three digits, and no exponent
+        columns["top-1"].replace(" ", NO_BREAK).replace("-", NO_BREAK_HYPHEN),
+        *(columns[name].replace(" ", NO_BREAK) for name in ("merged", "take r")),  # to be copied, hyphens and all
         f"`{card.timm}`" if card.timm else "",
-        "×".join(dict.fromkeys(map(str, config.img_size))),  # one number for a square
-        config.num_tokens,
-        f"{config.depth} × {config.embed_dim}".replace(" ", NO_BREAK),
-        f"{sum(parameter.numel() for parameter in build_meta(config).parameters()) / 1e6:.2f}",
-        f"{float(f'{tomevit.flops(config) / 1e9:.3g}'):g}",  # three digits, and no exponent
-        default_r(card)[-1],
     )
 
 
@@ -93,8 +95,8 @@ def merged_figures() -> Iterator[Compared]:
     for name in tomevit.list_models(weights=True):
         card = tomevit.card(name)
         for merged in weights_table.merged_figures(card):
-            against = card if weights_table.plain_figure(card, [merged]) else tomevit.card(card.name)
-            plain = weights_table.plain_figure(against, [merged])
+            against = card if plain_figure(card, merged) else tomevit.card(card.name)
+            plain = plain_figure(against, merged)
             if plain is not None:
                 yield Compared(card, merged, against, plain)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import groupby
 
 import tomevit
 from tomevit.cards import Card
 from tomevit.config import Figure, Source
+from tomevit.measure.defaults import plain_figure
 
 LICENCES = {
     "apache-2.0": "Apache-2.0",
@@ -76,15 +76,8 @@ def merged_figures(card: Card) -> list[Figure]:
     return [figure for figure in card.figures if figure.r]
 
 
-def plain_figure(card: Card, merged: Sequence[Figure]) -> Figure | None:
-    """The figure at r = 0 that one of the merged ones is compared with where it was published, else the first."""
-    plain = [figure for figure in card.figures if not figure.r]
-    beside = [figure for figure in plain if any(each.source.startswith(figure.source) for each in merged)]
-    return next(iter(beside or plain), None)
-
-
 def _plain(card: Card) -> str:
-    figure = plain_figure(card, merged_figures(card))
+    figure = plain_figure(card, next(iter(merged_figures(card)), None))
     by = "" if figure is None or figure.by == "head" else f" ({figure.by})"
     return f"{figure.top1:.2f}{by}" if figure else ""
 

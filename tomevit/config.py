@@ -276,7 +276,7 @@ class Figure:
 
     @property
     def unit(self) -> str:
-        """What stands behind the number: "%", or "% by zero-shot"."""
+        """What follows the number: "%", or "% by zero-shot"."""
         return "%" if self.by == "head" else f"% by {self.by}"
 
 

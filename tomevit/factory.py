@@ -58,7 +58,7 @@ def create(
             or a name of the zoo with its weights' tag; or a model, in a wrapper of torch's or not, whose weights and
             card are copied: one of tomevit's, or of another library's as `tomevit.from_module` takes it. It must have
             the name's architecture, and brings its own image size and class count. Of an encoder without a head a model
-            can be made that norms behind the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
+            can be made that norms after the pooling, as MAE fine-tunes: "mae_b16" from "mae_cls_b16.pretrain".
         format, key, prefix: of a checkpoint given as pretrained, where it does not say itself what `tomevit.convert`
             asks for by these names.
         num_classes: outputs of the head, or of both heads; 0 leaves them out. Fresh weights replace pretrained ones

@@ -211,7 +211,9 @@ def test_visualize_saves_by_suffix(seen: Any, suffix: str, tmp_path: Path) -> No
 
 def test_visualize_draws_what_it_is_asked_for(seen: Any, tmp_path: Path) -> None:
     figure = seen.figure(show="attention", blocks=[1, 4])
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["block 1", "block 4"]
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["block 1", "block 4"]  # attention is in a block
+    figure = seen.figure(blocks=[1, 4])
+    assert {"after block 1", "after block 4"} < {axis.get_title() for axis in figure.axes}
     assert len(seen.figure(show="picture").axes) == 2  # the image, and what r = 8 makes of it
     seen.save(tmp_path / "a.png", show="picture")
     for wrong, said in (

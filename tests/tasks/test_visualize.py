@@ -454,6 +454,25 @@ def test_an_animation_of_a_photograph_is_small(tmp_path: Path) -> None:
     assert (tmp_path / "a.gif").stat().st_size < 3_000_000
 
 
+def test_lines_over_a_photograph_keep_their_colours_in_a_gif(tmp_path: Path, monkeypatch) -> None:
+    photo = Image.fromarray(load_sample_images().images[0])
+    seen = observe(tiny(img_size=(224, 224), patch_size=16, depth=12), photo, [2])
+    drawn: list[np.ndarray] = []
+    write = film.write
+
+    def write_and_keep(path: Path, suffix: str, frames: list[np.ndarray], seconds: list[float]) -> None:
+        drawn.extend(frames)
+        write(path, suffix, frames, seconds)
+
+    monkeypatch.setattr(film, "write", write_and_keep)
+    pictures.animation(tmp_path / "a.gif", ".gif", seen, "china.jpg")
+    with Image.open(tmp_path / "a.gif") as written:
+        written.seek(12)
+        apart = np.abs(np.asarray(written.convert("RGB"), float) - drawn[12]).max(-1)
+    lines = drawn[12].max(-1).astype(int) - drawn[12].min(-1) > 150  # nothing else is so bright a colour
+    assert (apart[lines] > 64).mean() < 0.02
+
+
 # ------------------------------------------------------------------------------------------------------------- command
 
 

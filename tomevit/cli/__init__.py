@@ -79,7 +79,7 @@ GROUPS = {
         "visualize": Verb(
             "visualize",
             "visualize",
-            "Which patches of an image are one token behind each block.",
+            "Which patches of an image are one token after each block.",
             "visualize photo.jpg --model vit_b16 --r 8 13 -o photo.html",
         ),
         "plot": Verb("plot", "plot_command", "Draw what eval and bench wrote as JSON.", "plot eval.json -o eval.png"),

@@ -57,9 +57,9 @@ def visualize(
     img_size: tuple[int, int] | None,
     device: str,
 ) -> None:
-    """Which patches of IMAGE are one token behind each block, at several r, and where the class token looks.
+    """Which patches of IMAGE are one token after each block, at several r, and where the class token looks.
 
-    A page is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs. A picture
+    A page is one file without network: a slider over blocks, the token of each patch, tokens and FLOPs. A picture
     is one for print. An animation goes through the blocks. All show the pixels that the model saw, resized and cropped.
     """
     check_outputs(out, inputs=[image, model])

@@ -19,7 +19,7 @@ from tomevit.cli.tables import Column, Table, show
 from tomevit.config import POOLED, Config, Preset, Source
 from tomevit.errors import nearest, printable
 from tomevit.flops import count_parameters, flops, plain_schedule, plain_steps
-from tomevit.measure.defaults import default_r, recommended_r
+from tomevit.measure.defaults import default_r, plain_figure, recommended_r
 from tomevit.output import check_outputs, new_file
 from tomevit.schedule import (
     Schedule,
@@ -69,7 +69,7 @@ def list_command(
     cards = [found for card in _of_family(cards, family) if (found := _of_licence(card, licence, weights)) is not None]
     if not cards:
         raise ValueError("no model is of this licence, family and pattern together; tomevit list shows all")
-    rows = [_summary(card) | {"name": card.full_name if weights else card.name} for card in cards]
+    rows = [summary(card) | {"name": card.full_name if weights else card.name} for card in cards]
     if key is not None:
         value, largest_first = KEYS[key]
         known = sorted((row for row in rows if value(row) is not None), key=value, reverse=largest_first)
@@ -78,7 +78,7 @@ def list_command(
         echo_json(rows)
         return
     last = (Column("trained r", 5), Column("licence", 3)) if weights else (Column("weights", 5), Column("presets", 7))
-    show([Table((*COLUMNS, *last), [_cells(row, weights) for row in rows])])
+    show([Table((*COLUMNS, *last), [cells(row, weights) for row in rows])])
 
 
 def _of_family(cards: Sequence[Card], family: str | None) -> Sequence[Card]:
@@ -112,7 +112,8 @@ def _of_licence(card: Card, licence: str | None, weights: bool) -> Card | None:
     return next((other for other in others if other.licence in matching), None)
 
 
-def _cells(row: dict[str, Any], weights: bool) -> list[Any]:
+def cells(row: dict[str, Any], weights: bool = False) -> list[Any]:
+    """What `tomevit list` shows of a summary, in the order of its columns."""
     merged, take = row["merged"], row["recommended"]
     trained = format_schedule(schedule_from_json(row["r"]))
     return [
@@ -128,12 +129,13 @@ def _cells(row: dict[str, Any], weights: bool) -> list[Any]:
     ]
 
 
-def _summary(card: Card) -> dict[str, Any]:
-    plain = sorted((figure for figure in card.figures if not figure.r), key=lambda figure: figure.by != "head")
+def summary(card: Card) -> dict[str, Any]:
+    """What there is to say of a model in a line, as `tomevit list --json` has it."""
     take = recommended_r(card)
     merged = [figure for figure in card.figures if figure.r]
     # The accuracy at what is recommended, else the highest there is with merging.
     best = max(merged, key=lambda figure: (figure.r == take.r, figure.top1), default=None)
+    plain = plain_figure(card, best)
     return {
         "name": card.name,
         "title": card.title,
@@ -144,8 +146,8 @@ def _summary(card: Card) -> dict[str, Any]:
         "default_weights": card.weights,
         "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
         "figures": [asdict(figure) for figure in card.figures],
-        "top1": plain[0].top1 if plain else None,
-        "top1_by": plain[0].by if plain else None,
+        "top1": plain.top1 if plain else None,
+        "top1_by": plain.by if plain else None,
         "merged": {"r": best.r, "top1": best.top1} if best else None,
         "recommended": {"r": schedule_to_json(take.r), "known": take.top1 is not None or card.r == take.r},
         "presets": _presets(card, card.config, [card]),
@@ -209,7 +211,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
     "--plot",
     "picture",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Draw the tokens behind each block, a line for each r: .png, .svg or .pdf.",
+    help="Draw the tokens after each block, a line for each r: .png, .svg or .pdf.",
 )
 def info(
     name: str,

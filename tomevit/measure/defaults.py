@@ -33,7 +33,7 @@ def recommended_r(card: Card) -> Recommended:
     """An r to begin with, by what is published of the weights.
 
     That which they were trained with. Else, of those with a published accuracy that lose `SMALL_DROP` points at most,
-    that of the fewest FLOPs. Else half of the r that leaves next to nothing behind the last block, of which no
+    that of the fewest FLOPs. Else half of the r that leaves next to nothing after the last block, of which no
     accuracy is known.
     """
     figures = {figure.r: figure.top1 for figure in card.figures if figure.by == "head"}
@@ -51,7 +51,22 @@ def recommended_r(card: Card) -> Recommended:
 
 
 def drop_of(merged: Figure, card: Card) -> float | None:
-    """What a published accuracy is below that without merging, of the same source where it has one, in points."""
-    plain = [figure for figure in card.figures if not figure.r and figure.by == merged.by]
-    beside = [figure for figure in plain if merged.source.startswith(figure.source)] or plain
-    return beside[0].top1 - merged.top1 if beside else None
+    """What a published accuracy is below that without merging which it is compared with, in points."""
+    plain = plain_figure(card, merged)
+    return plain.top1 - merged.top1 if plain is not None and plain.by == merged.by else None
+
+
+def plain_figure(card: Card, merged: Figure | None = None) -> Figure | None:
+    """The published accuracy without merging of a card's weights; None: there is none.
+
+    Args:
+        card: of the weights.
+        merged: an accuracy with merging: wanted is what it is compared with, of the same source where that has one.
+    """
+    plain = [figure for figure in card.figures if not figure.r]
+    by = "head" if merged is None else merged.by
+
+    def is_unlike(figure: Figure) -> tuple[bool, bool]:
+        return figure.by != by, merged is not None and not merged.source.startswith(figure.source)
+
+    return min(plain, key=is_unlike, default=None)

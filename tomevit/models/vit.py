@@ -146,7 +146,7 @@ class VisionTransformer(CheckedAttributes, TimmInterface):
     def forward_features(
         self, images: Tensor, r: Schedule | None = None, *, trace: bool = True, visible: Tensor | None = None
     ) -> Tokens:
-        """All tokens behind the last block and the final norm.
+        """All tokens after the last block and the final norm.
 
         Args:
             images: (B, C, H, W) floating, normalised.

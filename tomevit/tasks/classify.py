@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 
     image: str  # the file; "" for an image in memory
     top: tuple[Guess, ...]  # the likeliest first
-    tokens: int  # that are left behind the last block
+    tokens: int  # that remain after the last block
     seconds: float | None = None  # of the model, per image of its batch; without reading and preparing
     top_unmerged: tuple[Guess, ...] = ()  # the likeliest at r = 0 first, with the same two probabilities
     seconds_unmerged: float | None = None

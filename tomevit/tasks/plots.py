@@ -36,7 +36,9 @@ LIT = 0.35  # the share of LIGHT in one that is attended to most
 DPI = 160
 FRAME_DPI = 130  # of an animation
 
-MERGED_NOTE = "Patches within a coloured line are one token, and tend to its mean colour. All others are a token each."
+MERGED_NOTE = (
+    "Lines of one colour are around the patches of one token, tinted with its mean; all others are a token each."
+)
 DROPPED_NOTE = "Dark, hatched patches are dropped: no token stands for them."
 
 
@@ -339,7 +341,7 @@ def _panels(
 
 
 def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]], title: str, note: str = "") -> None:
-    """How many tokens are left behind each block, a line for each schedule.
+    """How many tokens remain after each block, a line for each schedule.
 
     Args:
         path: the picture to write.
@@ -361,7 +363,7 @@ def tokens_per_layer(path: Path, suffix: str, lines: Mapping[str, Sequence[int]]
     axis.margins(x=0.03)
     axis.set_ylim(bottom=0)
     axis.set_xlabel("block", fontsize=10.5, color=INK)
-    axis.set_ylabel("tokens behind it", fontsize=10.5, color=INK)
+    axis.set_ylabel("tokens after it", fontsize=10.5, color=INK)
     axis.set_title(title, fontsize=12.5, color=INK, pad=12)
     _tidy(axis)
     axis.legend(frameon=False, fontsize=9.5, labelcolor=INK, loc="best")

@@ -1,4 +1,4 @@
-"""What merging does to one image: which patches are one token behind each block, and where the class token looks.
+"""What merging does to one image: which patches are one token after each block, and where the class token looks.
 
 `visualize` and `observe` compute it, as plain data. `pictures.draw` makes a picture of it, `page.html` a page to look
 around in.
@@ -75,7 +75,7 @@ class Run:
     plain: Schedule  # in numbers: what "2x" means for this model
     tokens: tuple[int, ...]  # that leave each step, prefix included: depth + 1
     flops: tuple[int, ...]  # multiply-adds of each step, as the paper counts them: depth + 1
-    #: (depth + 1, rows, columns) int64: the token that each patch is part of behind each step, from 0; -1 if dropped
+    #: (depth + 1, rows, columns) int64: the token that each patch is part of after each step, from 0; -1 if dropped
     groups: Tensor
     attention: Tensor | None  # (depth, rows, columns) float32: of the class token in each block, each patch's share
     prefix_attention: (
@@ -85,7 +85,7 @@ class Run:
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """How many patches are part of no token behind each step: depth + 1 numbers."""
+        """How many patches are part of no token after each step: depth + 1 numbers."""
         return tuple((self.groups < 0).sum((1, 2)).tolist())
 
 
@@ -95,7 +95,7 @@ class Observation:
 
     card: Card
     config: Config
-    image: Tensor  # (C, H, W) uint8: the pixels that the model saw, behind the resize and the crop
+    image: Tensor  # (C, H, W) uint8: the pixels that the model saw, after the resize and the crop
     runs: tuple[Run, ...]
     title: str = ""  # above pages and pictures: the name of the image's file, say
 
@@ -116,7 +116,7 @@ class Observation:
         """A figure of matplotlib's, which a notebook shows.
 
         Args:
-            show: "picture": the image, and what the last block leaves of it at each r. "strip": the tokens behind some
+            show: "picture": the image, and what the last block leaves of it at each r. "strip": the tokens after some
                 blocks, a row for each r. "attention": where the class token looks in these blocks.
             blocks: of a strip or of attention: which blocks, from 1; empty: four, evenly spaced, the last among them.
 
@@ -132,7 +132,7 @@ class Observation:
     def save(self, path: str | PathLike[str], *, show: Show | None = None, blocks: Sequence[int] = ()) -> None:
         """Write it, as the name's ending says.
 
-        A page, .html, is one file without network: a slider over blocks, the group behind each patch, tokens and FLOPs.
+        A page, .html, is one file without network: a slider over blocks, the token of each patch, tokens and FLOPs.
         A picture, .png, .svg or .pdf, is one for print; an animation, .gif or .mp4, goes through the blocks.
 
         Args:
@@ -208,7 +208,7 @@ def visualize(
             model's own.
         title: above pages and pictures; None: the file's name.
         upright: turn a photograph as its EXIF data says; PIL images and tensors are taken as they are.
-        progress: called behind each r.
+        progress: called after each r.
 
     Raises:
         ValueError: as `observe`; or the file is no image.
@@ -243,7 +243,7 @@ def observe(
         model: in evaluation mode, of one or three channels; in a wrapper of torch's or not.
         image: as `tomevit.transform(model)` takes it: a PIL image, or a uint8 tensor (C, H, W).
         r_values: one or more, as `model.r`.
-        progress: called behind each r.
+        progress: called after each r.
 
     Raises:
         ValueError: the model is in training mode or takes no pictures, the image does not fit, or an r has no known
@@ -275,7 +275,7 @@ def observe(
 
 
 def _run(model: VisionTransformer, steps: Sequence[Tokens], r: Schedule) -> Run:
-    """From the tokens of one image behind each step."""
+    """From the tokens of one image after each step."""
     config, prefix, plain = model.config, model.config.num_prefix, model.plain(r)
     slots = [step.slots for step in steps if step.slots is not None]  # traced, so all of them
     groups = torch.cat(slots)[:, prefix:].sub(prefix).clamp(min=-1).view(-1, *config.grid).cpu()

@@ -738,7 +738,7 @@
     const costs = (value) => (value === 0 ? "0" : value.toPrecision(3));
     byId("chart-flops-title").textContent = `${UNIT} of each block`;
     charts = [
-      chart(byId("chart-tokens"), runs.map((run) => run.tokens), 0, whole, "Tokens behind each block"),
+      chart(byId("chart-tokens"), runs.map((run) => run.tokens), 0, whole, "Tokens after each block"),
       chart(byId("chart-flops"), runs.map((run) => run.flops.slice(1).map((flops) => flops / unit)), 1, costs, `${UNIT} of each block`),
     ];
 

@@ -55,7 +55,7 @@ def figure(observation: Observation, title: str, *, show: Show = "strip", blocks
         observation: what to draw.
         title: above everything.
         show: "picture": the image, and what the last block leaves of it at each r (ToMe, figure 4). "strip": the tokens
-            behind some blocks, a row for each r. "attention": where the class token looks in these blocks.
+            after some blocks, a row for each r. "attention": where the class token looks in these blocks.
         blocks: which blocks, from 1; empty: four, evenly spaced, the last among them.
 
     Raises:
@@ -71,7 +71,7 @@ def figure(observation: Observation, title: str, *, show: Show = "strip", blocks
         columns = [_r(run) for run in runs]
         captions = [[_outcome(run) for run in runs]]
         return plots.panels(pictures, columns, [""], title, note, captions=captions, inches=inches, source=source)
-    columns = [f"block {block}" for block in blocks]
+    columns = [f"block {block}" if show == "attention" else f"after block {block}" for block in blocks]
     labels = ["\n".join([_r(run), _cost(run), *_answer(run)]) for run in runs]
     pictures = [[_picture(observation, run, block, show, pixels) for block in blocks] for run in runs]
     captions = [[_caption(run, block, show) for block in blocks] for run in runs]
@@ -86,7 +86,7 @@ def animation(path: Path, suffix: str, observation: Observation, title: str, *, 
         suffix: ".gif", which begins again for ever, or ".mp4", whatever the path's.
         observation: what to draw.
         title: above everything.
-        show: "strip" or "picture": the tokens behind each block. "attention": where the class token looks in it.
+        show: "strip" or "picture": the tokens after each block. "attention": where the class token looks in it.
 
     Raises:
         ValueError: there is no class token whose attention could be shown, or no encoder (`film.require_encoder`).
@@ -179,7 +179,7 @@ def _caption(run: Run, block: int, show: Show) -> str:
 def _moment(run: Run, step: int, show: Show) -> str:
     """Two lines below a frame: where it is, and at the end what the model says."""
     depth = len(run.tokens) - 1
-    where = f"block {step} of {depth}" if step else "before block 1"
+    where = f"{'in' if show == 'attention' else 'after'} block {step} of {depth}" if step else "before block 1"
     return "\n".join([f"{where}: {_caption(run, step, show)}", *(_answer(run) if step == depth else [""])])
 
 
