@@ -184,7 +184,7 @@ def test_an_interrupted_search_goes_on_from_its_file(
         (["-o", "x.pth", "--speed-up", "2"], "must end in .safetensors"),
         (["--front", "x.txt"], "must end in .json"),
         (["--front", "x.json", "--plot", "x.json"], ".png, .svg or .pdf"),
-        (["--images", "20"], "--images"),
+        (["--limit", "20"], "--limit"),
         (["--matchings", "grid"], "grid"),
         (["--csv"], "this command has no --csv, but --json"),
         (["--device", "abacus"], "abacus"),

@@ -86,7 +86,7 @@ class Latency(click.ParamType):  # type: ignore[type-arg]  # generic from click 
 @options.truth
 @options.classes
 @click.option(
-    "--images",
+    "--limit",
     "count",
     type=click.IntRange(128, 512),
     default=256,
