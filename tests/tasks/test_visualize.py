@@ -352,8 +352,8 @@ def test_a_strip_shows_the_blocks_asked_for(tmp_path: Path, observation: Observa
     assert pictures.blocks_to_show(tiny(depth=2).config, "strip") == [1, 2]
     pictures.draw(tmp_path / "a.svg", ".svg", observation, "title", blocks=[3])
     text = (tmp_path / "a.svg").read_text(encoding="utf-8")
-    assert "<!-- block 3 -->" in text
-    assert "<!-- block 2 -->" not in text
+    assert "<!-- after block 3 -->" in text
+    assert "<!-- after block 2 -->" not in text
     assert f"<!-- {observation.runs[1].tokens[3]} tokens -->" in text
     for block in (0, 5):
         with pytest.raises(ValueError, match="1 to 4"):
