@@ -166,7 +166,8 @@ def hero(path: Path) -> None:
         [f"image\n{config.num_tokens} tokens", *(f"after block {i}\n{merged.tokens[i]} tokens" for i in blocks)],
         [""],
         f"A trained ViT merges r = {format_schedule(r)} tokens in each block: "
-        f"{tomevit.flops(config) / tomevit.flops(config, r):.1f} times fewer FLOPs, the same answer",
+        f"{tomevit.flops(config, computed=True) / tomevit.flops(config, r, computed=True):.1f} times fewer FLOPs, "
+        "the same answer",
         f"{model.card.full_name}. {plots.MERGED_NOTE}\nThe class token, which never merges, is counted.",
         captions=[[_answer(plain), *[""] * (len(blocks) - 1), _answer(merged)]],
         inches=1.9,
@@ -214,4 +215,7 @@ def main(folder: Path = IMAGES) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    places = [Path(argument) for argument in sys.argv[1:]]
+    if len(places) > 1 or not all(place.is_dir() for place in places):
+        sys.exit(__doc__)
+    main(*places)

@@ -152,7 +152,7 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
         assert ours is not None
         others = [alike("timm"), alike("reference")]
         yield [
-            name.replace(" ", tables.NO_BREAK).replace("-", tables.NO_BREAK_HYPHEN),
+            name,
             comparison["dtype"],
             str(comparison["batch"]),
             str(r),
@@ -160,9 +160,7 @@ def rows(result: dict[str, Any]) -> Iterator[list[str]]:
             rate(best),
             f"{ours['speed_up']:.2f}",
             f"{ours['flop_ratio_computed']:.2f}",
-            with_range(ours["efficiency"], ours.get("efficiency_range"), 2)
-            .replace(" ", tables.NO_BREAK)
-            .replace("–", f"{tables.JOINER}–{tables.JOINER}"),
+            with_range(ours["efficiency"], ours.get("efficiency_range"), 2),
             *("" if row is None else f"{ours['images_per_second'] / row['images_per_second']:.2f}" for row in others),
         ]
 
@@ -173,6 +171,6 @@ def fastest(found: Iterator[Row]) -> Row | None:
 
 def rate(row: Row) -> str:
     """Images per second; how they were had, where that is not what most are: tomevit's, optimized."""
-    how = {"tomevit optimized": "", "tomevit eager": f"{tables.NO_BREAK}(eager)"}
+    how = {"tomevit optimized": "", "tomevit eager": " (eager)"}
     had = f"{row['implementation']} {row['mode']}"
-    return f"{row['images_per_second']:.2f}{how.get(had, f'{tables.NO_BREAK}({had})')}"
+    return f"{row['images_per_second']:.2f}{how.get(had, f' ({had})')}"

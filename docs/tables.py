@@ -26,7 +26,7 @@ from tomevit.tasks.demo import held_out
 from tomevit.tasks.visualize import Observation, observe, page
 
 HELP_WIDTH = 90  # characters
-NO_BREAK, NO_BREAK_HYPHEN, JOINER = "\u00a0", "\u2011", "\u2060"
+NO_BREAK, NO_BREAK_HYPHEN = "\u00a0", "\u2011"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], text: int = 1) -> str:
