@@ -28,11 +28,13 @@ MOST_NAMED = 4  # in a sentence
 
 
 def read(folder: Path = RESULTS) -> tuple[dict[str, Any], list[Group]]:
-    """What a folder has: the setting it was measured in, and the groups; nothing of one that is not there."""
+    """What a folder has: the setting, and the groups, by architecture; nothing of one that is not there."""
     if not (folder / ROWS).exists():
         return {}, []
     setting, *rows = (json.loads(line) for line in (folder / ROWS).read_text(encoding="utf-8").splitlines())
-    return setting["setting"], groups_of(rows)
+    groups = groups_of(rows)
+    architectures = list(dict.fromkeys(group.architecture for group in groups))
+    return setting["setting"], sorted(groups, key=lambda group: architectures.index(group.architecture))
 
 
 def section(setting: dict[str, Any], groups: Sequence[Group]) -> str:
@@ -185,8 +187,8 @@ def _points(each: Difference) -> str:
     sign = 1 if each.value >= 0 else -1
     ends = sorted((sign * each.lower, sign * each.upper))
     files = sorted(sign * value for value in each.by_file)
-    over_files = f"; file by file {files[0]:.1f} to {files[-1]:.1f}" if len(files) > 1 else ""
-    return f"{abs(each.value):.1f} points ({ends[0]:.1f} to {ends[1]:.1f}{over_files})"
+    over_files = f"; file by file {files[0]:z.1f} to {files[-1]:z.1f}" if len(files) > 1 else ""
+    return f"{abs(each.value):.1f} points ({ends[0]:z.1f} to {ends[1]:z.1f}{over_files})".replace("-", "−")
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -306,14 +308,14 @@ def _marked(groups: Sequence[Group]) -> list[str]:
 
 
 def _curves(group: Group, marked: Sequence[str]) -> dict[str, list[plots.Fidelity]]:
-    """For each way, marked ones last, its points by rising throughput, means over the files."""
+    """For each way, marked ones last, its points by rising throughput, means over the files, of what all have."""
     found: dict[str, list[plots.Fidelity]] = {}
     for way in sorted(group.ways, key=lambda way: marked.index(way) if way in marked else -1):
         keys = dict.fromkeys(key for file in group.answers for key in file if key[0] in (UNMERGED, way))
         curve = []
         for key in keys:
             those = [file[key] for file in group.answers if key in file and file[key].schedule in group.speed_ups]
-            if those:
+            if len(those) == len(group.answers):  # or a line would go from one file's to the other's
                 curve.append(
                     plots.Fidelity(
                         group.rate * fmean(group.speed_ups[each.schedule].value for each in those),

@@ -231,6 +231,12 @@ def test_files_of_one_kind_are_seeds() -> None:
     assert "94.75 [94.50–95.00]" in page.points([group])
 
 
+def test_a_curve_has_the_points_that_all_files_have() -> None:
+    rows = rows_of({"tuned": [(1.5, 10), (2.0, 40)]}, files=2)
+    (group,) = groups_of([row for row in rows if row["key"] != "answers/1/tuned 1"])
+    assert len(page._curves(group, ["tuned"])["tuned"]) == 2  # r = 0, and one point
+
+
 def test_schedules_that_came_later_are_compared_in_their_own_rounds() -> None:
     rows = rows_of({"bipartite": [(2.0, 10)], "late": [(2.0, 10)]})
     for i, row in enumerate(row for row in rows if row["kind"] == "round"):
