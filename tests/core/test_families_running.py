@@ -248,10 +248,15 @@ def test_data_parallel_wrappers_take_it(family: str, tmp_path: Path) -> None:
     images = images_for(model)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        answer = wrapped(images, 2)
-        torch.testing.assert_close(answer, model(images, 2), rtol=0, atol=0)
-        answer.square().sum().backward()  # fails where a parameter has no part in the answer and is waited for
-        assert all(parameter.grad is not None for parameter in model.parameters())
+        _answers_and_learns_wrapped(model, images)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _answers_and_learns_wrapped(model: nn.Module, images: Tensor) -> None:
+    """The wrapper ends with this function: one that outlives its process group may wait for its threads for ever."""
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    answer = wrapped(images, 2)
+    torch.testing.assert_close(answer, model(images, 2), rtol=0, atol=0)
+    answer.square().sum().backward()  # fails where a parameter has no part in the answer and is waited for
+    assert all(parameter.grad is not None for parameter in model.parameters())
