@@ -119,12 +119,16 @@ def _furthest_ahead(group: Group, target: float) -> str:
     there = [way for way, places in group.places.items() if target in places]
     if BASELINE not in there:
         return f"{called(BASELINE)} is not so fast" if there else "–"
-    differences = {way: group.difference(way, BASELINE, target) for way in there if way != BASELINE}
+    differences = _over_baseline(group, there, target)
     ahead = {way: each for way, each in differences.items() if each.verdict == "ahead"}
     if not ahead:
         return "none"
     way = max(ahead, key=lambda way: ahead[way].value)
     return f"{way} +{ahead[way].value:.1f} ({ahead[way].lower:.1f} to {ahead[way].upper:.1f})"
+
+
+def _over_baseline(group: Group, there: Sequence[str], target: float) -> dict[str, Difference]:
+    return {way: group.difference(way, BASELINE, target) for way in there if way != BASELINE}
 
 
 def _winner(group: Group, there: Sequence[str], target: float) -> str:
@@ -155,7 +159,7 @@ def _least_moved(group: Group, there: Sequence[str], target: float) -> str:
 
 
 def _against_baseline(group: Group, there: Sequence[str], target: float) -> str:
-    differences = {way: group.difference(way, BASELINE, target) for way in there if way != BASELINE}
+    differences = _over_baseline(group, there, target)
     ranked = sorted(differences.items(), key=lambda item: -item[1].value)
     parts = []
     for verdict, word in (("ahead", "Ahead of"), ("behind", "Behind")):

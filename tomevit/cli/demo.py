@@ -11,7 +11,7 @@ import click
 from tomevit.cli.options import FORMS_OF_R, Many, R
 from tomevit.cli.tables import Column, Table, show
 from tomevit.schedule import Schedule
-from tomevit.tasks.demo import MODELS, r_of, run, setting
+from tomevit.tasks.demo import MODELS, format_stored_r, run, setting
 
 COLUMNS = (
     *(Column("r"), Column("tokens", 2), Column("GFLOPs", 4), Column("off the shelf %"), Column("trained %")),
@@ -57,7 +57,7 @@ def _report(results: dict[str, Any]) -> Iterator[str | Table]:
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
-        r_of(row),
+        format_stored_r(row["r"]),
         str(row["tokens"]),
         f"{row['gflops_computed']:.4f}",
         f"{row['accuracy']['off_the_shelf']:.2f}",

@@ -164,9 +164,9 @@ def setting(results: dict[str, Any]) -> str:
     )
 
 
-def r_of(row: dict[str, Any]) -> str:
-    """The r of a row of results, as it is typed."""
-    return format_schedule(schedule_from_json(row["r"]))
+def format_stored_r(stored: Any) -> str:
+    """An r of results, as it is typed."""
+    return format_schedule(schedule_from_json(stored))
 
 
 @torch.inference_mode()
@@ -196,12 +196,17 @@ def _draw_trade_off(path: Path, results: dict[str, Any]) -> None:
         path,
         {
             name: [
-                Point(f"r = {r_of(row)}", row["images_per_second"], row["accuracy"][key], row["gflops_computed"])
+                Point(
+                    f"r = {format_stored_r(row['r'])}",
+                    row["images_per_second"],
+                    row["accuracy"][key],
+                    row["gflops_computed"],
+                )
                 for row in rows
             ]
             for key, name in (
                 ("off_the_shelf", "merging off the shelf"),
-                ("trained_with_merging", f"trained with merging, r = {r_of({'r': results['trained_r']})}"),
+                ("trained_with_merging", f"trained with merging, r = {format_stored_r(results['trained_r'])}"),
             )
         },
         f"Merging on {results['images']} held-out digits",
