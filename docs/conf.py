@@ -82,7 +82,7 @@ def _lead(folder: Path, link: re.Match[str]) -> str:
 
 
 def tell_fields(_: Sphinx, what: str, __: str, obj: Any, ___: object, lines: list[str]) -> None:
-    """The fields of data, each with the comment behind it in the source."""
+    """The fields of data, each with the comment after it in the source."""
     if what != "class" or not _is_data(obj):
         return
     source = inspect.getsource(obj)

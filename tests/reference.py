@@ -26,7 +26,7 @@ class Token(NamedTuple):
 class Seen(NamedTuple):
     """What a matching may look at, of each token."""
 
-    x: list[Tensor]  # (D,), behind attention
+    x: list[Tensor]  # (D,), after attention
     key: list[Tensor]  # (d,), averaged over the heads
     importance: list[float]
     depth: float  # blocks before this one, as a share of all
@@ -41,7 +41,7 @@ class Groups(NamedTuple):
 
 
 class Answer(NamedTuple):
-    tokens: Tensor  # (N, D), behind the final norm
+    tokens: Tensor  # (N, D), after the final norm
     sizes: list[int]
     sources: list[tuple[int, ...]]
     weights: list[float]

@@ -1,6 +1,6 @@
 """What a safetensors file holds, and where: read from its header alone, which nothing is mapped into memory for.
 
-A file is the length of its header in 8 bytes, little-endian; the header, in JSON; and the values, one tensor behind the
+A file is the length of its header in 8 bytes, little-endian; the header, in JSON; and the values, one tensor after the
 other (https://huggingface.co/docs/safetensors). safetensors' own reader maps the whole file: that takes as much address
 space for every tensor, and ends the process when someone cuts the file short meanwhile.
 """

@@ -56,7 +56,7 @@ def subject_of(model: nn.Module | Card | str, right: str = "a model of tomevit's
 def flops(model: nn.Module | Card | Config | str, r: Schedule | None = None, *, computed: bool = False) -> int:
     """Multiply-adds of the matrix products for one image, as the ToMe paper counts them, or as they are computed.
 
-    The patch embedding, and per block with N tokens in, N' behind the merge and D channels 4ND² + 2N²D for attention
+    The patch embedding, and per block with N tokens in, N' after the merge and D channels 4ND² + 2N²D for attention
     and 8N'D² for an MLP of ratio 4. Heads, norms, attention pooling and the merge itself are not counted.
 
     Args:

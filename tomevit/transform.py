@@ -93,7 +93,7 @@ class Transform:
             resample = {"bilinear": Resampling.BILINEAR, "bicubic": Resampling.BICUBIC}[self.preprocess.interpolation]
             resized = image.resize((columns.resized, rows.resized), resample)
             return _pixels(resized.crop((columns.begin, rows.begin, columns.end, rows.end)))
-        # The same arithmetic, to the last bit: whole numbers, rounded and clipped behind each of the two passes.
+        # The same arithmetic, to the last bit: whole numbers, rounded and clipped after each of the two passes.
         down, across = (_sums(window, self.preprocess.interpolation) for window in (rows, columns))
         pixels = _pixels(image.crop((across.begin, down.begin, across.end, down.end))).to(torch.int64)
         passes = [(-1, across), (-2, down)]

@@ -24,7 +24,7 @@ import fnmatch
 import itertools
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -55,8 +55,8 @@ OF_WEIGHTS = ("num_classes", "prop_attn", "act", "pool", "proj_dim")
 class _Zoo(NamedTuple):
     architectures: Mapping[str, Card]  # by model name, without weights
     cards: Mapping[str, tuple[Card, ...]]  # by model name; the default weights first
-    aliases: Mapping[str, str]  # other names, timm's among them
-    repositories: Mapping[str, str]  # of the hub, with the weights that are published there
+    aliases: dict[str, str]  # other names, timm's among them
+    repositories: dict[str, str]  # of the hub, with the weights that are published there
 
 
 def configs() -> Path:
@@ -154,7 +154,7 @@ def _preprocess(fields: dict[str, Any]) -> Preprocess:
 
 
 def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
-    """The names of all models that match a pattern, or whose other names do: timm's, and those of repositories.
+    """The names of all models that match a pattern; where none does, of those whose timm's or repository's name does.
 
     Args:
         pattern: with the shell's wildcards, as in "deit*" or "vit_base*".
@@ -162,18 +162,19 @@ def list_models(pattern: str = "*", *, weights: bool = False) -> list[str]:
     """
     check_type("pattern", pattern, str, "a text, as in 'deit*'")
     zoo = _zoo()
-    others: dict[str, set[str]] = {}
-    for alias, name in itertools.chain(zoo.aliases.items(), zoo.repositories.items()):
-        others.setdefault(name, set()).add(alias)
-
-    def matches(model: str, those: Sequence[Card]) -> bool:
-        called = [model, *(found.full_name for found in those)]
-        names = itertools.chain(called[1:] if weights else called[:1], *(others.get(name, ()) for name in called))
-        return bool(fnmatch.filter(names, pattern))
-
     if weights:
-        return [found.full_name for model, those in zoo.cards.items() for found in those if matches(model, [found])]
-    return [model for model, those in zoo.cards.items() if matches(model, those)]
+        models = {found.full_name: model for model, those in zoo.cards.items() for found in those}
+    else:
+        models = {model: model for model in zoo.cards}
+    own = [name for name, model in models.items() if fnmatch.filter((name, model), pattern)]
+    if own:
+        return own
+    every = [found for those in zoo.cards.values() for found in those if found.weights]
+    names = zoo.aliases | zoo.repositories | {f"{found.timm}.{found.weights}": found.full_name for found in every}
+    meant = {names[other] for other in fnmatch.filter(names, pattern)}
+    if not weights:
+        meant = {name.partition(".")[0] for name in meant}
+    return [name for name, model in models.items() if meant & {name, model}]
 
 
 def cards(name: str) -> tuple[Card, ...]:

@@ -435,7 +435,7 @@ def trunk(projection: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_the_projection_behind_a_trunk_is_taken(told: bool, tmp_path: Path) -> None:
+def test_the_projection_after_a_trunk_is_taken(told: bool, tmp_path: Path) -> None:
     matrix = torch.randn(7, 192)
     theirs, tensors = trunk({"visual.head.proj.weight": matrix})
     vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "linear", "image_size": 32}
@@ -476,9 +476,9 @@ def test_the_trunk_of_eva02s_clip_ends_in_its_projection(
         {"visual.head.mlp.fc1.weight": torch.ones(7, 192), "visual.head.mlp.fc2.weight": torch.ones(7, 7)},
     ],
 )
-def test_another_projection_behind_a_trunk_is_never_dropped(projection: dict[str, Tensor], tmp_path: Path) -> None:
+def test_another_projection_after_a_trunk_is_never_dropped(projection: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(trunk(projection)[1], tmp_path / "mine.safetensors")
-    with pytest.raises(CheckpointError, match=r"its visual\.head\..* behind the trunk"):
+    with pytest.raises(CheckpointError, match=r"its visual\.head\..* after the trunk"):
         tomevit.convert(tmp_path / "mine.safetensors", tmp_path / "out.safetensors", model="vit_ti16")
 
 

@@ -220,7 +220,7 @@ def test_the_encoder_becomes_a_classifier(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "options", "message"),
     [
-        ({"pool": "avg", "pool_norm": "after"}, {}, "its norm behind the pooling"),
+        ({"pool": "avg", "pool_norm": "after"}, {}, "its norm after the pooling"),
         ({"dist_token": True}, {}, "a distillation token"),
         ({}, {"mask_ratio": 0.0}, "of 64 patches some must be hidden"),
         ({}, {"mask_ratio": 0.99}, "of 64 patches some must be hidden"),

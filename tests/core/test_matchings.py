@@ -300,7 +300,7 @@ def test_what_was_dropped_shows() -> None:
     assert torch.equal((back == 0).all(2), dropped)
 
 
-def test_dropped_patches_do_not_matter_behind_their_block() -> None:
+def test_dropped_patches_do_not_matter_after_their_block() -> None:
     model = small(["0+20 diffrate"], depth=1, class_token=True)
     images = images_for(model, 1)
     with torch.no_grad():

@@ -41,7 +41,7 @@ class Peer:
     config: Config
     model: nn.Module
     answer: Callable[[Tensor], Tensor]  # logits or embeddings
-    tokens: Callable[[Tensor], Tensor]  # all of them, behind the last norm
+    tokens: Callable[[Tensor], Tensor]  # all of them, after the last norm
     file: str = ""  # the format of the files that it writes, if that is another
 
 

@@ -232,7 +232,7 @@ def test_mae_is_fine_tuned_from_its_pre_trained_encoder(server: Server, tmp_path
             assert relative_error(model(images), theirs(images)) < 1e-5
     report = tomevit.convert(path, tmp_path / "out.safetensors", model="mae_b16", num_classes=10)
     assert report.changes == (
-        "the norm of every token left out, and a fresh one put behind the pooling",
+        "the norm of every token left out, and a fresh one put after the pooling",
         "head added for 10 classes, with fresh weights",
     )
     model = tomevit.load(tmp_path / "out.safetensors")

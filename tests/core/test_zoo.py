@@ -336,6 +336,10 @@ def test_list_models_finds_other_names() -> None:
     """timm's, and the repositories that weights are published in."""
     assert {"vit_b16", "vit_b16_384", "mae_cls_b16"} <= set(tomevit.list_models("vit_base*"))
     assert "vit_l16" not in tomevit.list_models("vit_base*")
+    assert all(name.startswith("vit_") for name in tomevit.list_models("vit*"))  # timm calls CLIP's and others so too
+    of_b16 = [found.full_name for found in tomevit.zoo.cards("vit_b16")]
+    assert tomevit.list_models("vit_b16", weights=True) == of_b16
+    assert tomevit.list_models("vit_base_patch16_224*", weights=True)[-len(of_b16) :] == of_b16
     assert tomevit.list_models("google/vit-base-patch16-224", weights=True) == ["vit_b16.orig_in21k_ft_in1k"]
     assert tomevit.list_models("google/vit-base-patch16-224") == ["vit_b16"]
 

@@ -43,7 +43,7 @@ CHANGED = survives(
     "what was looked at is what is loaded, or an error says that it was changed",
 )
 SPARSE = survives(
-    "checkpoints", "a terabyte of nothing, behind a head of any kind", "refused by its head, before all is read"
+    "checkpoints", "a terabyte of nothing, after a head of any kind", "refused by its head, before all is read"
 )
 METADATA = survives(
     "checkpoints",
@@ -187,7 +187,7 @@ def test_no_file_beside_or_within(special: str, encoder: Path, tmp_path: Path) -
 
 @pytest.fixture
 def after_hashing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
-    """Have something happen behind the look at a file, before it is read."""
+    """Have something happen after the look at a file, before it is read."""
 
     def arrange(happens: Callable[[], object]) -> None:
         def sha256(opened: shards.OpenFiles) -> str:

@@ -171,11 +171,11 @@ def test_a_member_larger_than_any_image_is_named_and_not_read(tmp_path: Path) ->
 
 @LYING
 @pytest.mark.parametrize("kind", SENSELESS)
-def test_headers_that_lie_end_a_shard_behind_what_is_whole(kind: str, tmp_path: Path) -> None:
+def test_headers_that_lie_end_a_shard_after_what_is_whole(kind: str, tmp_path: Path) -> None:
     began = time.perf_counter()
     found, reason = collected(shard(tmp_path / "a.tar", FIRST, SENSELESS[kind], LAST))
     assert [sample.image for sample in found if not sample.problem] == [digit(0)]
-    assert reason.startswith("damaged behind ")
+    assert reason.startswith("damaged after ")
     assert "\n" not in reason
     assert time.perf_counter() - began < 5
 
@@ -235,7 +235,7 @@ def test_hostile_shards_take_little_memory_and_time(tmp_path: Path) -> None:
     assert more < 50
     assert max(seconds for _, seconds in said.values()) < 20
     for path in bombs:
-        assert said[str(path)][0] == "damaged behind 2 samples: it expands to more than 200 times its size"
+        assert said[str(path)][0] == "damaged after 2 samples: it expands to more than 200 times its size"
 
 
 @NO_FILE

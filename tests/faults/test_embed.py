@@ -275,7 +275,7 @@ def zeroed(content: bytes) -> bytes:
     return bytes(len(content))
 
 
-def zeroed_behind_its_header(content: bytes) -> bytes:
+def zeroed_after_its_header(content: bytes) -> bytes:
     length = 8 + int.from_bytes(content[:8], "little")
     return content[:length] + bytes(len(content) - length)
 
@@ -289,7 +289,7 @@ def wrong_types(content: bytes) -> bytes:
 
 
 @LEFT_BEHIND
-@pytest.mark.parametrize("damage", [zeroed, zeroed_behind_its_header, other_count, wrong_types, lambda _: b""])
+@pytest.mark.parametrize("damage", [zeroed, zeroed_after_its_header, other_count, wrong_types, lambda _: b""])
 def test_a_damaged_part_is_made_again(
     damage: Callable[[bytes], bytes], model: VisionTransformer, files: list[Path], tmp_path: Path
 ) -> None:

@@ -342,7 +342,7 @@ def test_shards_are_read_as_streams(
     assert report.unreadable == [
         (f"{shards}/s-002.tar/digit/broken.jpg", "not an image of a known format"),
         (f"{shards}/s-004.tar/digit/059", "no image in this sample, which holds cls"),
-        (f"{shards}/s-004.tar", "damaged behind 12 samples: truncated header"),
+        (f"{shards}/s-004.tar", "damaged after 12 samples: truncated header"),
     ]
     assert [of for now, _, of in told if now == "embedding"] == [None] * sum(now == "embedding" for now, _, _ in told)
     assert max(done for now, done, _ in told if now == "embedding") == 62
@@ -380,7 +380,7 @@ def stopped(stop: str, number: int, of_shard: int, *arguments: str) -> subproces
 @survives(
     "machine",
     "embed killed at any time, in one process or several",
-    "the same command goes on behind the last part that was finished",
+    "the same command goes on after the last part that was finished",
 )
 def test_after_kill_9_the_same_command_goes_on_to_the_same_bytes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -404,7 +404,7 @@ def test_after_kill_9_the_same_command_goes_on_to_the_same_bytes(
         )
         status, out, err = run(capsys, *arguments("out.safetensors"))
     assert len(written) == 22 - 7
-    assert "going on behind 21 images" in err
+    assert "going on after 21 images" in err
     assert (status, out) == (1, f"{tmp_path / 'out.safetensors'}: 60 vectors of 64 float32 numbers\n")
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "whole.safetensors"]
@@ -424,13 +424,13 @@ def test_after_ctrl_c_the_same_command_goes_on_to_the_same_bytes(
     assert done.stdout == ""
     said = done.stderr.splitlines()
     assert len([line for line in said if line]) == 2
-    assert "embedding stopped behind" in done.stderr
+    assert "embedding stopped after" in done.stderr
     assert f"{tmp_path / 'out.parquet'}.parts keeps all parts that were finished" in done.stderr
     assert said[-1] == "tomevit: interrupted"
     assert len(list((tmp_path / "out.parquet.parts").glob("*.safetensors"))) == 6
     status, _, err = run(capsys, *arguments("out.parquet"))
     assert status == 1
-    assert "going on behind" in err
+    assert "going on after" in err
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
@@ -678,7 +678,7 @@ def test_two_processes_write_the_file_of_one_and_go_on_after_kill_9(
     assert not out.exists(), printed
     assert (tmp_path / "two.safetensors.parts").exists(), printed
     printed = launch(0)
-    begun = re.findall(r"going on behind (\d+) images", printed)
+    begun = re.findall(r"going on after (\d+) images", printed)
     assert len(begun) == 1, printed
     assert 0 < int(begun[0]) < 64
     assert printed.count("vectors of 64 float32 numbers") == 1, printed
@@ -741,8 +741,8 @@ def test_files_of_other_kinds_are_refused(model: VisionTransformer, folder: Path
         (["{folder}", "-o", "a.parquet", "--pool", "proj"], "this model has no projection: pool must be cls, mean"),
         (["{folder}", "-o", "a.parquet", "--r", "-1"], "negative"),
         (["{folder}", "-o", "a.parquet", "--r", "[1,1,1,1,1,1,1,1,1]"], "the model has"),
-        (["{folder}", "-o", "a.parquet", "--dtype", "int8"], "float16"),
-        (["{folder}", "-o", "a.parquet", "--compute", "int8"], "bfloat16"),
+        (["{folder}", "-o", "a.parquet", "--store", "int8"], "float16"),
+        (["{folder}", "-o", "a.parquet", "--dtype", "int8"], "bfloat16"),
         (["{folder}", "-o", "a.parquet", "--batch", "0"], "--batch"),
         (["{folder}", "-o", "a.parquet", "--workers", "-1"], "--workers"),
         (["{folder}", "-o", "a.parquet", "--device", "abacus"], "abacus"),
@@ -768,6 +768,18 @@ def test_a_mistake_gets_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_readable_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "photos"
+    broken.mkdir()
+    for name in ("a.png", "b.png"):
+        (broken / name).write_bytes(b"no image")
+    out = tmp_path / "a.safetensors"
+    status, printed, err = run(capsys, "embed", str(broken), "-o", str(out), "--model", DIGITS)
+    assert (status, printed) == (2, f"{out}: 0 vectors of 64 float32 numbers\n")
+    assert err.count("left out: ") == 2
+    assert err.endswith("tomevit: none of 2 images can be read\n")
+
+
 def test_every_option_arrives(
     model: VisionTransformer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -785,7 +797,7 @@ def test_every_option_arrives(
         "mean",
         "--upright",
     ]
-    arguments += ["--normalize", "--dtype", "float16", "--compute", "bfloat16", "--batch", "4", "--workers", "0"]
+    arguments += ["--normalize", "--store", "float16", "--dtype", "bfloat16", "--batch", "4", "--workers", "0"]
     status, printed, err = run(capsys, *arguments)
     assert (status, printed, err) == (0, f"{out}: 10 vectors of 64 float16 numbers\n", "")
     info = read(out).info

@@ -188,7 +188,7 @@ def test_accuracies_of_the_table_say_how_classes_were_told(capsys: Any) -> None:
 
 
 def first_patches(key: Tensor, r: int, num_prefix: int) -> Merge:
-    """The first r patches join the one behind them. It multiplies nothing."""
+    """The first r patches join the one after them. It multiplies nothing."""
     batch, tokens, _ = key.shape
     keep = torch.tensor([i for i in range(tokens) if not num_prefix <= i < num_prefix + r]).expand(batch, -1)
     src = torch.arange(num_prefix, num_prefix + r).expand(batch, -1)

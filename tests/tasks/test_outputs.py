@@ -167,7 +167,7 @@ def test_what_a_name_and_a_flag_promise_must_agree(
 # --------------------------------------------------------------------------------------------------------------- inputs
 
 
-def test_photographs_named_behind_the_option_are_not_overwritten(
+def test_photographs_named_after_the_option_are_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`classify -o *.jpg`, as a shell expands it."""

@@ -509,7 +509,7 @@ def test_compiled_packages_answer_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_normalisation_can_be_folded_into_the_layer_behind_it(bias: bool) -> None:
+def test_a_normalisation_can_be_folded_into_the_layer_after_it(bias: bool) -> None:
     preprocess = Preprocess(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     proj = nn.Conv2d(3, 5, 4, 4, bias=bias).double()
     pixels = torch.rand(2, 3, 8, 12, dtype=torch.float64)

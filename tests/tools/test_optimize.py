@@ -134,10 +134,10 @@ def test_emulated_types_are_widened_and_round_once(dtype: torch.dtype, monkeypat
 
 
 HOOKS: dict[str, Callable[[tomevit.VisionTransformer, Any], Any]] = {
-    "behind fc1": lambda model, keep: model.blocks[0].mlp.fc1.register_forward_hook(keep),
+    "after fc1": lambda model, keep: model.blocks[0].mlp.fc1.register_forward_hook(keep),
     "before the activation": lambda model, keep: model.blocks[0].mlp.act.register_forward_pre_hook(keep),
-    "behind the activation": lambda model, keep: model.blocks[0].mlp.act.register_forward_hook(keep),
-    "behind all": lambda _, keep: torch.nn.modules.module.register_module_forward_hook(keep),
+    "after the activation": lambda model, keep: model.blocks[0].mlp.act.register_forward_hook(keep),
+    "after all": lambda _, keep: torch.nn.modules.module.register_module_forward_hook(keep),
     "before all": lambda _, keep: torch.nn.modules.module.register_module_forward_pre_hook(keep),
 }
 

@@ -122,9 +122,9 @@ def damaged(path: Path, change: str) -> Path:
 @pytest.mark.parametrize(
     ("change", "says", "before"),
     [
-        ("cut in an image", "damaged behind 2 samples: unexpected end of data", 2),
-        ("cut in a header", "damaged behind 2 samples: no header where one should be", 2),
-        ("a header overwritten", "damaged behind 2 samples: no header where one should be", 2),
+        ("cut in an image", "damaged after 2 samples: unexpected end of data", 2),
+        ("cut in a header", "damaged after 2 samples: no header where one should be", 2),
+        ("a header overwritten", "damaged after 2 samples: no header where one should be", 2),
         ("text", "damaged, or no tar file", 0),
         ("empty", "damaged, or no tar file", 0),
         ("no members", "there are no samples in it", 0),

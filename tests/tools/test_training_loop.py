@@ -241,7 +241,7 @@ def compiler() -> Iterator[Any]:
 # dynamo looks at .grad of what enters a block, and keeps the warning from people, though not from filters.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_blocks_take_every_r_without_another_program(compiler: Any) -> None:
-    """Three, whatever the depth and the probabilities of drop path: the first block, those behind it, and the last."""
+    """Three, whatever the depth and the probabilities of drop path: the first block, those after it, and the last."""
     model = tiny(4, depth=6, drop_path=0.3).train()
     eager, images = copy.deepcopy(model), images_for(model)
     for block in model.blocks:

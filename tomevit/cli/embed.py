@@ -50,14 +50,18 @@ NAMED = 20  # files that could not be read; the metadata has more
     help="Vectors of unit length; default: of models whose vectors are compared by angle, as CLIP's.",
 )
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True, help="Of what is stored."
-)
-@click.option(
-    "--compute",
+    "--dtype",
     type=click.Choice(list(running.DTYPES)),
     default="float32",
     show_default=True,
     help="What the model computes in.",
+)
+@click.option(
+    "--store",
+    type=click.Choice(list(DTYPES)),
+    default="float32",
+    show_default=True,
+    help="What the vectors are stored in.",
 )
 @options.img_size
 @options.batch
@@ -75,7 +79,7 @@ def embed(
     pool: Pool | None,
     normalize: bool | None,
     dtype: str,
-    compute: str,
+    store: str,
     img_size: tuple[int, int] | None,
     batch: int,
     workers: int | None,
@@ -87,7 +91,8 @@ def embed(
 
     Takes images (files, folders with all below them, patterns), or WebDataset shards (also folders of them, and
     patterns such as 'train-{000..099}.tar'). Memory stays the same however many there are. Interrupted or killed, the
-    same command goes on where it stopped. What cannot be read is named and left out; the status is then 1.
+    same command goes on where it stopped. What cannot be read is named and left out: the status is then 1, and 2 if
+    nothing can be read.
 
     Several processes share the work under torchrun, which takes an --r for its own option; say --merge there:
 
@@ -102,7 +107,7 @@ def embed(
         place, data = own_device(device), locate(sources)
         check_output(out, inputs=chain(data.names, [model]), writable=True)
         check_pool(pool, card_of_argument(model, [r], img_size).config)
-        return trained(model, r, img_size).to(place, running.DTYPES[compute]), data
+        return trained(model, r, img_size).to(place, running.DTYPES[dtype]), data
 
     with join_process_group():
         rank, _ = processes()
@@ -116,7 +121,7 @@ def embed(
                 out,
                 pool=pool,
                 normalize=normalize,
-                dtype=DTYPES[dtype][0],
+                dtype=DTYPES[store][0],
                 batch=batch,
                 workers=readers(subject.device) if workers is None else workers,
                 upright=upright,
@@ -124,16 +129,18 @@ def embed(
                 progress=tell,
             )
     if rank == 0:
-        _print(report, out, dtype)
-    ctx.exit(1 if report.num_unreadable else 0)
+        _print(report, out, store)
+    ctx.exit(0 if not report.num_unreadable else 1 if report.rows else 2)
 
 
-def _print(report: Report, out: Path, dtype: str) -> None:
-    echo(f"{out}: {report.rows:,} vectors of {report.dim} {dtype} numbers")
+def _print(report: Report, out: Path, stored: str) -> None:
+    echo(f"{out}: {report.rows:,} vectors of {report.dim} {stored} numbers")
     for name, reason in report.unreadable[:NAMED]:
         echo(f"tomevit: left out: {name}: {reason}", err=True)
     if report.num_unreadable > NAMED:
         echo(f"tomevit: left out: {report.num_unreadable - NAMED:,} more, named in {out}", err=True)
+    if report.num_unreadable and not report.rows:
+        echo(f"tomevit: none of {report.num_unreadable:,} images can be read", err=True)
 
 
 @contextmanager
@@ -148,7 +155,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
             if bar is not None:
                 bar.close()
             elif done and shown:
-                echo(f"tomevit: going on behind {done:,} images whose parts are in {out}.parts", err=True)
+                echo(f"tomevit: going on after {done:,} images whose parts are in {out}.parts", err=True)
             bar = progress_bar(desc=now, total=total, initial=done, unit=" images", shown=shown)
             stage, last, of = now, done, "" if total is None else f" of {total:,}"
         bar.update(done - last)
@@ -160,7 +167,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
         if bar is not None and shown:
             bar.close()
             echo(
-                f"tomevit: {stage} stopped behind {last:,}{of} images; {out}.parts keeps all parts that were finished, "
+                f"tomevit: {stage} stopped after {last:,}{of} images; {out}.parts keeps all parts that were finished, "
                 f"and the same command goes on with the others",
                 err=True,
             )

@@ -167,7 +167,7 @@ def _names_preset(text: str) -> bool:
 
 
 def with_meaning(r: Schedule, plain: Schedule) -> str:
-    """An r as it was asked for; behind words stands what they mean for the model, as in 2x (r = 18)."""
+    """An r as it was asked for; after words stands what they mean for the model, as in 2x (r = 18)."""
     written, meant = format_schedule(r), format_schedule(plain)
     return written if not isinstance(r, str) or written == meant else f"{written} (r = {meant})"
 

@@ -87,7 +87,7 @@ def wrapped(line: str, width: int | None, hanging: int = 0) -> list[str]:
 
     Args:
         width: characters that each may have, but that no word is cut, such as an address; None: any number.
-        hanging: characters of the label, with the spaces behind it, that a line may begin with: what follows stands
+        hanging: characters of the label, with the spaces after it, that a line may begin with: what follows stands
             below what is behind it.
     """
     if width is None:

@@ -56,7 +56,8 @@ COLUMNS = (
 def list_command(
     pattern: str, weights: bool, key: str | None, licence: str | None, family: str | None, as_json: bool
 ) -> None:
-    """What models there are; PATTERN takes wildcards, as in 'deit*', and timm's names, as in 'vit_base*'.
+    """What models there are; PATTERN takes wildcards, as in 'deit*'; timm's names match too, as in 'vit_base*', where
+    no name of ours does.
 
     Accuracies are of ImageNet-1k, as published of the weights that create() takes by default: top-1, and merged at an
     r. What to take: the r that the weights were trained with; else, of those whose published accuracy is 1 point lower

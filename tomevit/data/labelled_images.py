@@ -381,7 +381,7 @@ def _rows(truth: Path) -> Iterator[tuple[str, ...]]:
         if len(cells) == 2:
             if number == 0 and cells[0].lower() in HEADINGS:
                 continue
-            cells[1] = re.sub(r"^(n\d{8}) .*", r"\1", cells[1])  # Kaggle's has the boxes behind the class
+            cells[1] = re.sub(r"^(n\d{8}) .*", r"\1", cells[1])  # Kaggle's has the boxes after the class
         yield tuple(cells)
 
 

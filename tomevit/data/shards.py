@@ -1,6 +1,6 @@
 """WebDataset shards: tar files of samples, each read from front to back by one process.
 
-A sample is a run of members whose names agree up to the first dot behind the last slash. That is its key, and what
+A sample is a run of members whose names agree up to the first dot after the last slash. That is its key, and what
 follows the dot says what a member holds; the library webdataset groups them alike, but refuses a kind that comes twice,
 which begins another sample here. Of tarfile only the blocks of headers are used: it trusts whatever they say, of sizes
 to read and of places to go to, and goes on in a sparse member beyond what there is.
@@ -54,7 +54,7 @@ PACKED: dict[bytes, Callable[[BinaryIO], gzip.GzipFile | bz2.BZ2File | lzma.LZMA
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ\0": lzma.LZMAFile,
 }
-#: Headers that say more of the member behind them.
+#: Headers that say more of the member after them.
 EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -137,7 +137,7 @@ def samples(shard: str | PathLike[str], begin: int = 0) -> Iterator[Sample]:
     The image of a sample is its first member of a kind in SUFFIXES, else the first whose kind ends so (left.jpg).
 
     Raises:
-        ImageError: it is no tar file, or damaged, or cut off, or holds no samples; behind all samples before that.
+        ImageError: it is no tar file, or damaged, or cut off, or holds no samples; after all samples before that.
     """
     count, draft = 0, None
     try:
@@ -156,7 +156,7 @@ def samples(shard: str | PathLike[str], begin: int = 0) -> Iterator[Sample]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.removeprefix(f"{fspath(shard)} ")
         if count:
-            reason = f"damaged behind {count} sample{'s' * (count > 1)}: {reason}"
+            reason = f"damaged after {count} sample{'s' * (count > 1)}: {reason}"
         elif isinstance(error, tarfile.ReadError):
             reason = "damaged, or no tar file"
         raise ImageError(fspath(shard), reason) from error

@@ -30,7 +30,7 @@ Matching = Callable[..., Merge]
 #: What a matching may look at.
 NEEDS = {
     "key": "(B, N, C) floating: attention keys, averaged over the heads, not rotated",
-    "x": "(B, N, D) floating: the tokens behind attention",
+    "x": "(B, N, D) floating: the tokens after attention",
     "size": "(B, N, 1) float32: initial tokens per token",
     "importance": "(B, N) floating: the class token's attention to each token, averaged over the heads; without a "
     "class token one less its mean cosine to all patches",
@@ -83,12 +83,12 @@ def every_kth_matching(key: Tensor, r: int | None, num_prefix: int, k: int = 4) 
     """Every k-th patch stays; of the others the r most similar to one of those join it, with r = None all of them.
 
     Up to a share 1 - 1/k can merge at once, at a coarser match than the bipartite one (`kth_bipartite_soft_matching`
-    in facebookresearch/ToMe, here with the prefix protected and the patches behind the last k-th one not lost).
+    in facebookresearch/ToMe, here with the prefix protected and the patches after the last k-th one not lost).
     """
     patches = key.shape[1] - num_prefix
     k = min(k, patches)
     position = torch.arange(num_prefix, key.shape[1], device=key.device)
-    whole = patches // k * k  # behind the last k-th patch others may remain
+    whole = patches // k * k  # after the last k-th patch others may remain
     groups = position[:whole].view(-1, k)
     src, dst = torch.cat([groups[:, :-1].flatten(), position[whole:]]), groups[:, -1]
     return Merge(*_join_most_similar(key, src, dst, len(src) if r is None else r, num_prefix))

@@ -137,11 +137,11 @@ def mean_by_index(x: Tensor, size: Tensor, merge: Merge) -> tuple[Tensor, Tensor
 
 
 def mean_by_slots(x: Tensor, size: Tensor, size_out: Tensor, slots: Tensor) -> Tensor:
-    """The size-weighted mean of each group, of a few channels, where only each token's place behind the merge is known.
+    """The size-weighted mean of each group, of a few channels, where only each token's place after the merge is known.
 
     Args:
         x: (B, N, D) float32 or float64.
-        size, size_out: (B, N, 1) and (B, M, 1) float32, before and behind the merge.
+        size, size_out: (B, N, 1) and (B, M, 1) float32, before and after the merge.
         slots: (B, N) int64.
 
     Returns:

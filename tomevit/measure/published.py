@@ -19,7 +19,7 @@ class Expected(NamedTuple):
     source: str
 
 
-#: Each accuracy behind what happens in each block then, as entries of a list that is an r.
+#: Each accuracy after what happens in each block then, as entries of a list that is an r.
 BySchedule = Sequence[tuple[tuple[int | str, ...], Expected]]
 
 
@@ -30,7 +30,7 @@ def published_accuracies(card: Card) -> list[Expected]:
 
 
 def published_by_schedule(card: Card) -> BySchedule:
-    """`published_accuracies`, each behind what happens in each block at its r; none of presets that it lacks."""
+    """`published_accuracies`, each after what happens in each block at its r; none of presets that it lacks."""
     found = []
     for each in published_accuracies(card):
         with suppress(ValueError):

@@ -66,7 +66,7 @@ class MaskedAutoencoder(CheckedAttributes):
         check_type("encoder", encoder, VisionTransformer, "a VisionTransformer of tomevit's")
         config = encoder.config
         if config.dist_token or config.pool_norm != "before" or encoder.pos_embed is None:
-            norm = "a distillation token" if config.dist_token else "its norm behind the pooling, or none"
+            norm = "a distillation token" if config.dist_token else "its norm after the pooling, or none"
             raise ValueError(
                 "the encoder must norm every token, learn its positions and have one head at most, as mae_cls_b16 "
                 f"does: this one has {norm if encoder.pos_embed is not None else 'no learned positions'}"
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         """
         Args:
             tokens: the encoder's, with slots: of P prefix tokens and M visible patches.
-            restore: (B, N) int64: for each patch its place among the visible ones and, behind them, the hidden.
+            restore: (B, N) int64: for each patch its place among the visible ones and, after them, the hidden.
 
         Returns:
             (B, N, p * p * C)

@@ -72,7 +72,7 @@ LISTED = 10_000
 def extractor(model: VisionTransformer, pool: Pool | None = None) -> Callable[..., Tensor]:
     """A function from images (B, C, H, W), and r if it is not to be the model's, to feature vectors (B, D).
 
-    They are what a head would read: pooled, behind the final norm; D is `width(model.config, pool)`. The function
+    They are what a head would read: pooled, after the final norm; D is `width(model.config, pool)`. The function
     shares the model's weights, and runs in evaluation mode. Where the model, without a head, answers with these
     vectors, the function is the model itself, as `tomevit.optimize` compiled it.
 
@@ -176,7 +176,7 @@ def embed(
     """Write a feature vector for every image into one file, which appears whole or not at all.
 
     Memory does not grow with the number of images, but for their names. Interrupted or killed, the same call goes on
-    behind the last part that was finished; while another writes to the same file, it waits. In a process group of
+    after the last part that was finished; while another writes to the same file, it waits. In a process group of
     torch.distributed the processes share the work, if they see the same directories; the first one writes the file, and
     all return when it is there.
 

@@ -56,7 +56,7 @@ def to_device(images: Tensor, device: torch.device) -> Tensor:
 def read_back(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     """Start to copy tensors of one device to the CPU, and return what waits until they are there.
 
-    It waits for what was launched until now, and not for what is launched behind.
+    It waits for what was launched until now, and not for what is launched after.
     """
     if tensors[0].device.type != "cuda":
         copies = [tensor.cpu() for tensor in tensors]

@@ -55,7 +55,7 @@ def adapt(
         assert wanted.pool_norm == "after"
         tensors["fc_norm.weight"] = torch.ones_like(tensors.pop("norm.weight"))
         tensors["fc_norm.bias"] = torch.zeros_like(tensors.pop("norm.bias"))
-        changes.append("the norm of every token left out, and a fresh one put behind the pooling")
+        changes.append("the norm of every token left out, and a fresh one put after the pooling")
     other_features = wanted.num_classes and wanted.num_features != found.num_features
     if wanted.num_classes != found.num_classes or other_features:
         changes.append(_replace_heads(tensors, found, wanted))

@@ -63,7 +63,7 @@ class Report:
 
     Attributes:
         source: the file, URL or repository.
-        sha256: of the source's file; of several, of the index and the files that it lists, one behind the other.
+        sha256: of the source's file; of several, of the index and the files that it lists, one after the other.
         recognised: its format, where in the file it lay, and by what it was recognised.
         model: what it was taken for.
         names: for each parameter, the source's tensors that it was made of, without what all their names begin with.

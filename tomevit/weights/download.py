@@ -128,7 +128,7 @@ def _size_if_continued(headers: Mapping[str, str], have: int, begun: _Note) -> i
 
 
 def _append(chunks: Iterator[bytes], address: str, part: Path, size: int | None) -> None:
-    """Write the body of an answer behind a part, which shall then have a size."""
+    """Write the body of an answer after a part, which shall then have a size."""
     bar = progress_bar(desc=part.stem, total=size, initial=_size(part), in_bytes=True)
     try:
         with bar, part.open("ab") as file:

@@ -214,7 +214,7 @@ def _find_container(path: Path, file: BinaryIO) -> str:
         raise CheckpointError(f"is {DISTRIBUTED}")
     found = "zip" if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) else None
     found = "legacy" if head.startswith(LEGACY) else found
-    found = "safetensors" if head[7:9] == b"\0{" else found  # behind the header's length, 8 bytes
+    found = "safetensors" if head[7:9] == b"\0{" else found  # after the header's length, 8 bytes
     if found is None:
         raise CheckpointError(_describe_other_file(str(path), file, head))
     file.seek(0)

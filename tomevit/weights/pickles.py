@@ -188,7 +188,7 @@ class Walk(_PythonUnpickler):  # type: ignore[misc]
         self.storages: dict[str, Storage] = {}
 
     def load(self, stream: BinaryIO) -> Any:
-        """Walk one pickle; the stream is then behind it.
+        """Walk one pickle; the stream is then after it.
 
         Returns:
             The object, as far as it is plain data; of tensors and arrays where they lie; stand-ins for the rest.

@@ -230,7 +230,7 @@ def name_sets_with_heads(dim: int) -> list[str]:
 
 
 def find_projection_beside(prefix: str, beside: Mapping[str, Tensor]) -> str | None:
-    """The projection that open_clip puts behind a trunk of timm's.
+    """The projection that open_clip puts after a trunk of timm's.
 
     Args:
         prefix: what the trunk's names begin with, wrappers aside.
@@ -244,7 +244,7 @@ def find_projection_beside(prefix: str, beside: Mapping[str, Tensor]) -> str | N
     head = f"{prefix.removesuffix('trunk.')}head."
     found = [name for name in beside if without_wrappers(name).startswith(head)]
     if found and (len(found) > 1 or not found[0].endswith("proj.weight") or beside[found[0]].ndim != 2):
-        raise CheckpointError(f"its {enumerate_names(found)} behind the trunk is not one projection without a bias")
+        raise CheckpointError(f"its {enumerate_names(found)} after the trunk is not one projection without a bias")
     return found[0] if found else None
 
 
@@ -397,9 +397,9 @@ def differences(
     """Where an architecture, as `infer_architecture` or `comparable_fields` has it, is not the config's.
 
     Args:
-        headless: the weights have no head: a fresh one may bring a norm of its own, behind the pooling.
+        headless: the weights have no head: a fresh one may bring a norm of its own, after the pooling.
         averaged: they may pool the mean patch where the config reads the class token: timm's ViT then has its last norm
-            behind the pooling. MAE has a card for either.
+            after the pooling. MAE has a card for either.
     """
     ours = comparable_fields(config)
     averaged = averaged and not config.dist_token and config.init != "mae"

@@ -259,7 +259,7 @@ class Format:
 
 
 #: Why a representation layer is left out, and the head that stands on it.
-PRE_LOGITS = "the representation layer of pre-training, and the head behind it, are for its classes alone"
+PRE_LOGITS = "the representation layer of pre-training, and the head after it, are for its classes alone"
 
 
 class Renamed(NamedTuple):

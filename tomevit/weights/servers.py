@@ -113,7 +113,7 @@ def watch(chunks: Iterator[bytes], address: str, most: float = math.inf) -> Iter
     """The chunks of a body as they come.
 
     Args:
-        most: bytes, of which the last chunk may exceed; what comes behind is left.
+        most: bytes, of which the last chunk may exceed; what comes after is left.
 
     Raises:
         Interrupted: they come too slowly.

@@ -59,7 +59,7 @@ class OpenFiles:
         return sum(size for size, _ in self._versions)
 
     def sha256(self) -> str:
-        """Of the file, or of an index and the files that it lists, one behind the other."""
+        """Of the file, or of an index and the files that it lists, one after the other."""
         digest = hashlib.sha256()
         for file in self.all:
             file.seek(0)

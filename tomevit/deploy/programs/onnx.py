@@ -208,7 +208,7 @@ def _quantise(source: Path, out: Path, calibration: Sequence[Tensor], *, large: 
 
 
 def _keep_biases_apart(path: Path, products: set[str]) -> None:
-    """Give the biases behind products of three dimensions as many, in the file.
+    """Give the biases after products of three dimensions as many, in the file.
 
     Where shapes are fixed, onnxruntime makes one operator of a product and a bias of one dimension, before it looks for
     products in 8 bits: that operator would multiply in float32, and take longer than a model that was not quantised.

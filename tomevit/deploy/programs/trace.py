@@ -44,7 +44,7 @@ class FromPixels(nn.Module):
 
 
 def from_pixels(model: VisionTransformer) -> FromPixels:
-    """The model behind a normalisation that is part of its patch embedding; the model's own weights change."""
+    """The model after a normalisation that is part of its patch embedding; the model's own weights change."""
     fold_normalisation(model.patch_embed.proj, model.card.preprocess)
     return FromPixels(model)
 

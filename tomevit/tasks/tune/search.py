@@ -57,7 +57,7 @@ def shortest_path(times: Array, drifts: Array, last: Array, weight: float) -> li
         times: (M, S, S), seconds of a block by each matching from one state to another, which are so many tokens;
             infinite where there is no way.
         drifts: (M, blocks, S), what it costs to be in a state from that block on.
-        last: (S,), seconds of what comes behind those blocks.
+        last: (S,), seconds of what comes after those blocks.
         weight: seconds for one unit of drift.
     """
     states = np.arange(times.shape[1])

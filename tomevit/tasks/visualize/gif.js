@@ -88,7 +88,7 @@ function encodeGif(frames, delays, width, height) {
       longer[both] = next++;
     }
     put(code);
-    if (next === 1 << size && size < 12) size++; // as a decoder does behind its last code
+    if (next === 1 << size && size < 12) size++; // as a decoder does after its last code
     put(END);
     if (bits > 0) bytes.push(held & 255);
     const blocks = [];

@@ -6,7 +6,7 @@
   const depth = data.runs[0].tokens.length - 1; // step 0 is the patch embedding, step i block i
   const runs = data.runs.map((run) => ({
     ...run,
-    groups: words(run.groups), // (depth + 1) x patches: the token of each patch behind each step
+    groups: words(run.groups), // (depth + 1) x patches: the token of each patch after each step
     attention: run.attention && words(run.attention), // depth x patches, in 1/65535 of `most`
     steps: [],
   }));
@@ -60,8 +60,8 @@
 
   // ---------------------------------------------------------------------------------------------------------- groups
 
-  /** The tokens behind a step: the token of each patch, -1 if dropped; the patches, the first one and the colour of each. */
-  function tokensBehind(run, step) {
+  /** The tokens after a step: the token of each patch, -1 if dropped; the patches, the first one and the colour of each. */
+  function tokensAfter(run, step) {
     return (run.steps[step] ??= (() => {
       const count = run.tokens[step] - data.prefix.length;
       const of = Int32Array.from(run.groups.subarray(step * patches, (step + 1) * patches), (token) => (token < count ? token : -1));
@@ -82,7 +82,7 @@
 
   /** In the view of attention, the tokens that enter the block: those it is about. */
   function tokensShown(run = runs[state.run], step = state.step) {
-    return tokensBehind(run, state.view === "attention" ? Math.max(0, step - 1) : step);
+    return tokensAfter(run, state.view === "attention" ? Math.max(0, step - 1) : step);
   }
 
   /** The class token's attention to a patch in a block, as a share of all. */
@@ -103,10 +103,10 @@
 
   // --------------------------------------------------------------------------------------------------------- drawing
 
-  /** What a run looks like behind a step, a pixel for each patch. */
+  /** What a run looks like after a step, a pixel for each patch. */
   function miniature(context, run, step) {
     const image = context.createImageData(columns, rows);
-    const { of, colour } = tokensBehind(run, step);
+    const { of, colour } = tokensAfter(run, step);
     for (let patch = 0; patch < patches; patch++) {
       for (let c = 0; c < 3; c++) {
         const own = means[3 * patch + c];
@@ -270,7 +270,7 @@
     const own = size === 1 ? "a token of its own" : `in a token of ${size} patches, ${percent(size / patches)} of all`;
     const group = tokens.of[patch] < 0 ? "dropped, in no token" : own;
     const parts = [`Patch in ${where}`, `${group}${state.pinned === patch ? "; kept" : ""}`];
-    const entering = tokensBehind(run, Math.max(0, state.step - 1));
+    const entering = tokensAfter(run, Math.max(0, state.step - 1));
     if (run.attention && state.step > 0 && entering.of[patch] >= 0) {
       const share = attended(run, state.step, patch);
       const whole = share * entering.size[entering.of[patch]];
@@ -365,7 +365,7 @@
     const lines = run.tokens.map((tokens, step) => [
       step === 0 ? "embedding" : step,
       tokens,
-      Math.max(...tokensBehind(run, step).size),
+      Math.max(...tokensAfter(run, step).size),
       ...(dropped ? [run.dropped[step]] : []),
       (run.flops[step] / unit).toPrecision(3),
       ...(run.attention ? [step === 0 ? "" : percent(run.prefix[step - 1].reduce((sum, share) => sum + share, 0))] : []),

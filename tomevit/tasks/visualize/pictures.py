@@ -154,7 +154,7 @@ def _note(observation: Observation, show: Show) -> str:
 
 
 def _picture(observation: Observation, run: Run, step: int, show: Show, pixels: float) -> Tensor:
-    """The tokens behind a step, or the attention in it, with at least so many pixels along the longer edge."""
+    """The tokens after a step, or the attention in it, with at least so many pixels along the longer edge."""
     scale = max(4, math.ceil(pixels / max(observation.config.grid)))
     if show == "attention":
         assert run.attention is not None
