@@ -58,6 +58,10 @@ def images_for(model: VisionTransformer, batch: int = 3, *, seed: int = 1, dtype
     return images.to(dtype or model.dtype)
 
 
+#: Titles of the families that timm's plain ViT is the model of.
+PLAIN_VITS = ("DeiT", "DeiT III", "Distilled DeiT", "Vision Transformer")
+
+
 def format_of_timms(card: Card) -> str:
     """The format in which timm publishes a card's weights: how it names the parameters of that model."""
     return next(source.format for source in card.sources if (source.hub or "").startswith("timm/"))

@@ -75,7 +75,7 @@ def _of_files(group: Group) -> str:
         accuracy = f"{plain[0].value:.2f} % ({plain[0].lower:.2f} to {plain[0].upper:.2f})"
     else:
         accuracy = f"{_mean_and_range([each.value for each in plain], 2)} % over {len(plain)} files"
-    return f"{group.num_images} held-out images, of which the model has {accuracy} right at r = 0."
+    return f"{group.num_images} held-out images, of which the model gets {accuracy} right at r = 0."
 
 
 # ------------------------------------------------------------------------------------------------------------ sentences
@@ -94,9 +94,9 @@ def sentences(group: Group) -> list[str]:
             parts.append(_against_baseline(group, there, target))
         missing = [called(way) for way in group.ways if way not in there]
         if len(there) < len(missing):
-            parts.append(f"Only {_list(map(called, there))} {'is' if len(there) == 1 else 'are'} so fast.")
+            parts.append(f"Only {_list(map(called, there))} {'reaches' if len(there) == 1 else 'reach'} it.")
         elif missing:
-            parts.append(f"Not so fast: {_list(missing)}.")
+            parts.append(f"Not reached by {_list(missing)}.")
         found.append(f"**{target:g} times** as fast as r = 0: {' '.join(parts)}")
     return found + ([f"No way is {join_with_or(beyond)} times as fast as r = 0 here."] if beyond else [])
 
@@ -108,7 +108,7 @@ def in_short(groups: Sequence[Group]) -> str:
     table = Table([Column("furthest ahead"), *(Column(f"{target:g} times") for target in reached)], rows)
     return "\n".join(
         [
-            f"The way that has most more right than constant {BASELINE}, in points, where that is beyond chance:",
+            f"The way furthest ahead of constant {BASELINE}, in points of accuracy, where that is beyond chance:",
             "",
             *table.markdown(),
         ]
@@ -118,7 +118,7 @@ def in_short(groups: Sequence[Group]) -> str:
 def _furthest_ahead(group: Group, target: float) -> str:
     there = [way for way, places in group.places.items() if target in places]
     if BASELINE not in there:
-        return f"{called(BASELINE)} is not so fast" if there else "–"
+        return f"{called(BASELINE)} does not reach it" if there else "–"
     differences = _over_baseline(group, there, target)
     ahead = {way: each for way, each in differences.items() if each.verdict == "ahead"}
     if not ahead:
@@ -136,18 +136,18 @@ def _winner(group: Group, there: Sequence[str], target: float) -> str:
     others = [way for way in there if way != best]
     tied = [way for way in others if group.difference(best, way, target).verdict == "tied"]
     behind = [way for way in others if way not in tied]
-    start = f"{called(best)} has the most right, {group.places[best][target].top1:.1f} %"
+    start = f"{called(best)} gets the most right, {group.places[best][target].top1:.1f} %"
     if not others:
         return f"{start}."
     if not tied:
         return f"{start}, and is ahead of all others."
     if not behind:
-        return f"{start}, in a tie of all."
+        return f"{start}, tied with all others."
     if len(behind) < len(tied):
         return (
             f"{start}; only {_list(map(called, behind))} {'is' if len(behind) == 1 else 'are'} behind it beyond chance."
         )
-    return f"{start}, in a tie with {_list(map(called, tied))}."
+    return f"{start}, tied with {_list(map(called, tied))}."
 
 
 def _least_moved(group: Group, there: Sequence[str], target: float) -> str:
@@ -155,7 +155,7 @@ def _least_moved(group: Group, there: Sequence[str], target: float) -> str:
     beside = ""
     if best != BASELINE and BASELINE in there:
         beside = f" ({called(BASELINE)}: {group.places[BASELINE][target].kl:.3f})"
-    return f"The least KL has {called(best)}: {group.places[best][target].kl:.3f}{beside}."
+    return f"Least KL: {called(best)}, {group.places[best][target].kl:.3f}{beside}."
 
 
 def _against_baseline(group: Group, there: Sequence[str], target: float) -> str:
@@ -199,8 +199,8 @@ def _points(each: Difference) -> str:
 
 
 LEGEND = (
-    "In the tables top-1 in per cent, and behind the stroke the KL divergence from r = 0 in nats. ▲ ahead of and ▼ "
-    f"behind constant {BASELINE} on the same images, at 95 % confidence; no sign: a tie; a dash: not so fast."
+    "In the tables top-1 in per cent, and after the slash the KL divergence from r = 0 in nats. ▲ ahead of and ▼ "
+    f"behind constant {BASELINE} on the same images, at 95 % confidence; no sign: a tie; a dash: not reached."
 )
 
 

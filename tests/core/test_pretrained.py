@@ -123,7 +123,9 @@ CASES = {
 
 
 @pytest.mark.usefixtures("all_threads")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.soak if name == "mae_b16.ft_in1k" else []) for name in CASES]
+)
 def test_published_weights(name: str, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case, card = CASES[name], tomevit.card(name)
     tensors = foreign.fill(case.keys(foreign.sizes(card.config)))
@@ -224,7 +226,7 @@ def test_mae_is_fine_tuned_from_its_pre_trained_encoder(server: Server, tmp_path
     assert set(left) == {"norm.weight", "norm.bias"}
     images = foreign.fill({"images": (1, 3, 224, 224)}, seed=1)["images"]
     path = tmp_path / "published.safetensors"
-    for source in ("mae_cls_b16.pretrain", "hf-hub:timm/vit_base_patch16_224.mae", path):
+    for source in ("mae_cls_b16.pretrain", "hf-hub:timm/vit_base_patch16_224.mae"):
         model = tomevit.create("mae_b16", pretrained=source, num_classes=10)
         torch.nn.init.normal_(model.head.weight)  # type: ignore[arg-type]
         theirs.head.load_state_dict(model.head.state_dict())

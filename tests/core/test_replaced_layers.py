@@ -111,7 +111,7 @@ def answers(model: tomevit.VisionTransformer, images: Tensor) -> dict[str, Tenso
 @pytest.mark.parametrize("fields", FIELDS)
 @pytest.mark.parametrize("how", DOUBLING)
 def test_what_is_put_in_the_place_of_a_layer_acts(how: str, fields: dict[str, Any]) -> None:
-    plain = tiny(4, depth=3, **fields)
+    plain = tiny(4, depth=2, **fields)
     images = images_for(plain)
     for name in with_weights(plain):
         expected, model = copy.deepcopy(plain), copy.deepcopy(plain)

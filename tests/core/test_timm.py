@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.peers import timm
 from tests.helpers import (
+    PLAIN_VITS,
     format_of_timms,
     images_for,
     is_prepared_as_timm_does,
@@ -40,7 +41,6 @@ def compare(theirs: torch.nn.Module, config: Config, batch: int = 1) -> None:
     assert relative_error(answer, expected) < 1e-5
 
 
-PLAIN_VITS = ("DeiT", "DeiT III", "Distilled DeiT", "Vision Transformer")
 FULL_WIDTH = sorted(alias for alias in _zoo().aliases if alias in KNOWN_TO_TIMM and card(alias).title in PLAIN_VITS)
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
 from benchmarks.peers import timm, torchvision
-from tests.helpers import format_of_timms, images_for, is_prepared_as_timm_does, timms_shapes
+from tests.helpers import PLAIN_VITS, format_of_timms, images_for, is_prepared_as_timm_does, timms_shapes
 from tests.matchings import OWN
 from tomevit import zoo
 from tomevit.cards import Card
@@ -91,8 +91,11 @@ def test_every_model_constructs_at_full_size(name: str) -> None:
     assert found.papers
 
 
-@pytest.mark.parametrize("alias", TIMMS_NAMES)
+@pytest.mark.parametrize(
+    "alias", [alias for alias in TIMMS_NAMES if "." in alias or tomevit.card(alias).title not in PLAIN_VITS]
+)
 def test_aliases_are_timms_models(alias: str) -> None:
+    """The others are compared at full depth elsewhere, with the answers of their blocks."""
     found = tomevit.card(alias)
     theirs = timm_on_meta(alias, num_classes=found.config.num_classes or found.config.proj_dim)
     # timm's other models of DINOv3 have biases, which are 0 in its weights.

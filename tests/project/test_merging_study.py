@@ -72,6 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_it_measures_what_the_training_script_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "study.json"
     wanted = {key: by_the_script(*key, tmp_path / "model.safetensors", capsys) for key in ((0, 0), (16, 1))}

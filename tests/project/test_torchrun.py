@@ -100,8 +100,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    "program",  # the engines run the same loop in their own words, and take long to import
-    [pytest.param(name, marks=[] if name in ("train_ddp", "train_fsdp") else pytest.mark.soak) for name in KILLS],
+    "program",  # the others run the same loop in their own words, and the engines take long to import
+    [pytest.param(name, marks=[] if name == "train_fsdp" else pytest.mark.soak) for name in KILLS],
 )
 def test_two_processes_train_as_one_does_and_resume_after_kill_9(
     plain: tuple[list[float], tomevit.VisionTransformer, Any], digits: str, program: str, tmp_path: Path

@@ -768,18 +768,6 @@ def test_a_mistake_gets_one_clear_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_readable_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    broken = tmp_path / "photos"
-    broken.mkdir()
-    for name in ("a.png", "b.png"):
-        (broken / name).write_bytes(b"no image")
-    out = tmp_path / "a.safetensors"
-    status, printed, err = run(capsys, "embed", str(broken), "-o", str(out), "--model", DIGITS)
-    assert (status, printed) == (2, f"{out}: 0 vectors of 64 float32 numbers\n")
-    assert err.count("left out: ") == 2
-    assert err.endswith("tomevit: none of 2 images can be read\n")
-
-
 def test_every_option_arrives(
     model: VisionTransformer, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

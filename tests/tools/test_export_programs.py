@@ -175,14 +175,8 @@ def test_every_option(tmp_path: Path) -> None:
     assert ends(path) == {"images": [3, 3, 16, 24], "logits": [3, 7]}
 
 
-@pytest.mark.parametrize(
-    ("r", "meant"),
-    [
-        ("1.3x late", [12, 26]),
-        ([0, "8+3 diffrate"], [0, "8+3 diffrate"]),
-    ],
-)
-def test_an_r_in_words_is_plain_numbers_in_a_program(tmp_path: Path, r: Any, meant: list[Any]) -> None:
+def test_an_r_in_words_is_plain_numbers_in_a_program(tmp_path: Path) -> None:
+    r, meant = "1.3x late", [12, 26]
     model, path = tiny(depth=2, pool="avg"), tmp_path / "model.onnx"
     program = export_program(model, path, r=r)
     assert json.loads(program.metadata["r"]) == meant == model.plain(r)
@@ -380,13 +374,10 @@ def test_ways_to_merge_answer_alike_everywhere(tmp_path: Path) -> None:
         images = images_for(model, batch, seed=batch)
         with torch.inference_mode():
             assert_alike(path, images, model(images), 1e-5)
-    export_program(model, tmp_path / "model.xml", "openvino")
-    with torch.inference_mode():
-        assert relative_error(in_openvino(tmp_path / "model.xml")(images), model(images)) < 1e-5
 
 
 @pytest.mark.skipif(find_spec("nncf") is None, reason="nncf is not installed")
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_openvinos_int8(raw: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, path = tiny(8, depth=2, embed_dim=96, pool="avg"), tmp_path / "model.xml"
     model.card = replace(model.card, preprocess=Preprocess(crop_pct=1.0))

@@ -272,6 +272,7 @@ def test_tests_that_passed_are_not_run_again(tmp_path: Path) -> None:
     assert list(dict.fromkeys(again)) == ["test_elsewhere", "test_bad", "test_crash"]
 
 
+@pytest.mark.soak
 def test_time_ends_the_tests_too(tmp_path: Path) -> None:
     (tmp_path / "test_long.py").write_text(
         "import time, pytest\npytestmark = pytest.mark.gpu\n"

@@ -256,16 +256,16 @@ def test_sentences_say_who_wins_by_how_much_and_what_is_a_tie() -> None:
     ways = {"bipartite": [(2.0, 30)], "redundant": [(2.0, 4)], "late": [(2.0, 32)], "random": [(2.0, 60)]}
     said = page.sentences(group_of(ways | {"deferred": [(1.3, 1)]}))[-1]
     assert said.startswith(
-        "**2 times** as fast as r = 0: redundant has the most right, 98.0 %, and is ahead of all others. The least KL "
-        "has redundant: 0.040 (constant bipartite: 0.300). Ahead of constant bipartite: redundant by 13.0 points ("
+        "**2 times** as fast as r = 0: redundant gets the most right, 98.0 %, and is ahead of all others. Least KL: "
+        "redundant, 0.040 (constant bipartite: 0.300). Ahead of constant bipartite: redundant by 13.0 points ("
     )
     assert "Behind constant bipartite: random by 15.0 points (" in said
-    assert said.endswith("Tied with constant bipartite: late. Not so fast: deferred.")
+    assert said.endswith("Tied with constant bipartite: late. Not reached by deferred.")
 
 
 def test_a_tie_of_all_is_called_one() -> None:
     said = page.sentences(group_of({"bipartite": [(1.3, 3)], "late": [(1.3, 2)]}))
-    assert "late has the most right, 99.1 %, in a tie of all." in said[0]
+    assert "late gets the most right, 99.1 %, tied with all others." in said[0]
     assert "Tied with constant bipartite: all others." in said[0]
     assert said[1:] == ["No way is 1.5, 1.75 or 2 times as fast as r = 0 here."]
 
@@ -283,7 +283,7 @@ def test_in_short_there_is_a_winner_where_one_is_beyond_chance() -> None:
     wins, none = text.splitlines()[-2:]
     assert wins.startswith("| model.plain | random +7.6 (")
     assert "| redundant +11.6 (" in wins
-    assert wins.endswith("| constant bipartite is not so fast | constant bipartite is not so fast |")
+    assert wins.endswith("| constant bipartite does not reach it | constant bipartite does not reach it |")
     assert none == "| model.plain | none | – | – | – |"
 
 

@@ -16,6 +16,7 @@ from tomevit.deploy.programs import LEAST_TORCH
 pytestmark = pytest.mark.skipif(torch.__version__ < LEAST_TORCH, reason="needs a newer torch")
 
 
+@pytest.mark.soak
 def test_each_runtime_with_its_error_and_agreement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
