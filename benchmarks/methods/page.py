@@ -118,7 +118,7 @@ def in_short(groups: Sequence[Group]) -> str:
 def _furthest_ahead(group: Group, target: float) -> str:
     there = [way for way, places in group.places.items() if target in places]
     if BASELINE not in there:
-        return f"{called(BASELINE)} does not reach it" if there else "–"
+        return "not reached" if there else "–"
     differences = _over_baseline(group, there, target)
     ahead = {way: each for way, each in differences.items() if each.verdict == "ahead"}
     if not ahead:

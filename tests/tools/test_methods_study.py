@@ -283,7 +283,7 @@ def test_in_short_there_is_a_winner_where_one_is_beyond_chance() -> None:
     wins, none = text.splitlines()[-2:]
     assert wins.startswith("| model.plain | random +7.6 (")
     assert "| redundant +11.6 (" in wins
-    assert wins.endswith("| constant bipartite does not reach it | constant bipartite does not reach it |")
+    assert wins.endswith("| not reached | not reached |")
     assert none == "| model.plain | none | – | – | – |"
 
 
