@@ -126,6 +126,15 @@ def test_what_is_put_in_the_place_of_a_layer_acts(how: str, fields: dict[str, An
 
 
 @pytest.mark.parametrize("fields", FIELDS)
+def test_what_is_called_as_layers_with_weights_are_is_one(fields: dict[str, Any]) -> None:
+    """peft looks for layers by the end of their names, and ends where one of them can have no adapter."""
+    model = tiny(4, depth=1, **fields)
+    called = [name for name, _ in model.named_modules() if name.endswith(("qkv", "proj", "fc1", "fc2", "head"))]
+    assert len(called) >= 4
+    assert all(isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d) for name in called), called
+
+
+@pytest.mark.parametrize("fields", FIELDS)
 def test_an_adapter_acts_and_learns(fields: dict[str, Any]) -> None:
     plain = tiny(4, depth=3, **fields)
     images = images_for(plain)

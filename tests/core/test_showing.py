@@ -261,6 +261,8 @@ def test_attributes_are_timms(name: str) -> None:
         assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
     assert (ours.has_class_token, ours.num_reg_tokens) == (theirs.has_class_token, theirs.num_reg_tokens)
     assert ours.feature_info == theirs.feature_info
+    ours.feature_info = ours.feature_info[-2:]  # as one does for timm's FeatureHookNet
+    assert ours.feature_info == theirs.feature_info[-2:]
     theirs.load_state_dict(ours.state_dict())
     images = images_for(ours, 1)
     with torch.inference_mode():

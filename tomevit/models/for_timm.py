@@ -33,6 +33,7 @@ class TimmInterface(nn.Module):
     config: Config
     card: Card
     head_names: tuple[str, ...]
+    _feature_info: list[dict[str, Any]] | None = None
 
     in_chans = property(lambda self: self.config.in_chans)
     num_classes = property(lambda self: self.config.num_classes)
@@ -70,11 +71,16 @@ class TimmInterface(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
+        """Those that were assigned, as for other modules, or of the blocks."""
         config = self.config
-        return [
+        return self._feature_info or [
             {"module": f"blocks.{i}", "num_chs": config.embed_dim, "reduction": config.patch_size}
             for i in range(config.depth)
         ]
+
+    @feature_info.setter
+    def feature_info(self, value: list[dict[str, Any]]) -> None:
+        self._feature_info = value
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep only what enters each block and compute the rest again in the backward pass."""

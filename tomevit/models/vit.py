@@ -75,7 +75,8 @@ class VisionTransformer(CheckedAttributes, TimmInterface):
         self.attn_pool = AttentionPool(config) if config.pool == "map" else None
         self.fc_norm = layer_norm(config.num_pooled, eps) if config.pool_norm == "after" else nn.Identity()
         bias = config.proj_bias
-        self.proj = linear(config.num_pooled, config.proj_dim, bias=bias) if config.proj_dim else nn.Identity()
+        # Not Identity: peft takes whatever is called proj for a layer with weights.
+        self.proj = linear(config.num_pooled, config.proj_dim, bias=bias) if config.proj_dim else None
         for name in self.head_names:
             head = linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
             setattr(self, name, head)
@@ -174,7 +175,9 @@ class VisionTransformer(CheckedAttributes, TimmInterface):
         """From what `forward_features` returns to what `forward` returns, or to what the head reads."""
         check_tokens(tokens)
         pooled = pool(tokens, self.config) if self.attn_pool is None else self.attn_pool(tokens)
-        features = self.proj(self.fc_norm(pooled))
+        features = self.fc_norm(pooled)
+        if self.proj is not None:
+            features = self.proj(features)
         return features if pre_logits else self.head(features)
 
     def reset_classifier(self, num_classes: int) -> None:
