@@ -10,7 +10,7 @@
 #   make clients  set up, then try the models with other packages, and store what came of it for docs/works_with.md
 #   make faults   set up, then try broken and hostile files, machines and networks, and store it for docs/promises.md
 #   make gpu      on a machine with a GPU: its tests and figures, as far as nine minutes go; with the Python that is there
-#   make soak     set up, then the long ones of these: thousands of files, a hundred kills
+#   make soak     set up, then the long ones of these, as thousands of files, a hundred kills
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 MINUTES ?= 9

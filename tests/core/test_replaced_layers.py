@@ -126,7 +126,7 @@ def test_what_is_put_in_the_place_of_a_layer_acts(how: str, fields: dict[str, An
 
 
 @pytest.mark.parametrize("fields", FIELDS)
-def test_what_is_called_as_layers_with_weights_are_is_one(fields: dict[str, Any]) -> None:
+def test_names_that_adapters_look_for_are_of_layers_with_weights(fields: dict[str, Any]) -> None:
     """peft looks for layers by the end of their names, and ends where one of them can have no adapter."""
     model = tiny(4, depth=1, **fields)
     called = [name for name, _ in model.named_modules() if name.endswith(("qkv", "proj", "fc1", "fc2", "head"))]

@@ -71,7 +71,7 @@ class TimmInterface(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """Those that were assigned, as for other modules, or of the blocks."""
+        """What was assigned, else that of the blocks."""
         config = self.config
         return self._feature_info or [
             {"module": f"blocks.{i}", "num_chs": config.embed_dim, "reduction": config.patch_size}
