@@ -82,7 +82,7 @@ def test_without_r_it_is_the_models() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["nowhere", "--out", "new"], "nowhere: there is no such file or folder"),
+        (["nowhere", "--out", "new"], "nowhere: No such file or directory"),
         (["0.png", "--out", "."], ". is there already; name another folder"),
         (["0.png", "s3://bucket/a", "--out", "new"], "s3://bucket/a is in a cloud, and others are not"),
         (["0.png", "--out", "new", "--model", "digit_p1"], "did you mean"),

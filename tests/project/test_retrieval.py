@@ -112,7 +112,7 @@ def test_a_folder_without_classes_has_neighbours_too(capsys: pytest.CaptureFixtu
 
 def test_wrong_use_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     where = ("--out", str(tmp_path / "out"))
-    assert "no such file or folder" in refused(capsys, "--data", "nowhere", "--model", DIGITS, *where)
+    assert "No such file or directory" in refused(capsys, "--data", "nowhere", "--model", DIGITS, *where)
     assert "did you mean" in refused(capsys, "--model", "digit_p1", *where)
     assert "negative" in refused(capsys, "--merge", "-1", *where)
     assert not (tmp_path / "out").exists()

@@ -288,7 +288,7 @@ def test_wrong_models_and_values_are_refused(
     for r in (None, 0, [0, 0]):
         with pytest.raises(ValueError, match=r"merges nothing.*: give an r such as 8, 13 or 16"):
             classify(digits, image, r=r, compare=True)
-    with pytest.raises(ValueError, match="there is no such file"):
+    with pytest.raises(ValueError, match="No such file or directory"):
         classify(digits, "nothing.png")
     broken = tiny()
     torch.nn.init.constant_(broken.head.bias, torch.inf)
@@ -562,7 +562,7 @@ def test_nothing_is_fetched_for_what_cannot_be(capsys, tmp_path, monkeypatch):
         ([path, "--compare"], "r = 0 merges nothing, and would be compared with itself: give an r such as 8, 13 or 16"),
         ([path, "--r", "[1,1,1,1,1,1,1,1,1,1,1,1,1]"], "the model has 12"),
         ([path, "--model", "vit_b61"], "did you mean vit_b16"),
-        ([f"{path}x"], "there is no such file or folder"),
+        ([f"{path}x"], "No such file or directory"),
         ([path, "-o", "/nowhere/x.json"], "no directory /nowhere"),
         ([path, "--device", "abacus"], "abacus"),
         ([path, "--dtype", "int8"], "bfloat16"),

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
 from PIL import Image
 
@@ -208,6 +209,23 @@ def test_every_verb_with_an_r_names_its_forms_and_explains_a_wrong_one(capsys, t
                 status, shown, err = run(capsys, verb, *calls[verb], "--r", wrong)
                 assert (status, shown, len(err.splitlines())) == (2, "", 1), (verb, err)
                 assert says in err
+
+
+def test_an_empty_path_is_not_the_current_directory(capsys, tmp_path, monkeypatch):
+    """As of -o "$OUT", where OUT is not set."""
+    monkeypatch.chdir(tmp_path)
+    tried = 0
+    for verb in cli.VERBS:
+        for param in cli.load_command(verb).params:
+            if isinstance(param.type, click.Path):
+                given = [param.opts[0], ""] if isinstance(param, click.Option) else [""]
+                status, out, err = run(capsys, verb, *given)
+                assert (status, out, len(err.splitlines())) == (2, "", 1), (verb, err)
+                assert "the path is empty" in err
+                tried += 1
+    assert tried > 20
+    assert run(capsys, "classify", "")[2] == "tomevit: the path of an image is empty; the current folder is .\n"
+    assert not [*tmp_path.iterdir()]
 
 
 def test_what_follows_an_r_is_one_more_or_the_model(capsys, tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_a_mistake_ends_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("folder", "model", "says"),
     [
-        ("none", PLAIN, "none: there is no such file or folder"),
+        ("none", PLAIN, "none: No such file or directory"),
         ("empty", PLAIN, "empty: no image in this folder"),
         ("few", PLAIN, "few has 3 images, too few to tell schedules apart: 32 at least"),
         ("broken", PLAIN, "0 of 40 images can be read, and 32 are needed at least"),

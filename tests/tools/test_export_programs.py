@@ -744,7 +744,7 @@ def test_json(vit: tuple[VisionTransformer, Path], tmp_path: Path) -> None:
         ("--format timm -o m.pth --calibrate .", "--calibrate is for programs"),
         ("--format openvino -o m.xml --dtype int8", "--calibrate FOLDER"),
         ("--format onnx -o m.onnx --dtype int8 --calibrate .", ".: no image in this folder"),
-        ("--format onnx -o m.onnx --dtype int8 --calibrate photos", "photos: there is no such file or folder"),
+        ("--format onnx -o m.onnx --dtype int8 --calibrate photos", "photos: No such file or directory"),
     ],
 )
 def test_a_mistake_gets_one_clear_line(

@@ -157,7 +157,7 @@ def test_files_folders_and_patterns_are_found(tmp_path: Path) -> None:
     assert found("**/*.jpeg") == ["b/c/3.jpeg"]
     (tmp_path / "empty").mkdir()
     for source, complaint in (
-        ("none.jpg", "there is no such file or folder"),
+        ("none.jpg", "No such file or directory"),
         ("*.bmp", "no file matches this pattern"),
         ("empty", r"no image in this folder; looked for \.avif, "),
     ):

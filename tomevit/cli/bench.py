@@ -79,7 +79,7 @@ BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 @click.option(
     "--front",
     "front_file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=options.FilePath(exists=True, dir_okay=False),
     help="What tomevit tune measured of this model, on any device: compare its schedules, suggest by their fidelity.",
 )
 @reports.form_flags(json="As JSON.", markdown="As Markdown, to paste into an issue.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tomevit.cli.options import FORMS_OF_R, Many, R
+from tomevit.cli.options import FORMS_OF_R, FilePath, Many, R
 from tomevit.cli.tables import Column, Table, show
 from tomevit.schedule import Schedule
 from tomevit.tasks.demo import MODELS, format_stored_r, run, setting
@@ -23,7 +23,7 @@ COLUMNS = (
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=FilePath(file_okay=False),
     default=Path("demo"),
     show_default=True,
     help="Directory for the pictures.",

@@ -27,11 +27,13 @@ NAMED = 20  # files that could not be read; the metadata has more
 
 
 @click.command()
-@click.argument("sources", metavar="DIR|FILES|WEBDATASET...", nargs=-1, required=True)
+@click.argument(
+    "sources", metavar="DIR|FILES|WEBDATASET...", nargs=-1, required=True, type=options.FilePath(path_type=str)
+)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     required=True,
     help="The .safetensors or .parquet file to write.",
 )

@@ -111,7 +111,7 @@ def _parse_expected(
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=options.FilePath(),
     help="A folder for each class; or images and a list of their classes; or ILSVRC's or any folder with val/ in it.",
 )
 @options.model(required=True)
@@ -150,7 +150,7 @@ def _parse_expected(
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     help="Write it to a file too: .json and .md have their own form. An interrupted run goes on from OUT.progress.",
 )
 @click.option("--restart", is_flag=True, help="Begin anew, whatever OUT.progress has.")

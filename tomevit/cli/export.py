@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tomevit.cli.console import echo_json
-from tomevit.cli.options import BATCH, FORMS_OF_R, R
+from tomevit.cli.options import BATCH, FORMS_OF_R, FilePath, R
 from tomevit.cli.tables import show
 from tomevit.data.images import find, prepare_image
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
@@ -33,7 +33,7 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     required=True,
     help="A file, or a directory for timm and transformers.",
 )
@@ -48,7 +48,7 @@ FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORM
 @click.option("--raw", is_flag=True, default=None, help="Of a program: it takes pixels, uint8, and normalises within.")
 @click.option(
     "--calibrate",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="FOLDER",
     help=f"Of int8: images like those that it will see, of which up to {MOST_IMAGES} are drawn.",
 )

@@ -57,6 +57,20 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         return int(found[1]), int(found[2] or found[1])
 
 
+class FilePath(click.Path):
+    """A path, and never "", which would be the current directory: mostly a variable of the shell without a value."""
+
+    def __init__(
+        self, *, exists: bool = False, file_okay: bool = True, dir_okay: bool = True, path_type: type = Path
+    ) -> None:
+        super().__init__(exists, file_okay, dir_okay, path_type=path_type)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 #: No machine reads faster with more processes or threads than this, and many fall over.
 MOST_AT_ONCE = max(64, 2 * (os.cpu_count() or 1))
 BATCH = click.IntRange(1, 2**16)
@@ -78,17 +92,15 @@ threads = click.option(
 workers = click.option("--workers", type=WORKERS, help="Processes that read images; default: as the machine has CPUs.")
 truth = click.option(
     "--truth",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FilePath(exists=True, dir_okay=False),
     help="The images' classes, if there are no folders for them; default: ILSVRC's file, by its name.",
 )
 classes = click.option(
     "--classes",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FilePath(exists=True, dir_okay=False),
     help="The names of the model's classes, one on each line, in the order of its outputs.",
 )
-picture = click.option(
-    "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw it: .png, .svg or .pdf."
-)
+picture = click.option("--plot", "picture", type=FilePath(dir_okay=False), help="Draw it: .png, .svg or .pdf.")
 
 
 class Many(click.Command):

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from tomevit.cli.console import echo
-from tomevit.cli.options import described, machine
+from tomevit.cli.options import FilePath, described, machine
 from tomevit.opening import read_small_file
 from tomevit.output import check_outputs, new_file
 from tomevit.schedule import Schedule, format_schedule, schedule_from_json
@@ -21,14 +21,12 @@ from tomevit.tasks.plots import picture_kind as picture_kind
 
 
 @click.command("plot")
-@click.argument(
-    "files", metavar="RESULT.json...", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True)
-)
+@click.argument("files", metavar="RESULT.json...", nargs=-1, required=True, type=FilePath(exists=True))
 @click.option(
     "-o",
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     help="The picture: .png, .svg or .pdf.",
 )
 def plot_command(files: tuple[Path, ...], out: Path) -> None:

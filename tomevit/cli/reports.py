@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from tomevit.cli.console import echo
+from tomevit.cli.options import FilePath
 from tomevit.cli.tables import Table, fitted
 from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
@@ -23,7 +24,7 @@ NAMES = {"json": "JSON", "csv": "CSV", "markdown": "Markdown"}
 out = click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     help="Write to a file what is printed, in the form that its name asks for.",
 )
 

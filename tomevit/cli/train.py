@@ -120,7 +120,13 @@ def option(name: str, kind: Any = None, text: str = "", **kinds: Any) -> Callabl
 @option("--channels-last", text="Layout of images and kernels in memory.", is_flag=True)
 @option("--grad-checkpointing", text="Less memory, more time.", is_flag=True)
 @option("--seed", click.IntRange(0, 2**32 - 1))
-@click.option("-o", "--out", metavar="DIRECTORY", help=f"Folder for all that is written. Default: {Options.out}.")
+@click.option(
+    "-o",
+    "--out",
+    metavar="DIRECTORY",
+    type=options.FilePath(path_type=str),
+    help=f"Folder for all that is written. Default: {Options.out}.",
+)
 @option("--save-every", COUNT, "Steps between checkpoints, beside that after each epoch.")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out, with its options.")
 @option("--steps", POSITIVE, "Stop after so many, in all; --resume goes on.")

@@ -57,7 +57,7 @@ class Latency(click.ParamType):  # type: ignore[type-arg]  # generic from click 
 
 
 @click.command("tune", cls=Many)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=options.FilePath())
 @options.model(required=True)
 @click.option(
     "--speed-up", type=float, metavar="TIMES", help="Choose the most faithful point so many times as fast as r = 0."
@@ -74,13 +74,13 @@ class Latency(click.ParamType):  # type: ignore[type-arg]  # generic from click 
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     help="Write the model, as it was measured, with the chosen point as its r: a new .safetensors for every command.",
 )
 @click.option(
     "--front",
     "front_file",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     help="Keep all that is measured in a .json; a search that was interrupted goes on from it.",
 )
 @options.truth

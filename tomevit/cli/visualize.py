@@ -21,7 +21,7 @@ from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
 
 
 @click.command(cls=Many)
-@click.argument("image", type=click.Path())
+@click.argument("image", type=options.FilePath(path_type=str))
 @options.model(default="vit_b16", show_default=True)
 @click.option(
     "--r",
@@ -34,7 +34,7 @@ from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     required=True,
     help="A page, .html, a picture, .png, .svg or .pdf, or an animation, .gif or .mp4.",
 )

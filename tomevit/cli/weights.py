@@ -12,7 +12,7 @@ import click
 
 from tomevit.cards import by_pattern, lines_left_out
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import R, Size
+from tomevit.cli.options import FilePath, R, Size
 from tomevit.cli.running import DTYPES
 from tomevit.cli.tables import show
 from tomevit.config import Figure
@@ -26,9 +26,7 @@ from tomevit.weights.verify import verify as run_verify
 
 @click.command()
 @click.argument("source")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write; default MODEL.safetensors."
-)
+@click.option("-o", "--out", type=FilePath(dir_okay=False), help="File to write; default MODEL.safetensors.")
 @click.option(
     "--model",
     metavar="NAME",
@@ -102,7 +100,7 @@ def _lines(report: Report) -> Iterator[str]:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.option("--against", metavar="SOURCE", help="A source, as convert takes it, that every tensor must agree with.")
 @click.option("--key", help="Where in that source the state dict lies, if it holds several.")
 @click.option("--prefix", help="What the model's names begin with there, if it holds several models.")
@@ -134,7 +132,7 @@ def _accuracies(ctx: click.Context, param: click.Parameter, values: tuple[str, .
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.argument("repo", metavar="OWNER/REPO")
 @click.option("--top1", metavar="R=PERCENT", multiple=True, callback=_accuracies, help="Accuracy measured at an r.")
 @click.option("--dataset", help="What it was measured on, as the hub names it; default: ImageNet-1k.")

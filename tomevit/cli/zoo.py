@@ -197,7 +197,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
 
 
 @click.command(cls=Many)
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", type=options.FilePath(path_type=str))
 @click.option(
     "--r",
     "r_values",
@@ -211,7 +211,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
 @click.option(
     "--plot",
     "picture",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=options.FilePath(dir_okay=False),
     help="Draw the tokens after each block, a line for each r: .png, .svg or .pdf.",
 )
 def info(

@@ -86,6 +86,8 @@ def search(sources: Iterable[str | PathLike[str]]) -> Found:
     found = Found([], Counter())
     for source in sources:
         path, source = Path(source), fspath(source)
+        if not source:
+            raise ValueError("the path of an image is empty; the current folder is .")
         if path.is_dir():
             _extend(found, _in_folder(path), f"{source}: no image in this folder; looked for {_suffixes()}")
         elif path.exists():
@@ -93,7 +95,7 @@ def search(sources: Iterable[str | PathLike[str]]) -> Found:
         elif glob.has_magic(source):
             _extend(found, _matching(source), f"{source}: no file matches this pattern")
         else:
-            raise ValueError(f"{source}: there is no such file or folder")
+            raise ValueError(f"{source}: {os.strerror(errno.ENOENT)}")
     return found
 
 

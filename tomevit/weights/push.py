@@ -6,7 +6,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,7 @@ from tomevit.weights.servers import bounded_answers, words
 _ASSETS = resources.files("tomevit") / "assets"
 
 MOST_ANSWERED = 2**24  # bytes, of the hub to one request
+SMALL = 2**24  # bytes that are up before a bar would tell anything
 
 
 class Base(NamedTuple):
@@ -292,7 +294,7 @@ def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
         raise UploadError(f"{repo} cannot be uploaded while HF_HUB_OFFLINE is set")
     api = HfApi()
     try:
-        with bounded_answers(MOST_ANSWERED):
+        with bounded_answers(MOST_ANSWERED), _bars_of_large(folder):
             api.create_repo(repo, private=private or None, exist_ok=True)
             if not private or api.repo_info(repo).private:
                 return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
@@ -302,6 +304,23 @@ def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
         f"{repo} exists and is public, nothing was uploaded: choose another name, or make it private at "
         f"{constants.ENDPOINT}/{repo}/settings"
     )
+
+
+@contextmanager
+def _bars_of_large(folder: Path) -> Iterator[None]:
+    """huggingface_hub's bars, which stay on the terminal, for what is large or where somebody asked for them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    small = sum(file.stat().st_size for file in folder.iterdir()) < SMALL
+    if not small or constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _explain(error: BaseException) -> str:
