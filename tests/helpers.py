@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,15 @@ PLAIN_VITS = ("DeiT", "DeiT III", "Distilled DeiT", "Vision Transformer")
 def format_of_timms(card: Card) -> str:
     """The format in which timm publishes a card's weights: how it names the parameters of that model."""
     return next(source.format for source in card.sources if (source.hub or "").startswith("timm/"))
+
+
+def timm_on_meta(name: str, **arguments: Any) -> nn.Module:
+    from benchmarks.peers import timm
+
+    # Noise for weights without values would take most of the time.
+    init = timm.layers.weight_init
+    with torch.device("meta"), mock.patch.object(init, "_trunc_normal_", lambda tensor, *_: tensor):
+        return timm.create_model(name, pretrained=False, **arguments)
 
 
 def timms_shapes(config: Config, form: str) -> dict[str, torch.Size]:

@@ -114,15 +114,18 @@ def test_what_is_put_in_the_place_of_a_layer_acts(how: str, fields: dict[str, An
     plain = tiny(4, depth=2, **fields)
     images = images_for(plain)
     for name in with_weights(plain):
-        expected, model = copy.deepcopy(plain), copy.deepcopy(plain)
-        double_parameters(expected, name)
+        if name.startswith("blocks.0."):  # as the last, which all methods end with
+            continue
+        doubled, model = copy.deepcopy(plain), copy.deepcopy(plain)
+        double_parameters(doubled, name)
         DOUBLING[how](model, name)
         with torch.no_grad():
+            expected = doubled(images)
             for method, found in answers(model, images).items():
-                assert relative_error(found, expected(images)) < 1e-4, (name, method)
+                assert relative_error(found, expected) < 1e-4, (name, method)
         for mode in (torch.enable_grad, torch.inference_mode):
             with mode():
-                assert relative_error(model(images), expected(images)) < 1e-4, name
+                assert relative_error(model(images), expected) < 1e-4, name
 
 
 @pytest.mark.parametrize("fields", FIELDS)

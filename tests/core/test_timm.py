@@ -18,6 +18,7 @@ from tests.helpers import (
     is_prepared_as_timm_does,
     randomise,
     relative_error,
+    timm_on_meta,
     timms_shapes,
     tiny,
 )
@@ -56,11 +57,8 @@ def test_full_width(name: str) -> None:
     config, form = found.config, format_of_timms(found)
     if "_qkvb" in name:
         config = replace(config, qkv_bias=True)  # timm's other models of DINOv3 have biases, 0 in its weights
-    with torch.device("meta"):
-        deep, theirs = (
-            timm.create_model(name, pretrained=False, num_classes=config.num_classes or config.proj_dim, **depth)
-            for depth in ({}, {"depth": 2})
-        )
+    classes = config.num_classes or config.proj_dim
+    deep, theirs = timm_on_meta(name, num_classes=classes), timm_on_meta(name, num_classes=classes, depth=2)
     assert deep.patch_embed.img_size == config.img_size
     assert {key: tensor.shape for key, tensor in deep.state_dict().items()} == timms_shapes(config, form)
     compare(theirs.to_empty(device="cpu"), replace(config, depth=2))
@@ -129,9 +127,8 @@ HELPED = ["deit_ti16", "deit_distilled_ti16", "deit3_s16", "vit_s16"]
 
 
 def with_timms(name: str) -> tuple[VisionTransformer, torch.nn.Module]:
-    with torch.device("meta"):
-        theirs = timm.create_model(card(name).timm, num_classes=card(name).config.num_classes)
-    return build_meta(card(name).config), theirs
+    found = card(name)
+    return build_meta(found.config), timm_on_meta(found.timm, num_classes=found.config.num_classes)
 
 
 @pytest.mark.parametrize("name", HELPED)

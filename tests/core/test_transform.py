@@ -21,7 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from benchmarks.peers import timm, torchvision
-from tests.helpers import is_prepared_as_timm_does, tiny
+from tests.helpers import is_prepared_as_timm_does, timm_on_meta, tiny
 from tests.tools.test_images import FILES
 from tomevit import Card, card, create, list_models, transform
 from tomevit.config import Preprocess
@@ -180,9 +180,7 @@ def evaluation(found: Card) -> tuple[str, Callable[[Image.Image], Tensor]]:
             return "torchvision", TORCHVISION[source.url].transforms()
     name = f"{found.timm}.{found.weights}"
     if name in TIMM:
-        with torch.device("meta"):
-            model = timm.create_model(name, pretrained=False)
-        return "timm", timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+        return "timm", timm.data.create_transform(**timm.data.resolve_model_data_config(timm_on_meta(name)))
     return "own", reference(found.preprocess, found.config.img_size[0])  # composed by those who trained them
 
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tomevit
 from benchmarks.peers import timm, torchvision
-from tests.helpers import PLAIN_VITS, format_of_timms, images_for, is_prepared_as_timm_does, timms_shapes
+from tests.helpers import PLAIN_VITS, format_of_timms, images_for, is_prepared_as_timm_does, timm_on_meta, timms_shapes
 from tests.matchings import OWN
 from tomevit import zoo
 from tomevit.cards import Card
@@ -65,11 +65,6 @@ GFLOPS = [  # ToMe, tables 1 to 5 and the appendix, and DeiT III's README: what 
 
 def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def timm_on_meta(name: str, **arguments: Any) -> torch.nn.Module:
-    with torch.device("meta"):
-        return timm.create_model(name, pretrained=False, **arguments)
 
 
 # -------------------------------------------------------------------------------------------------------------- cards
