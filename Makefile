@@ -82,7 +82,7 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) --editable '.[$(EXTRAS)]'
 # pip would compile on one core only. What needs a later Python lies in torch's _internal, and is not needed.
-	-$(BIN)/python -m compileall -q -j 0 -x '/(tests|_internal)/' .venv/lib
+	-$(BIN)/python -m compileall -q -j 0 -x '/(tests|_internal)/' .venv/lib tomevit benchmarks examples
 	touch $@
 
 .venv-clients/clients: pyproject.toml constraints.txt constraints-clients.txt

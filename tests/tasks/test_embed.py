@@ -354,7 +354,7 @@ def test_what_sources_name(folder: Path, shards: Path, tmp_path: Path) -> None:
     assert names(module.locate([f"{folder}/{{03,01}}.png", folder / "02.png"]).names) == ["03.png", "01.png", "02.png"]
     for sources, complaint in (
         ([folder, shards], f"{shards} is of WebDataset, and {folder} is not"),
-        ([f"{shards}/s-{{000..009}}.tar"], "s-005.tar: there is no such file"),
+        ([f"{shards}/s-{{000..009}}.tar"], "s-005.tar: No such file or directory"),
         ([], "nothing to embed"),
         ([tmp_path], "no image in this folder"),
     ):
@@ -733,7 +733,7 @@ def test_files_of_other_kinds_are_refused(model: VisionTransformer, folder: Path
     ("arguments", "says"),
     [
         ([], "DIR|FILES|WEBDATASET"),
-        (["nowhere", "-o", "a.safetensors"], "nowhere: there is no such file"),
+        (["nowhere", "-o", "a.safetensors"], "nowhere: No such file or directory"),
         (["{folder}"], "--out"),
         (["{folder}", "-o", "a.csv"], ".safetensors or .parquet"),
         (["{folder}", "-o", "/nowhere/a.parquet"], "/nowhere"),

@@ -222,7 +222,7 @@ def test_what_is_a_shard(tmp_path: Path) -> None:
     assert find_shards(tmp_path / "i") == []
     with pytest.raises(ValueError, match="holds both shards and images"):
         find_shards(tmp_path / "both")
-    with pytest.raises(ValueError, match=r"c\.tar: there is no such file"):
+    with pytest.raises(ValueError, match=r"c\.tar: No such file or directory"):
         find_shards(tmp_path / "c.tar")
 
 

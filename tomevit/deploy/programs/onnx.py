@@ -190,6 +190,7 @@ def _quantise(source: Path, out: Path, calibration: Sequence[Tensor], *, large: 
 
     prepared = source.with_name(f"{source.name}.prepared")
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True, save_as_external_data=large)
+    _leave_shapes_to_weights(prepared)
     how: dict[str, Any] = {
         "op_types_to_quantize": ["MatMul"],
         "per_channel": True,
@@ -207,6 +208,18 @@ def _quantise(source: Path, out: Path, calibration: Sequence[Tensor], *, large: 
         quantize_dynamic(prepared, out, **how)
 
 
+def _leave_shapes_to_weights(path: Path) -> None:
+    """Say no shape a second time of what has one: biases get another here, and onnxruntime up to 1.28 turns weights."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    values = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(values)
+    onnx.save(model, path)
+
+
 def _keep_biases_apart(path: Path, products: set[str]) -> None:
     """Give the biases after products of three dimensions as many, in the file.
 
@@ -221,12 +234,9 @@ def _keep_biases_apart(path: Path, products: set[str]) -> None:
     outputs = {node.output[0] for node in graph.node if node.name in products and ranks.get(node.output[0]) == 3}
     readers = [node for node in graph.node if node.op_type == "Add" and outputs.intersection(node.input)]
     biases = {name for node in readers for name in node.input}
-    changed = [tensor for tensor in graph.initializer if tensor.name in biases and len(tensor.dims) == 1]
-    for tensor in changed:
-        tensor.dims[:] = [1, 1, *tensor.dims]
-    names = {tensor.name for tensor in changed}
-    for value in [value for value in graph.value_info if value.name in names]:
-        graph.value_info.remove(value)  # they were told as having one
+    for tensor in graph.initializer:
+        if tensor.name in biases and len(tensor.dims) == 1:
+            tensor.dims[:] = [1, 1, *tensor.dims]
     onnx.save(model, path)
 
 
