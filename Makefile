@@ -37,9 +37,11 @@ docs: .venv/test
 
 clients: .venv-clients/clients
 	$(CLIENTS)/pytest --numprocesses=auto -m clients tests/clients --store docs/works_with.json
+	$(CLIENTS)/python -m docs.written_tables
 
 faults: .venv/test
 	$(BIN)/pytest --numprocesses=auto --dist=worksteal -m 'faults and not soak' tests --store docs/promises.json
+	$(BIN)/python -m docs.written_tables
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --minutes $(MINUTES) --out $(OUT)

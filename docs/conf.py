@@ -69,7 +69,7 @@ def prepare(app: Sphinx, docname: str, content: list[str]) -> None:
     """Put in what is generated, and say of links to files that are no pages what to make of them."""
     page = Path(app.env.doc2path(docname))
     if page.suffix == ".md":
-        text = GENERATED.sub(lambda marker: tables.TABLES[marker[1]](), content[0])
+        text = GENERATED.sub(lambda marker: tables.SITE[marker[1]](), content[0])
         content[0] = LINK.sub(partial(_lead, page.parent), text)
 
 

@@ -1,4 +1,8 @@
-"""What the pages show that no hand writes: `<!-- generated: NAME -->` on a page stands for TABLES[NAME]()."""
+"""What the pages show that no hand writes.
+
+WRITTEN stands on the pages, where docs/written_tables.py puts it. What only the site has, SITE, is put in for
+`<!-- generated: NAME -->` as it is built.
+"""
 
 from __future__ import annotations
 
@@ -206,14 +210,13 @@ def _result(row: dict[str, Any]) -> str:
     return f"{row['tests']}" if row["outcome"] == "passed" else f"{row['tests']}: {row['outcome']}, {row['why']}"
 
 
-TABLES: dict[str, Callable[[], str]] = {
+WRITTEN: dict[str, Callable[[], str]] = {
     **{f"architectures of {title}": partial(architectures, title) for title in families()},
     "published": published,
     "licences": licences,
-    "commands": commands,
     "families": weights_table.summary,
     "weights": weights_table.section,
-    "page": shown_page,
     "works_with": works_with,
     "promises": promises,
 }
+SITE: dict[str, Callable[[], str]] = {"commands": commands, "page": shown_page}

@@ -1,4 +1,4 @@
-"""The tables that no hand writes and that stand on README.md and docs/speed.md, each between markers of its name.
+"""The tables that no hand writes and that stand on the pages, each between markers of its name.
 
 python -m docs.written_tables            write them
 python -m docs.written_tables --check    exit with 1 if one is not current
@@ -6,23 +6,38 @@ python -m docs.written_tables --check    exit with 1 if one is not current
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 from docs import speed_table
+from docs.tables import WRITTEN
 
 ROOT = Path(__file__).parent.parent
 Tables = Mapping[str, Callable[[], str]]
-PAGES: dict[Path, Tables] = {
-    ROOT / "README.md": {"three models": speed_table.three_models},
-    ROOT / "docs" / "speed.md": {
-        "first table": speed_table.first,
-        "speed table": speed_table.section,
-        "bfloat16 table": partial(speed_table.section, speed_table.NATIVE),
-    },
+TABLES: Tables = {
+    **WRITTEN,
+    "three models": speed_table.three_models,
+    "first table": speed_table.first,
+    "speed table": speed_table.section,
+    "bfloat16 table": partial(speed_table.section, speed_table.NATIVE),
 }
+MARKER = re.compile(r"^<!-- (.+): start -->$", re.MULTILINE)
+
+
+def _on_pages() -> dict[Path, Tables]:
+    """The tables of each page that has any. Others are their programs': benchmarks/ has those that measure."""
+    found = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        names = MARKER.findall(path.read_text(encoding="utf-8"))
+        if tables := {name: TABLES[name] for name in names if name in TABLES}:
+            found[path] = tables
+    return found
+
+
+PAGES = _on_pages()
 
 
 def written(page: str, tables: Tables) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from importlib import import_module
 
-from docs import tables
 from tests.outcomes import Fault, rows_of
 from tests.project.test_docs import ROOT
 
@@ -42,6 +41,5 @@ def test_nothing_failed() -> None:
 
 
 def test_the_page_shows_every_row() -> None:
-    assert "<!-- generated: promises -->" in (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-    shown = tables.TABLES["promises"]()
+    shown = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
     assert [row["how"] for row in STORED if f"| {row['how']} | {row['promise']} | " not in shown] == []

@@ -7,7 +7,6 @@ import re
 from importlib import import_module
 from pathlib import Path
 
-from docs import tables
 from tests.outcomes import Client, Row, rows_of
 from tests.project.test_docs import ROOT
 
@@ -41,9 +40,9 @@ def test_versions_are_those_that_make_clients_installs() -> None:
 
 
 def test_the_page_shows_every_row() -> None:
-    shown = tables.TABLES["works_with"]()
-    assert "<!-- generated: works_with -->" in (ROOT / "docs" / "works_with.md").read_text(encoding="utf-8")
-    assert [line.split(" | ")[2] for line in shown.splitlines()[2:]] == [row["tried"] for row in STORED]
+    shown = (ROOT / "docs" / "works_with.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]+ \| (?:yes|no) \| ([^|]+) \| ", shown, re.MULTILINE)
+    assert rows == [row["tried"] for row in STORED]
 
 
 def test_only_make_clients_runs_them() -> None:
