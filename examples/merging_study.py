@@ -242,7 +242,15 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-HEADS = ("r", "tokens left", "FLOP ratio", "off the shelf, %", "trained with merging, %", "ms per step", "speed-up")
+HEADS = (
+    "r",
+    "remaining tokens",
+    "FLOP ratio",
+    "off the shelf, %",
+    "trained with merging, %",
+    "ms per step",
+    "speed-up",
+)
 
 
 def notes(study: Study) -> list[str]:

@@ -228,7 +228,18 @@ def _cell(group: Group, way: str, target: float) -> str:
 
 def points(groups: Iterable[Group]) -> str:
     """Every schedule that was measured, and every ranking that was tried."""
-    columns = ("weights", "way", "budget", "tokens left", "FLOPs", "speed-up", "images/s", "top-1 %", "agree %", "KL")
+    columns = (
+        "weights",
+        "way",
+        "budget",
+        "remaining tokens",
+        "FLOPs",
+        "speed-up",
+        "images/s",
+        "top-1 %",
+        "agree %",
+        "KL",
+    )
     rows = []
     for group in groups:
         for key in dict.fromkeys(key for file in group.answers for key in file):

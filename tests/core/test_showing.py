@@ -143,7 +143,7 @@ def test_fronts_are_short_and_a_table() -> None:
         "<Front of digits_p1 on cpu, float32, batch 8: 2 points, 1.00 to 1.50 times as fast, agreement 100.00 to "
         "99.00 %>"
     )
-    assert repr(front.points[1]) == "<Point r = [0,8]: 1.50 times as fast, agreement 99.00 %, 57 tokens left>"
+    assert repr(front.points[1]) == "<Point r = [0,8]: 1.50 times as fast, agreement 99.00 %, 57 remaining tokens>"
     shown = Table(front._repr_html_())
     assert shown.tags.count("tr") == 3
     assert "Nothing was gained.|" in shown.text

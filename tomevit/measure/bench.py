@@ -216,7 +216,7 @@ class Row(NamedTuple):
     def __repr__(self) -> str:
         return (
             f"<Row {self.name}, r = {format_schedule(self.r)}: {self.images_per_second:.4g} images/s, "
-            f"{self.speed_up:.2f} times as fast, {self.tokens} tokens left, {self.gflops:.3g} GFLOPs>"
+            f"{self.speed_up:.2f} times as fast, {self.tokens} remaining tokens, {self.gflops:.3g} GFLOPs>"
         )
 
 
@@ -266,7 +266,7 @@ class Comparison(NamedTuple):
         return f"<Comparison in {self.dtype}, batch {self.batch}, {self.rounds} rounds: {self.rows}>"
 
     def _repr_html_(self) -> str:
-        heading = ("run", "r", "images/s", "times as fast", "tokens left", "GFLOPs")
+        heading = ("run", "r", "images/s", "times as fast", "remaining tokens", "GFLOPs")
         rows = (
             (
                 row.name,

@@ -52,7 +52,7 @@ class Point:
     def __repr__(self) -> str:
         return (
             f"<Point r = {format_schedule(self.r)}: {self.speed_up:.2f} times as fast, "
-            f"agreement {self.agreement:.2f} %, {self.tokens} tokens left>"
+            f"agreement {self.agreement:.2f} %, {self.tokens} remaining tokens>"
         )
 
     @property
@@ -123,7 +123,7 @@ class Front:
 
     def _repr_html_(self) -> str:
         labelled = self.points[0].top1 is not None
-        heading = ("r", "kind", "times as fast", "agreement, %", "tokens left", "top-1, %")
+        heading = ("r", "kind", "times as fast", "agreement, %", "remaining tokens", "top-1, %")
         rows = (
             (
                 format_schedule(point.r),
