@@ -58,9 +58,9 @@ def three_models() -> str:
         [
             tables.table(columns, rows),
             "",
-            "Accuracies on ImageNet-1k, as published, merging off the shelf; FLOPs by the ToMe paper's count. Times as",
-            "fast: measured in bfloat16, on two cores of an AMD EPYC with AVX-512, batches of 8, against the fastest that",
-            "merges nothing, ours or timm's ([more](docs/speed.md)).",
+            "Accuracies on ImageNet-1k, as published, merging off the shelf; FLOPs by the ToMe paper's count.",
+            "Times as fast: measured in bfloat16, on two cores of an AMD EPYC with AVX-512, batches of 8, against",
+            "the fastest that merges nothing, ours or timm's ([more](docs/speed.md)).",
         ]
     )
 

@@ -29,7 +29,7 @@ MARKER = re.compile(r"^<!-- (.+): start -->$", re.MULTILINE)
 
 def _on_pages() -> dict[Path, Tables]:
     """The tables of each page that has any. Others are their programs': benchmarks/ has those that measure."""
-    found = {}
+    found: dict[Path, Tables] = {}
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         names = MARKER.findall(path.read_text(encoding="utf-8"))
         if tables := {name: TABLES[name] for name in names if name in TABLES}:
