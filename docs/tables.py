@@ -66,7 +66,7 @@ def _architecture(card: Card) -> Sequence[object]:
         card.config.num_tokens,
         columns["params M"],
         f"{gigaflops:g}",  # three digits, and no exponent
-        columns["top-1"].replace(" ", NO_BREAK).replace("-", NO_BREAK_HYPHEN),
+        columns["top-1"].replace("*", f"{NO_BREAK}({row['top1_by']})").replace("-", NO_BREAK_HYPHEN),
         *(columns[name].replace(" ", NO_BREAK) for name in ("merged", "take r")),  # to be copied, hyphens and all
         f"`{card.timm}`" if card.timm else "",
     )

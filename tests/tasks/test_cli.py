@@ -32,7 +32,11 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 def test_list_shows_every_model(capsys):
     status, out, _ = run(capsys, "list")
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()[1:]] == tomevit.list_models()
+    _, *rows, below = out.splitlines()
+    assert [row.split()[0] for row in rows] == tomevit.list_models()
+    assert below == "* Not by a head: k-NN, zero-shot."
+    (clip,) = (row for row in rows if row.startswith("clip_b16 "))
+    assert "  68.34*  " in clip
 
 
 def test_list_filters_and_names_weights(capsys):
@@ -464,7 +468,9 @@ def test_list_says_what_merging_costs_and_which_r_to_take(capsys):
         "weights",
         "presets",
     ]
-    assert cells[1:3] + cells[5:10] == ["224x224", "86.57", "84.57", "82.60", "at", "13", "~8"]
+    assert cells[1:3] + cells[5:10] == ["224", "86.57", "84.57", "82.60", "at", "13", "~8"]
+    _, out, _ = run(capsys, "list", "swag_l16_512")
+    assert out.splitlines()[1].split()[5:8] == ["88.06", "87.80", "40"]  # at the r to take
 
 
 def test_list_sorts_and_selects(capsys):
@@ -479,13 +485,18 @@ def test_list_sorts_and_selects(capsys):
     assert top1[len(known) :] == [None] * (len(top1) - len(known))
     assert [row["name"] for row in rows("--family", "mae", "--sort", "name")] == ["mae_b16", "mae_h14", "mae_l16"]
     assert {row["licence"] for row in rows("--licence", "CC-*")} == {"cc-by-nc-4.0"}
-    assert {row["licence"] for row in rows("--weights", "--licence", "mit", "--family", "eva02")} == {"mit"}
+    assert {row["licence"] for row in rows("--weights", "--licence", "mit", "--family", "EVA02")} == {"mit"}
+    (bsd,) = rows("vit_b16", "--licence", "bsd-3-clause")
+    assert (bsd["name"], bsd["default_weights"]) == ("vit_b16.tv_in1k", "augreg_in21k_ft_in1k")
+    assert [row["name"] for row in rows("digits_p1.plain")] == ["digits_p1.plain"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--sort", "beauty"], "top1"),
+        (["deit_s61"], "no model matches 'deit_s61'; did you mean deit_s16"),
+        (["nothing*"], "no model matches 'nothing*'; tomevit list shows all"),
         (["--family", "deitt"], "no family 'deitt'; did you mean deit"),
         (["--licence", "gpl"], "no weights have the licence 'gpl'; there are apache-2.0,"),
         (["--licence", "mit", "--family", "dinov2"], "no model is of this licence, family and pattern together"),

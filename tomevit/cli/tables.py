@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The first column to the left, the others to the right."""
+    """The first column, of names, to the left, and the others to the right."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
@@ -68,9 +68,12 @@ def _total(widths: Sequence[int], shown: Sequence[int]) -> int:
 
 
 def _shrink(widths: list[int], shown: Sequence[int], width: int) -> None:
-    """Make the widest columns narrower until all fit, or none can be."""
+    """Make the widest columns narrower until all fit, or none can be; the first last, whose names are to be copied."""
+    first, *others = shown
     while (over := _total(widths, shown) - width) > 0:
-        widest = max(shown, key=lambda i: widths[i])
+        widest = max(others, key=lambda i: widths[i], default=first)
+        if widths[widest] <= LEAST_WIDTH:
+            widest = first
         if widths[widest] <= LEAST_WIDTH:
             return
         widths[widest] = max(LEAST_WIDTH, widths[widest] - over)

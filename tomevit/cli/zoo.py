@@ -40,8 +40,10 @@ KEYS: dict[str, tuple[Callable[[dict[str, Any]], Any], bool]] = {
     "top1": (lambda row: row["top1"], True),
     "merged": (lambda row: row["merged"] and row["merged"]["top1"], True),
 }
+#: The columns that show what models were sorted by.
+SORTED = {"pixels": "pixels", "params": "params M", "gflops": "GFLOPs", "merged": "merged"}
 COLUMNS = (
-    *(Column("name"), Column("pixels", 1), Column("params M", 2), Column("GFLOPs", 4), Column("classes", 6)),
+    *(Column("name"), Column("pixels", 2), Column("params M", 3), Column("GFLOPs", 5), Column("classes", 7)),
     *(Column("top-1"), Column("merged"), Column("take r")),
 )
 
@@ -50,7 +52,7 @@ COLUMNS = (
 @click.argument("pattern", default="*")
 @click.option("--weights", is_flag=True, help="One line for each set of weights.")
 @click.option("--sort", "key", type=click.Choice(list(KEYS)), help="The least first; of accuracies the highest.")
-@click.option("--licence", metavar="L", help="With weights of this licence alone, as in mit, or 'cc-*'.")
+@click.option("--licence", metavar="L", help="Of each model the first weights of this licence, as in mit, or 'cc-*'.")
 @click.option("--family", metavar="F", help="Of one family alone, as in deit, or dinov2.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def list_command(
@@ -59,15 +61,19 @@ def list_command(
     """What models there are; PATTERN takes wildcards, as in 'deit*'; timm's names match too, as in 'vit_base*', where
     no name of ours does.
 
-    Accuracies are of ImageNet-1k, as published of the weights that create() takes by default: top-1, and merged at an
-    r. What to take: the r that the weights were trained with; else, of those whose published accuracy is 1 point lower
-    at most, that of the fewest FLOPs; else half of the most that can merge, marked ~, of which no accuracy is known:
-    measure it on your images, by tomevit eval.
+    Accuracies are of ImageNet-1k, as published of the weights that create() takes by default: top-1, and merged, at
+    the r to take or at that which follows. What to take: the r that the weights were trained with; else, of those
+    whose published accuracy is 1 point lower at most, that of the fewest FLOPs; else half of the most that can merge,
+    marked ~, of which no accuracy is known: measure it on your images, by tomevit eval.
     """
-    cards = [zoo.card(name) for name in zoo.list_models(pattern, weights=weights)]
+    every = weights or "." in pattern
+    cards = [zoo.card(name) for name in zoo.list_models(pattern, weights=every)]
     if not cards:
-        raise ValueError(f"no model matches {pattern!r}; tomevit list shows all")
-    cards = [found for card in _of_family(cards, family) if (found := _of_licence(card, licence, weights)) is not None]
+        raise ValueError(
+            f"no model matches {pattern!r}; {nearest(pattern, zoo.list_models(), 'tomevit list shows all')}"
+        )
+    weights = every or licence is not None  # not the default ones, perhaps
+    cards = [found for card in _of_family(cards, family) if (found := _of_licence(card, licence, every)) is not None]
     if not cards:
         raise ValueError("no model is of this licence, family and pattern together; tomevit list shows all")
     rows = [summary(card) | {"name": card.full_name if weights else card.name} for card in cards]
@@ -78,8 +84,13 @@ def list_command(
     if as_json:
         echo_json(rows)
         return
-    last = (Column("trained r", 5), Column("licence", 3)) if weights else (Column("weights", 5), Column("presets", 7))
-    show([Table((*COLUMNS, *last), [cells(row, weights) for row in rows])])
+    last = (Column("trained r", 6), Column("licence", 4)) if weights else (Column("weights", 6), Column("presets", 8))
+    asked = {SORTED.get(key or ""), "licence" if licence else None}
+    ranks = {"merged": 1 if weights else 0} | {name: 0 for name in asked if name}
+    columns = [Column(column.name, ranks.get(column.name, column.rank)) for column in (*COLUMNS, *last)]
+    show([Table(columns, [cells(row, weights) for row in rows])])
+    if by := sorted({row["top1_by"] for row in rows} - {None, "head"}):
+        show([f"* Not by a head: {', '.join(by)}."])
 
 
 def _of_family(cards: Sequence[Card], family: str | None) -> Sequence[Card]:
@@ -92,6 +103,7 @@ def _of_family(cards: Sequence[Card], family: str | None) -> Sequence[Card]:
         return cards
     families = zoo.families()
     known = f"there are {', '.join(families)}"
+    family = family.lower()
     if family not in families:
         raise ValueError(f"there is no family {family!r}; {nearest(family, families, known)}")
     return [card for card in cards if card.name in families[family]]
@@ -116,15 +128,16 @@ def _of_licence(card: Card, licence: str | None, weights: bool) -> Card | None:
 def cells(row: dict[str, Any], weights: bool = False) -> list[Any]:
     """What `tomevit list` shows of a summary, in the order of its columns."""
     merged, take = row["merged"], row["recommended"]
+    at = f" at {format_schedule(merged['r'])}" if merged else ""
     trained = format_schedule(schedule_from_json(row["r"]))
     return [
         row["name"],
-        "x".join(map(str, row["img_size"])),
+        "x".join(dict.fromkeys(map(str, row["img_size"]))),  # one number for a square, as --img-size takes it
         f"{row['params'] / 1e6:.2f}",
         f"{row['gflops']:.2f}",
         row["num_classes"],
-        _top1(row),
-        f"{merged['top1']:.2f} at {format_schedule(merged['r'])}" if merged else "—",
+        "—" if row["top1"] is None else f"{row['top1']:.2f}{'' if row['top1_by'] == 'head' else '*'}",
+        "—" if merged is None else f"{merged['top1']:.2f}{'' if merged['r'] == take['r'] else at}",
         f"{'' if take['known'] else '~'}{format_schedule(schedule_from_json(take['r']))}",
         *((trained, row["licence"] or "—") if weights else map(len, (row["weights"], row["presets"]))),
     ]
@@ -144,7 +157,7 @@ def summary(card: Card) -> dict[str, Any]:
         "params": count_parameters(card.config),
         "gflops": flops(card.config) / 1e9,
         "num_classes": card.config.num_classes,
-        "default_weights": card.weights,
+        "default_weights": zoo.cards(card.name)[0].weights,
         "weights": [other.weights for other in zoo.cards(card.name) if other.weights],
         "figures": [asdict(figure) for figure in card.figures],
         "top1": plain.top1 if plain else None,
@@ -155,14 +168,6 @@ def summary(card: Card) -> dict[str, Any]:
         "r": schedule_to_json(card.r),
         "licence": card.licence,
     }
-
-
-def _top1(row: dict[str, Any]) -> str:
-    """Of the model's own head if there is such a figure; else the first, and how classes were told."""
-    if row["top1"] is None:
-        return "—"
-    by = "" if row["top1_by"] == "head" else f" ({row['top1_by']})"
-    return f"{row['top1']:.2f}{by}"
 
 
 def _at(r: Schedule, config: Config, presets: Sequence[Preset]) -> dict[str, Any]:
