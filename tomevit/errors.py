@@ -102,8 +102,18 @@ def import_extra(module: str, what: str) -> Any:
         return import_module(module)
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision, of one that was built for another torch
         package = {"sklearn": "scikit-learn"}.get(found := module.partition(".")[0], found)
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({str(error).splitlines()[0]})"
-        raise ValueError(f"{what} need {package}{reason}: pip install 'tomevit[train]'") from error
+        if isinstance(error, ModuleNotFoundError):
+            raise ValueError(f"{what} need {package}: pip install 'tomevit[train]'") from error
+        raise ValueError(
+            f"{what} need {package}, and the one that is installed cannot be imported ({str(error).splitlines()[0]}): "
+            f"install one that is built for this torch, as pip install --force-reinstall torch {package} does"
+        ) from error
+
+
+def why_no_device(error: BaseException) -> str:
+    """Why torch has no such device, in a clause; "": what it says is of its operators."""
+    why = str(error).splitlines()[0]
+    return "" if "Could not run 'aten::" in why else f": {why}"
 
 
 def join_with_or(names: Iterable[str]) -> str:

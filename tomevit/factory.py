@@ -6,16 +6,17 @@ import logging
 import reprlib
 from collections.abc import Callable
 from dataclasses import replace
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from tomevit import zoo
-from tomevit.cards import lines_left_out
+from tomevit.cards import Card, lines_left_out
 from tomevit.config import Config, Pool
-from tomevit.errors import check_type
+from tomevit.errors import check_type, why_no_device
 from tomevit.flops import plain_schedule
 from tomevit.models import VisionTransformer, build
 from tomevit.schedule import Schedule
@@ -26,7 +27,7 @@ log = logging.getLogger("tomevit")
 
 
 def create(
-    name: str,
+    name: str | Card,
     *,
     r: Schedule | None = None,
     pretrained: bool | str | PathLike[str] | nn.Module = False,
@@ -48,7 +49,8 @@ def create(
     """A model by name, in evaluation mode, ready to use.
 
     Args:
-        name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same.
+        name: family_size[_resolution][.weights], as in "vit_b16", "deit_s16.tome_r13", or timm's name for the same; or
+            a card of the zoo's.
         r: tokens to merge in each block: an int, (r, inflection), a list with one entry per block, or a float up to
             0.5, the share of the patches entering each block; or words: "2x", at least twice fewer FLOPs, "60%", at
             most that share of them, "1.5x late", "8 pitome", the name of a preset on the card. Words become plain
@@ -79,10 +81,12 @@ def create(
         CheckpointError: pretrained weights are damaged, hostile, of another model, or in need of one more argument.
         DownloadError: they could not be had; the message says how to bring them.
     """
-    chosen = zoo.card(name)
+    chosen = _card_of(name)
+    name = chosen.full_name if isinstance(name, Card) else name
     place = _check_place(device, dtype)
     for said, text in (("format", format), ("key", key), ("prefix", prefix)):
         check_type(said, text, str | None, "a text")
+    check_type("img_size", img_size, int | tuple | list | None, "pixels, as in 384 or (height, width)")
     size: Any = tuple(img_size) if isinstance(img_size, list) else img_size
     if isinstance(img_size, int):
         size = (img_size, img_size)
@@ -162,6 +166,19 @@ def from_module(module: nn.Module, r: Schedule = 0) -> VisionTransformer:
     return model
 
 
+def _card_of(name: str | Card) -> Card:
+    """As `zoo.card`; a card stands for itself, and what is a file is told from a name."""
+    if isinstance(name, Card):
+        return zoo.card(name.full_name)
+    file = fspath(name) if isinstance(name, str | PathLike) else ""
+    if (Path(file).suffix in zoo.CHECKPOINTS or Path(file).is_file()) and not zoo.names_model(file):
+        raise ValueError(
+            f"{file} names a file, and create takes a model's name: tomevit.load({file!r}) reads a file of tomevit's, "
+            f"create(NAME, pretrained={file!r}) any other"
+        )
+    return zoo.card(name)
+
+
 def _check_place(
     device: torch.device | str | int | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
@@ -177,8 +194,7 @@ def _check_place(
         place = torch.device("cpu" if device is None else device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"device is {reprlib.repr(device)}, which there is not here: {why}") from error
+        raise ValueError(f"device is {reprlib.repr(device)}, which there is not here{why_no_device(error)}") from error
     return place, dtype
 
 

@@ -221,9 +221,18 @@ def check_image(image: object, channels: int) -> None:
     if image.dtype != torch.uint8 or image.ndim < 3:
         raise ValueError(f"the image is a {image.dtype} tensor of shape {shape}; give uint8 (..., C, H, W)")
     if shape[-3] != channels:
-        last = "permute(2, 0, 1)" if image.ndim == 3 else "movedim(-1, -3)"
-        hint = f": its shape {shape} is height, width, channel: {last}" if shape[-1] == channels else ""
-        raise ValueError(f"the image has {shape[-3]} channels, and the model takes {channels}{hint}")
+        hint = ""
+        if shape[-1] in (1, 3, 4) and shape[-3] not in (1, 3, 4):
+            last = "permute(2, 0, 1)" if image.ndim == 3 else "movedim(-1, -3)"
+            hint = f": its shape {shape} is height, width, channel: {last}"
+            hint += f", and then of {shape[-1]} channels make {channels}" if shape[-1] != channels else ""
+        elif (shape[-3], channels) == (1, 3):
+            hint = ": image.expand(*image.shape[:-3], 3, -1, -1) has the grey in all three"
+        elif (shape[-3], channels) == (4, 3):
+            hint = ": image[..., :3, :, :] leaves the opacity out"
+        raise ValueError(
+            f"the image has {shape[-3]} channel{'s' * (shape[-3] != 1)}, and the model takes {channels}{hint}"
+        )
     if not image.numel():
         raise ValueError(f"the image is a tensor of shape {shape}, and has no pixels")
 

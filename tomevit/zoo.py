@@ -226,10 +226,10 @@ def is_elsewhere(name: str) -> bool:
     path = Path(name)
     if not name or name.startswith(ADDRESSES) or not path.exists():
         return True
-    return path.is_dir() and not any((path / file).is_file() for file in HUB_FILES) and _names_model(name)
+    return path.is_dir() and not any((path / file).is_file() for file in HUB_FILES) and names_model(name)
 
 
-def _names_model(name: str) -> bool:
+def names_model(name: str) -> bool:
     try:
         card(name)
     except ValueError:

@@ -379,7 +379,7 @@ def test_channels_are_looked_at_before_anything_is_resized(train: bool, monkeypa
     for wrong, said in (
         (image, r"its shape \(1200, 1600, 3\) is height, width, channel: permute\(2, 0, 1\)"),
         (image[None], r"height, width, channel: movedim\(-1, -3\)"),
-        (torch.zeros(4, 8, 8, dtype=torch.uint8), "the image has 4 channels, and the model takes 3$"),
+        (torch.zeros(5, 8, 8, dtype=torch.uint8), "the image has 5 channels, and the model takes 3$"),
         (torch.zeros(3, 0, 8, dtype=torch.uint8), "has no pixels"),
         (image.numpy(), "PIL.Image.fromarray makes one"),
     ):

@@ -162,3 +162,57 @@ def test_what_is_asked_for_most_is_answered_with_what_to_do() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call()
+
+
+def pixels(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.uint8)
+
+
+#: What is mixed up most often, and what the message must say to do.
+MIXED_UP: dict[str, tuple[Callable[[], object], str]] = {
+    "a file of ours": (
+        lambda: tomevit.create("mine.safetensors"),
+        r"names a file.*tomevit\.load\('mine\.safetensors'\)",
+    ),
+    "a path": (lambda: tomevit.create(Path("a.pth")), r"names a file.*create\(NAME, pretrained='a\.pth'\)"),  # type: ignore[arg-type]
+    "a name to load": (lambda: tomevit.load("vit_b16"), r"tomevit\.create\('vit_b16', pretrained=True\)"),
+    "a size in words": (lambda: tomevit.create("vit_b16", img_size="big"), r"must be pixels, as in 384"),  # type: ignore[arg-type]
+    "opacity last": (lambda: tomevit.transform("vit_b16")(pixels(60, 50, 4)), r"permute\(2, 0, 1\), and then of 4"),
+    "grey last": (lambda: tomevit.transform("vit_b16")(pixels(60, 50, 1)), r"permute\(2, 0, 1\), and then of 1"),
+    "colour last, of grey": (lambda: tomevit.transform("digits_p1")(pixels(60, 50, 3)), r"permute\(2, 0, 1\), and"),
+    "grey": (lambda: tomevit.transform("vit_b16")(pixels(1, 60, 50)), r"has 1 channel, .*expand\("),
+    "opacity": (lambda: tomevit.transform("vit_b16")(pixels(4, 60, 50)), r"image\[\.\.\., :3, :, :\]"),
+    "a batch's channels last": (lambda: tiny()(torch.zeros(1, 32, 32, 3)), r"images\.movedim\(-1, -3\)$"),
+    "an image's channels last": (lambda: tiny()(torch.zeros(32, 32, 3)), r"images\.movedim\(-1, -3\)\[None\]"),
+    "one image": (lambda: tiny()(torch.zeros(3, 32, 32)), r"images\[None\]"),
+    "other channels": (lambda: tiny()(torch.zeros(1, 4, 32, 32)), r"create it with in_chans=4"),
+    "another size": (lambda: tiny()(torch.zeros(1, 3, 40, 40)), r"create it with img_size="),
+}
+
+
+@pytest.mark.parametrize("mistake", MIXED_UP)
+def test_what_is_mixed_up_most_often_is_told_what_to_do(mistake: str) -> None:
+    call, says = MIXED_UP[mistake]
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        call()
+
+
+def test_what_a_message_says_to_do_with_pixels_works() -> None:
+    transform = tomevit.transform("digits_p1.plain")
+    colour = tomevit.transform("vit_ti16", train=False)
+    grey, opaque = pixels(1, 60, 50), pixels(4, 60, 50)
+    assert colour(grey.expand(*grey.shape[:-3], 3, -1, -1)).shape == colour(opaque[..., :3, :, :]).shape
+    assert transform(pixels(60, 50, 1).permute(2, 0, 1)).shape == (1, 8, 8)
+
+
+def test_a_card_stands_for_its_model() -> None:
+    assert tomevit.create(tomevit.card("digits_p1")).card.full_name == "digits_p1"
+    model = tomevit.create(tomevit.card("digits_p1.tome_r16"), pretrained=True)
+    assert (model.r, model.card.full_name) == (16, "digits_p1.tome_r16")
+
+
+def test_a_device_that_torch_was_not_built_for_is_named_alone() -> None:
+    with pytest.raises(
+        ValueError, match=r"^device is 'mps', which there is not here$|^device is 'mps', .*: \S.{0,80}$"
+    ):
+        tomevit.create("digits_p1", device="mps")

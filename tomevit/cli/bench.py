@@ -11,7 +11,7 @@ import torch
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, described, with_meaning, with_range
+from tomevit.cli.options import Command, R, described, with_meaning, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of, untrained
@@ -39,7 +39,7 @@ LEGEND = (
 BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 
 
-@click.command(cls=Many)
+@click.command(cls=Command)
 @click.argument("model", metavar="[NAME|FILE]", default="vit_b16")
 @click.option(
     "--r",

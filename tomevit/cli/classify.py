@@ -17,7 +17,7 @@ import click
 
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import R
+from tomevit.cli.options import Command, R
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
 from tomevit.cli.tables import terminal_width, wrapped
@@ -38,7 +38,7 @@ BLOCKS = 10  # images that have several lines each; of more each has one
 BESIDE_NAME = 46  # columns that the shares and the file have beside the class, where each image has one line
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 @options.model(default="vit_b16", show_default=True)
 @click.option("--r", type=R(), help=f"How much merges; default: the model's own. An r: {options.FORMS_OF_R}.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from tomevit.cli.options import FORMS_OF_R, FilePath, Many, R
+from tomevit.cli.options import FORMS_OF_R, Command, FilePath, R
 from tomevit.cli.tables import Column, Table, show
 from tomevit.schedule import Schedule
 from tomevit.tasks.demo import MODELS, format_stored_r, run, setting
@@ -19,7 +19,7 @@ COLUMNS = (
 )
 
 
-@click.command(cls=Many)
+@click.command(cls=Command)
 @click.option(
     "-o",
     "--out",

@@ -12,7 +12,7 @@ import click
 
 from tomevit.cli import options, running
 from tomevit.cli.console import echo
-from tomevit.cli.options import R
+from tomevit.cli.options import Command, R
 from tomevit.cli.running import card_of_argument, own_device, readers, trained
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.models import VisionTransformer
@@ -26,7 +26,7 @@ from tomevit.tasks.embedding_files import DTYPES
 NAMED = 20  # files that could not be read; the metadata has more
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument(
     "sources", metavar="DIR|FILES|WEBDATASET...", nargs=-1, required=True, type=options.FilePath(path_type=str)
 )

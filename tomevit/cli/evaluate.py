@@ -14,7 +14,7 @@ import torch
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, R, described
+from tomevit.cli.options import Command, R, described
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
@@ -107,7 +107,7 @@ def _parse_expected(
     return found
 
 
-@click.command("eval", cls=Many)
+@click.command("eval", cls=Command)
 @click.option(
     "--data",
     required=True,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tomevit.cli.console import echo_json
-from tomevit.cli.options import BATCH, FORMS_OF_R, FilePath, R
+from tomevit.cli.options import BATCH, FORMS_OF_R, Command, FilePath, R
 from tomevit.cli.tables import show
 from tomevit.data.images import find, prepare_image
 from tomevit.deploy.programs import DTYPES, PROGRAMS, Program, export_program
@@ -27,7 +27,7 @@ MOST_IMAGES = 256  # to calibrate with
 FORMAT_HELP = f"A program: {join_with_or(PROGRAMS)}. Or weights: {', '.join(FORMATS)}."
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source")
 @click.option("--format", "format_name", required=True, metavar="NAME", help=FORMAT_HELP)
 @click.option(

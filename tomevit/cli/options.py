@@ -35,7 +35,7 @@ class R(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
-        if not getattr(param, "multiple", False) and re.fullmatch(r"\d+,(\d\d+|[2-9])(,\d+)*", value):
+        if not getattr(param, "multiple", False) and re.fullmatch(r"\d+(,(\d\d+|[2-9])(,\d+)*|( +\d+)+)", value):
             self.fail(f"{value!r} names several r, and this takes one", param, ctx)
         try:
             return parse_schedule(value)
@@ -103,15 +103,21 @@ classes = click.option(
 picture = click.option("--plot", "picture", type=FilePath(dir_okay=False), help="Draw it: .png, .svg or .pdf.")
 
 
-class Many(click.Command):
-    """A command whose repeatable options take several values at once.
+class Command(click.Command):
+    """A command whose repeatable options take several values at once, and which says of another r that it takes one.
 
-    --r 0 8 13 means --r 0 --r 8 --r 13, and so does --r 0,8,13: whole numbers between commas are several values, and
-    what has anything else, as 8,-1 and 8,0.5, is one r with its inflection. One number for each block is in brackets.
+    --r 0 8 13 means --r 0 --r 8 --r 13, and so do --r 0,8,13 and --r "0 8 13": whole numbers between commas are several
+    values, and what has anything else, as 8,-1 and 8,0.5, is one r with its inflection. One number for each block is in
+    brackets.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        kinds = {name: p.type for p in self.params if isinstance(p, click.Option) and p.multiple for name in p.opts}
+        options = [param for param in self.params if isinstance(param, click.Option)]
+        kinds = {name: option.type for option in options if option.multiple for name in option.opts}
+        takes_one = {name for option in options if isinstance(option.type, R) for name in option.opts} - kinds.keys()
+        for name, value, another in zip(args, args[1:], args[2:], strict=False):
+            if name in takes_one and re.fullmatch(r"\d[\d.,x%]*", another) and not os.path.exists(another):  # noqa: PTH110
+                raise click.UsageError(f"{name} {value} {another} names several r, and {self.name} takes one", ctx)
         spread: list[str] = []
         option = None
         for argument in args:
@@ -120,8 +126,8 @@ class Many(click.Command):
                 for each in _values(kinds[option], argument, ctx):
                     spread += [each] if spread[-1] == option else [option, each]
             elif equals and name in kinds:
-                option = None
-                spread += [f"{name}={each}" for each in _values(kinds[name], value, ctx)]
+                option = name
+                spread += [part for each in _values(kinds[name], value, ctx) for part in (name, each)]
             else:
                 option = argument if argument in kinds else None
                 spread.append(argument)
@@ -150,6 +156,8 @@ def _values(kind: Any, argument: str, ctx: click.Context) -> list[str]:
     Raises:
         click.UsageError: two readings are as likely.
     """
+    if isinstance(kind, R) and re.fullmatch(r"\d+( +\d+)+", argument):
+        return argument.split()
     several = argument.split(",")
     if isinstance(kind, click.Choice | click.types.IntParamType):
         return several

@@ -11,6 +11,7 @@ import torch
 from tomevit import zoo
 from tomevit.cards import Card, is_ours, read_contents
 from tomevit.data.distributed import on_this_machine
+from tomevit.errors import why_no_device
 from tomevit.factory import create
 from tomevit.flops import plain_steps
 from tomevit.models import VisionTransformer
@@ -78,7 +79,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device).cpu()  # what is on meta cannot be had
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"there is no device {name!r} here{why_no_device(error)}") from error
     return device
 
 

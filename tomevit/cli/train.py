@@ -17,7 +17,7 @@ import click
 from tomevit import private
 from tomevit.cli import options
 from tomevit.cli.console import echo
-from tomevit.cli.options import R
+from tomevit.cli.options import Command, R
 from tomevit.cli.running import device_of, readers
 from tomevit.cli.tables import show
 from tomevit.progress import Bar, progress_bar
@@ -67,7 +67,7 @@ def option(name: str, kind: Any = None, text: str = "", **kinds: Any) -> Callabl
     return click.option(name, type=kind, default=None, help=text, **kinds)
 
 
-@click.command("train")
+@click.command("train", cls=Command)
 @click.argument("data", required=False)
 @click.option("--model", metavar="NAME", help="A name of the zoo, as in `tomevit list`.")
 @option(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tomevit.cards import Card
 from tomevit.cli import options, reports
 from tomevit.cli.console import echo, json_lines
-from tomevit.cli.options import Many, described, with_range
+from tomevit.cli.options import Command, described, with_range
 from tomevit.cli.plot import picture_kind
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
@@ -56,7 +56,7 @@ class Latency(click.ParamType):  # type: ignore[type-arg]  # generic from click 
         return float(found[1]) / (1000 if found[2] == "ms" else 1)
 
 
-@click.command("tune", cls=Many)
+@click.command("tune", cls=Command)
 @click.argument("folder", type=options.FilePath())
 @options.model(required=True)
 @click.option(

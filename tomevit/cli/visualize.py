@@ -8,7 +8,7 @@ import click
 
 from tomevit.cli import options
 from tomevit.cli.console import echo
-from tomevit.cli.options import Many, R
+from tomevit.cli.options import Command, R
 from tomevit.cli.running import card_of_argument, device_of, trained
 from tomevit.data import images
 from tomevit.measure.defaults import default_r
@@ -20,7 +20,7 @@ from tomevit.tasks.visualize import visualize as make
 from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
 
 
-@click.command(cls=Many)
+@click.command(cls=Command)
 @click.argument("image", type=options.FilePath(path_type=str))
 @options.model(default="vit_b16", show_default=True)
 @click.option(

@@ -14,7 +14,7 @@ from tomevit import zoo
 from tomevit.cards import Card, Contents, is_ours, lines_left_out, read_contents
 from tomevit.cli import options
 from tomevit.cli.console import echo, echo_json
-from tomevit.cli.options import Many, R
+from tomevit.cli.options import Command, R
 from tomevit.cli.tables import Column, Table, show
 from tomevit.config import POOLED, Config, Preset, Source
 from tomevit.errors import nearest, printable
@@ -201,7 +201,7 @@ def _presets(card: Card, config: Config, weights: Sequence[Card]) -> list[dict[s
     ]
 
 
-@click.command(cls=Many)
+@click.command(cls=Command)
 @click.argument("name", metavar="NAME|FILE", type=options.FilePath(path_type=str))
 @click.option(
     "--r",

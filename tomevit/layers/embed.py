@@ -62,11 +62,23 @@ def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     # torch.jit.trace makes tensors of shapes, and would warn that they are compared.
     if not backends.is_traced() and tuple(images.shape)[1:] != shape:
         raise ValueError(
-            f"images are {tuple(images.shape)}, and this model takes (B, {shape[0]}, {shape[1]}, {shape[2]}); for "
-            f"another size create it with img_size=(height, width)"
+            f"images are {tuple(images.shape)}, and this model takes (B, {shape[0]}, {shape[1]}, {shape[2]}); "
+            f"{_advice(tuple(images.shape), shape)}"
         )
     if not images.is_floating_point():
         raise ValueError(f"images are {images.dtype}: normalise them first, with tomevit.transform(model)")
+
+
+def _advice(given: tuple[int, ...], shape: tuple[int, int, int]) -> str:
+    """What to do with images of another shape than a model takes."""
+    channels, height, width = shape
+    if given == shape:
+        return "one image is a batch of one: images[None]"
+    if given[-3:] == (height, width, channels):
+        return "channels come first: images.movedim(-1, -3)" + "[None]" * (len(given) == 3)
+    if len(given) == 4 and given[2:] == (height, width):
+        return f"for {given[1]} channels create it with in_chans={given[1]}"
+    return "for another size create it with img_size=(height, width)"
 
 
 def check_visible(visible: Tensor, images: int, patches: int) -> None:

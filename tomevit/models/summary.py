@@ -15,9 +15,10 @@ def summarise(model: VisionTransformer) -> list[str]:
     config, card = model.config, model.card
     height, width = config.img_size
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    channels = f"{config.in_chans} channel{'s' * (config.in_chans != 1)}"
     lines = [
         card.full_name or "without a name",
-        f"images of {height}x{width} pixels, {config.in_chans} channels; {parameters / 1e6:.3g} M parameters",
+        f"images of {height}x{width} pixels, {channels}; {parameters / 1e6:.3g} M parameters",
     ]
     try:
         counts, cost = model.token_counts(), flops(config, model.r)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from tomevit import zoo
 from tomevit.cards import Card, Header, decode_header, encode_header, first_line
 from tomevit.config import Config
 from tomevit.errors import CheckpointError, NotRegularFileError, check_path
@@ -193,7 +194,12 @@ def load(path: str | os.PathLike[str]) -> VisionTransformer:
         FileNotFoundError: no such file.
         CheckpointError: not a file of tomevit's, or one of a newer version, or damaged.
     """
-    header, tensors = read(path)
+    try:
+        header, tensors = read(path)
+    except FileNotFoundError as error:
+        if not zoo.names_model(os.fspath(path)):
+            raise
+        raise FileNotFoundError(f"{error}; of the model: tomevit.create({path!r}, pretrained=True)") from None
     return assemble(header.card, tensors, path)
 
 
