@@ -215,6 +215,23 @@ def test_every_verb_with_an_r_names_its_forms_and_explains_a_wrong_one(capsys, t
                 assert says in err
 
 
+@pytest.mark.parametrize(
+    "call", ["classify a.png", "embed a.png -o a.parquet", "export a --format pt2 -o a.pt2", "train"]
+)
+def test_a_second_r_where_one_is_taken_is_no_file(capsys, call):
+    for more in (["8", "13"], ["8,13"], ["8 13"]):
+        status, out, err = run(capsys, *call.split(), "--r", *more)
+        assert (status, out) == (2, "")
+        assert re.search(rf"names several r, and (this|{call.split()[0]}) takes one", err), err
+
+
+def test_several_r_can_be_written_in_every_way(capsys):
+    ways = (["--r", "8", "13"], ["--r=8", "13"], ["--r=8,13"], ["--r", "8 13"], ["--r", "8", "--r", "13"])
+    answers = [run(capsys, "info", "vit_b16", "--json", *way) for way in ways]
+    assert {status for status, *_ in answers} == {0}
+    assert [[at["r"] for at in json.loads(out)["schedules"]] for _, out, _ in answers] == [[8, 13]] * len(ways)
+
+
 def test_an_empty_path_is_not_the_current_directory(capsys, tmp_path, monkeypatch):
     """As of -o "$OUT", where OUT is not set."""
     monkeypatch.chdir(tmp_path)

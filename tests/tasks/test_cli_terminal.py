@@ -20,7 +20,7 @@ from tests.helpers import PLAIN
 from tests.server import Server
 from tests.tasks.test_tune import clock
 from tomevit import cli, progress
-from tomevit.cli.tables import Column, Table, wrapped
+from tomevit.cli.tables import Column, Legend, Table, fitted, wrapped
 from tomevit.tasks.demo import held_out
 from tomevit.tasks.tune import costs
 
@@ -165,6 +165,13 @@ def test_tables_leave_out_the_lesser_columns_first() -> None:
     narrow = table.lines(20)
     assert narrow[1] == f"{'a' * 12}…    333"
     assert table.lines(5)[1] == f"{'a' * 7}…    333"  # nothing is narrower
+
+
+def test_a_legend_explains_what_is_shown() -> None:
+    table = Table([Column("name"), Column("value"), Column("lesser", 1)], [["a", "1", "2" * 30]])
+    legend = Legend([("", "Of any."), ("value", "Of the value."), ("lesser", "Of the lesser.")])
+    assert fitted([table, legend], 60)[-1] == legend.text() == "Of any. Of the value. Of the lesser."
+    assert fitted([table, legend], 30)[-2:] == ["(without room: lesser)", "Of any. Of the value."]
 
 
 def test_lines_are_wrapped_below_their_labels() -> None:

@@ -15,7 +15,7 @@ from tomevit.cli.options import Command, R, described, with_meaning, with_range
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import device_of, untrained
-from tomevit.cli.tables import Column, Table, show
+from tomevit.cli.tables import Column, Legend, Part, Table, show
 from tomevit.measure.bench import MODES, PRECISIONS, Comparison, Fidelity, Row, as_json, setting, sweep, timm_twin
 from tomevit.measure.bounds import SHARES
 from tomevit.measure.defaults import default_r
@@ -30,11 +30,20 @@ COLUMNS = (
     *(Column("speed-up"), Column("FLOP ratio", 1), Column("efficiency", 1)),
     *(Column(name, 5) for name in SHARES),
 )
-LEGEND = (
-    "Times are of a batch. Speed-up is over the fastest that merges nothing, marked *. Efficiency is the speed-up over "
-    "the FLOP ratio of what is computed, with the range of 95 % confidence; 1 is its limit. The last columns are "
-    "estimates, from what the device reaches: the share of the time that matrix products, reading and writing memory, "
-    "starting operators, and memory fetched from the system would take alone."
+EFFICIENCY = (
+    "Efficiency is the speed-up over the FLOP ratio of what is computed, with the range of 95 % confidence; 1 is its "
+    "limit."
+)
+ESTIMATES = (
+    "The last columns are estimates, from what the device reaches: the share of the time that matrix products, reading "
+    "and writing memory, starting operators, and memory fetched from the system would take alone."
+)
+LEGEND = Legend(
+    (
+        ("", "Times are of a batch. Speed-up is over the fastest that merges nothing, marked *."),
+        ("efficiency", EFFICIENCY),
+        (SHARES[0], ESTIMATES),
+    )
 )
 BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left"
 
@@ -194,8 +203,8 @@ def _with_timm(model: VisionTransformer, wanted: bool | None) -> tuple[bool, lis
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[str | Table]:
-    lines: list[str | Table] = [described(where)]
+def _as_text(where: dict[str, Any], found: Sequence[Comparison], notes: Sequence[str]) -> list[Part]:
+    lines: list[Part] = [described(where)]
     for comparison in found:
         lines += ["", f"{comparison.dtype}, batch {comparison.batch}"]
         if comparison.rows:
@@ -211,7 +220,7 @@ def _as_markdown(where: dict[str, Any], found: Sequence[Comparison], notes: Sequ
         if comparison.rows:
             lines += [*_table(comparison).markdown(), ""]
         lines += [f"- {sentence}" for sentence in _sentences(comparison)]
-    return [*lines, "", *notes, LEGEND, _ratios_of_the_paper(found)]
+    return [*lines, "", *notes, LEGEND.text(), _ratios_of_the_paper(found)]
 
 
 def _table(comparison: Comparison) -> Table:
@@ -259,7 +268,7 @@ def _ratios_of_the_paper(found: Iterable[Comparison]) -> str:
     )
 
 
-FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
+FORMS: dict[str, Callable[..., Sequence[Part]]] = {
     "text": _as_text,
     "json": lambda where, found, notes: json_lines(as_json(where, found)),  # noqa: ARG005
     "markdown": _as_markdown,

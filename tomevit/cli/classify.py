@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ from tomevit.version import __version__
 
 SCHEMA = 1
 WIDTH = 80  # of text, at most
+FEW = 10  # batches, whose times say little
 BLOCKS = 10  # images that have several lines each; of more each has one
 BESIDE_NAME = 46  # columns that the shares and the file have beside the class, where each image has one line
 
@@ -136,7 +138,7 @@ def _report_answers(
             report(line)
 
     report_all(form.head(setting))
-    with progress_bar(total=len(sources), unit=" images") as bar, suppress(KeyboardInterrupt):
+    with progress_bar(total=len(sources), unit="image") as bar, suppress(KeyboardInterrupt):
         for answer, source in zip(run, sources, strict=True):
             answer = answer._replace(image=source if isinstance(source, str) else "-")
             tally.add(answer)
@@ -322,20 +324,22 @@ def _text_foot(setting: _Setting, found: Summary, _: Sequence[Answer]) -> list[s
     sentences = []
     if found.images:
         device, threads = setting.machine["device"], setting.machine.get("threads")
-        batches = f", in batches of {setting.batch}" if found.images > setting.batch else ""
+        each_time = f", in batches of {setting.batch}" if found.images > setting.batch else ""
         cores = f", {threads} thread{'s' * (threads != '1')}" if threads else ""
         each = " each" if found.images > 1 else ""
         time = _milliseconds(found.seconds)
         sentences.append(
-            f"{_count(found.images)}, {time}{each} in the model: {setting.dtype}{batches}, on {device}{cores}."
+            f"{_count(found.images)}, {time}{each} in the model: {setting.dtype}{each_time}, on {device}{cores}."
         )
     if found.kept is not None and found.speed_up:
         sentences.append(
             f"At r = {format_schedule(setting.r)} the answer is that of r = 0 for {found.kept} of "
             f"{_count(found.images)} ({100 * found.kept / found.images:.1f} %), {found.speed_up:.2f} times as fast."
         )
-        if found.images <= setting.batch:
-            sentences.append("One batch is a rough measure of speed: tomevit bench takes a good one.")
+        batches = math.ceil(found.images / setting.batch)
+        if batches < FEW:
+            rough = "One batch is" if batches == 1 else f"{batches} batches are"
+            sentences.append(f"{rough} a rough measure of speed: tomevit bench takes a good one.")
     if found.unreadable:
         sentences.append(f"Not read: {found.unreadable}.")
     if (done := found.images + found.unreadable) < setting.images:

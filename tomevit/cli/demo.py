@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tomevit.cli.options import FORMS_OF_R, Command, FilePath, R
-from tomevit.cli.tables import Column, Table, show
+from tomevit.cli.tables import Column, Part, Table, show
 from tomevit.schedule import Schedule
 from tomevit.tasks.demo import MODELS, format_stored_r, run, setting
 
@@ -42,7 +42,7 @@ def demo(out: Path, model: str, r_values: tuple[Schedule, ...]) -> None:
     show([*_report(results), "", f"written to {out}: merged_tokens.png, accuracy_throughput.png, results.json"])
 
 
-def _report(results: dict[str, Any]) -> Iterator[str | Table]:
+def _report(results: dict[str, Any]) -> Iterator[Part]:
     where = results["environment"]
     yield (
         f"{results['images']} held-out handwritten digits. Accuracy of {results['off_the_shelf']} off the shelf, "

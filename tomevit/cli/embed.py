@@ -158,7 +158,7 @@ def _progress(out: Path, *, shown: bool) -> Iterator[Callable[[str, int, int | N
                 bar.close()
             elif done and shown:
                 echo(f"tomevit: going on after {done:,} images whose parts are in {out}.parts", err=True)
-            bar = progress_bar(desc=now, total=total, initial=done, unit=" images", shown=shown)
+            bar = progress_bar(desc=now, total=total, initial=done, unit="image", shown=shown)
             stage, last, of = now, done, "" if total is None else f" of {total:,}"
         bar.update(done - last)
         last = done

@@ -18,7 +18,7 @@ from tomevit.cli.options import Command, R, described
 from tomevit.cli.plot import draw, picture_kind
 from tomevit.cli.reports import report_form, write_report
 from tomevit.cli.running import DTYPES, card_of_argument, own_device, readers, trained
-from tomevit.cli.tables import Column, Table, show
+from tomevit.cli.tables import Column, Legend, Part, Table, show
 from tomevit.config import Config
 from tomevit.data.distributed import fail_together, join_process_group, processes
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
@@ -49,11 +49,15 @@ COLUMNS = (
     *(Column("vs r = 0"), Column("95 %", 3), Column("agree %", 2), Column("published", 2)),
     *(Column("images/s", 1), Column("speed-up"), Column("GFLOPs", 5), Column("FLOP ratio", 4)),
 )
-LEGEND = (
-    "Intervals are Wilson's, and for the difference to r = 0, in points on the same images, Bonett and Price's. Agree: "
-    "the same answer as at r = 0. images/s: of the forward pass alone, the median over batches, while images are read. "
-    "GFLOPs: billions of multiply-adds as they are computed; FLOP ratio: how many times fewer than at r = 0. "
-    "Published: the top-1 of these weights at this r, where there is one."
+LEGEND = Legend(
+    (
+        ("", "Intervals are Wilson's; for the difference to r = 0, in points on the same images, Bonett and Price's."),
+        ("agree %", "Agree: the same answer as at r = 0."),
+        ("images/s", "images/s: of the forward pass alone, the median over batches, while images are read."),
+        ("GFLOPs", "GFLOPs: billions of multiply-adds as they are computed."),
+        ("FLOP ratio", "FLOP ratio: how many times fewer multiply-adds are computed than at r = 0."),
+        ("published", "Published: the top-1 of these weights at this r, where there is one."),
+    )
 )
 NAMED = 20  # unreadable files that are named; all are in the JSON
 PUBLISHED = "published"
@@ -222,7 +226,7 @@ def _evaluate(task: _Task, batch: int, workers: int, *, restart: bool) -> Evalua
     rank, _ = processes()
     if task.state is not None and restart and rank == 0:
         forget(task.state)
-    with progress_bar(unit=" images", shown=not rank) as bar:
+    with progress_bar(unit="image", shown=not rank) as bar:
         return evaluate(
             task.model,
             task.images.files,
@@ -382,15 +386,15 @@ def _update_bar(bar: Bar, rank: int, step: Step) -> None:
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str | Table]:
-    lines: list[str | Table] = [*_heading(result)]
+def _as_text(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[Part]:
+    lines: list[Part] = [*_heading(result)]
     if found.rows:
         lines += ["", Table(COLUMNS, [*map(_cells, found.rows)]), "", LEGEND]
     return [*lines, *_sentences(result, found, verdicts)]
 
 
 def _as_markdown(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Verdict]) -> list[str]:
-    table = ["", *Table(COLUMNS, [*map(_cells, found.rows)]).markdown(), "", LEGEND, ""] if found.rows else []
+    table = ["", *Table(COLUMNS, [*map(_cells, found.rows)]).markdown(), "", LEGEND.text(), ""] if found.rows else []
     sentences = [f"- {sentence}" for sentence in _sentences(result, found, verdicts)]
     return [f"### tomevit eval: {result['model']}", "", *_heading(result), *table, *sentences]
 
@@ -463,7 +467,7 @@ def _sentences(result: dict[str, Any], found: Evaluation, verdicts: Sequence[Ver
     return said
 
 
-FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {
+FORMS: dict[str, Callable[..., Sequence[Part]]] = {
     "text": _as_text,
     "json": lambda result, found, verdicts: json_lines(result),  # noqa: ARG005
     "markdown": _as_markdown,

@@ -10,7 +10,7 @@ import click
 
 from tomevit.cli.console import echo
 from tomevit.cli.options import FilePath
-from tomevit.cli.tables import Table, fitted
+from tomevit.cli.tables import Part, fitted
 from tomevit.errors import join_with_or
 from tomevit.output import check_output, new_file
 
@@ -92,7 +92,7 @@ def report_form(out: Path | None, flag: str | None, forms: Collection[str]) -> s
     return flag or named or "text"
 
 
-def write_report(out: Path, parts: Iterable[str | Table]) -> None:
+def write_report(out: Path, parts: Iterable[Part]) -> None:
     """Put a report in place, and say so."""
     text = "\n".join(fitted(parts, None))
     with new_file(out) as draft:

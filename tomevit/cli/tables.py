@@ -1,11 +1,11 @@
-"""Reports of lines and tables: whole in a file or a pipe, and fitted to a terminal's columns."""
+"""Reports of lines, tables and legends: whole in a file or a pipe, and fitted to a terminal's columns."""
 
 from __future__ import annotations
 
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,31 +36,54 @@ class Table:
             width: characters that a line may have: columns are left out until it fits, which a line below says, and
                 at last what is left is shortened. None: any number.
         """
-        cells = [[column.name for column in self.columns], *(list(map(str, row)) for row in self.rows)]
+        cells, (widths, shown) = self._cells(), self._fit(width)
+        lines = []
+        for row in cells:
+            first, *others = (_shorten(row[i], widths[i]) for i in shown)
+            right = (cell.rjust(widths[i]) for cell, i in zip(others, shown[1:], strict=True))
+            lines.append("  ".join([first.ljust(widths[shown[0]]), *right]))
+        if left_out := [column.name for i, column in enumerate(self.columns) if i not in shown]:
+            lines += wrapped(f"(without room: {', '.join(dict.fromkeys(left_out))})", width)
+        return lines
+
+    def shown(self, width: int | None = None) -> set[str]:
+        """The columns for which there is room."""
+        return {self.columns[i].name for i in self._fit(width)[1]}
+
+    def _cells(self) -> list[list[str]]:
+        return [[column.name for column in self.columns], *(list(map(str, row)) for row in self.rows)]
+
+    def _fit(self, width: int | None) -> tuple[list[int], list[int]]:
+        """How wide each column is, and which are shown."""
+        cells = self._cells()
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        shown, left_out = [*range(len(self.columns))], list[int]()
+        shown = [*range(len(self.columns))]
         while width is not None and _total(widths, shown) > width:
             least = max(shown, key=lambda i: (self.columns[i].rank, i))
             if self.columns[least].rank == 0:
                 _shrink(widths, shown, width)
                 break
             shown.remove(least)
-            left_out.append(least)
-        lines = []
-        for row in cells:
-            first, *others = (_shorten(row[i], widths[i]) for i in shown)
-            right = (cell.rjust(widths[i]) for cell, i in zip(others, shown[1:], strict=True))
-            lines.append("  ".join([first.ljust(widths[shown[0]]), *right]))
-        if left_out:
-            names = ", ".join(dict.fromkeys(self.columns[i].name for i in sorted(left_out)))
-            lines += wrapped(f"(without room: {names})", width)
-        return lines
+        return widths, shown
 
     def markdown(self) -> Iterator[str]:
         """Its lines in Markdown, which a bare asterisk could take for emphasis; aligned in the same way."""
         columns = [column.name for column in self.columns]
         for cells in (columns, ["---", *["---:"] * (len(columns) - 1)], *self.rows):
             yield f"| {' | '.join(map(str, cells))} |".replace("*", r"\*")
+
+
+class Legend(NamedTuple):
+    """What is said below tables: sentences, each with the column that it is of, or "" for any."""
+
+    sentences: Sequence[tuple[str, str]]
+
+    def text(self, shown: Collection[str] | None = None) -> str:
+        """The sentences on columns that are shown; None: on all."""
+        return " ".join(text for column, text in self.sentences if not column or shown is None or column in shown)
+
+
+Part = str | Table | Legend
 
 
 def _total(widths: Sequence[int], shown: Sequence[int]) -> int:
@@ -106,11 +129,16 @@ def wrapped(line: str, width: int | None, hanging: int = 0) -> list[str]:
     return [(" " * len(label) if i else label) + text for i, text in enumerate(found)]
 
 
-def fitted(parts: Iterable[str | Table], width: int | None, hanging: int = 0) -> list[str]:
+def fitted(parts: Iterable[Part], width: int | None, hanging: int = 0) -> list[str]:
     """The lines of a report: its tables, and what stands between them. Arguments as `wrapped`."""
     lines: list[str] = []
+    shown: set[str] = set()
     for part in parts:
-        lines += part.lines(width) if isinstance(part, Table) else wrapped(part, width, hanging)
+        if isinstance(part, Table):
+            lines += part.lines(width)
+            shown |= part.shown(width)
+        else:
+            lines += wrapped(part.text(shown) if isinstance(part, Legend) else part, width, hanging)
     return lines
 
 
@@ -124,6 +152,6 @@ def terminal_width() -> int | None:
         return 80
 
 
-def show(parts: Iterable[str | Table], hanging: int = 0) -> None:
+def show(parts: Iterable[Part], hanging: int = 0) -> None:
     """Print a report, fitted where that is to a terminal."""
     echo(*fitted(parts, terminal_width(), hanging))

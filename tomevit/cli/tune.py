@@ -19,7 +19,7 @@ from tomevit.cli.options import Command, described, with_range
 from tomevit.cli.plot import picture_kind
 from tomevit.cli.reports import report_form
 from tomevit.cli.running import DTYPES, card_of_argument, device_of, readers, trained
-from tomevit.cli.tables import Column, Table, show
+from tomevit.cli.tables import Column, Legend, Part, Table, show
 from tomevit.data.images import reading, search, stream
 from tomevit.data.labelled_images import Labelled, labelled, read_class_names
 from tomevit.measure.bench import MODES
@@ -33,10 +33,14 @@ from tomevit.tasks.tune.setting import LEAST_IMAGES, SEARCHABLE, SEARCHED
 from tomevit.transform import transform
 from tomevit.weights import checkpoint
 
-LEGEND = (
-    "Speed-up is over r = 0, by medians of calls that took turns, with the range of 95 % confidence; ms is of a call, "
-    "which is a batch. It holds for this device, dtype, batch and mode alone. Agree: the same answer as at r = 0. "
-    "KL: how far the classes' probabilities moved from those of r = 0, in nats."
+LEGEND = Legend(
+    (
+        ("", "Speed-up is over r = 0, by medians of calls that took turns, with the range of 95 % confidence."),
+        ("ms", "ms is of a call, which is a batch."),
+        ("", "It holds for this device, dtype, batch and mode alone."),
+        ("agree %", "Agree: the same answer as at r = 0."),
+        ("KL", "KL: how far the classes' probabilities moved from those of r = 0, in nats."),
+    )
 )
 RANKS = {"KL": 2, "ms": 1}  # of columns that a narrow terminal has no room for
 SHORT = 18  # characters that the r of a row may have; of a longer one the row has a name
@@ -273,7 +277,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
         ValueError: too few can be read.
     """
     images, places = [], []
-    bar = progress_bar(desc="reading images", total=len(found.files), unit=" images")
+    bar = progress_bar(desc="reading images", total=len(found.files), unit="image")
     with bar, reading(), closing(stream(found.files, transform(model), workers=workers)) as parts:
         for part in parts:
             images.append(part.images)
@@ -292,7 +296,7 @@ def _read(found: Labelled, model: VisionTransformer, workers: int) -> tuple[Tens
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _as_text(front: Front, chosen: Point | None, name: str) -> list[str | Table]:
+def _as_text(front: Front, chosen: Point | None, name: str) -> list[Part]:
     where, points = front.setting, front.points
     names, long = _names(points)
     columns: dict[str, Callable[[Point], str]] = {
@@ -310,7 +314,7 @@ def _as_text(front: Front, chosen: Point | None, name: str) -> list[str | Table]
         [names[i] + " *" * (point is chosen), *(cell(point) for cell in columns.values())]
         for i, point in enumerate(points)
     ]
-    lines: list[str | Table] = [
+    lines: list[Part] = [
         described(where | {"model": name}),
         f"{where['dtype']}, batch {where['batch']}, {where['mode']}; {where['images']['search']} images searched on, "
         f"figures of {where['images']['held_back']} others",
@@ -349,4 +353,4 @@ def _as_json(front: Front, chosen: Point | None, name: str) -> list[str]:  # noq
     return json_lines(found | {"chosen": None if chosen is None else found["points"][front.points.index(chosen)]})
 
 
-FORMS: dict[str, Callable[..., Sequence[str | Table]]] = {"text": _as_text, "json": _as_json}
+FORMS: dict[str, Callable[..., Sequence[Part]]] = {"text": _as_text, "json": _as_json}
