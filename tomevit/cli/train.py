@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -24,8 +23,8 @@ from tomevit.progress import Bar, progress_bar
 from tomevit.schedule import format_schedule
 from tomevit.tasks.train.checkpoints import read_checkpoint
 from tomevit.tasks.train.loop import AMP, Progress, Trained, train
-from tomevit.tasks.train.options import CHECKPOINT, FRESH, FRESH_LR, FRESH_WARMUP, Options, complete
-from tomevit.tasks.train.report import cost, finish, summary
+from tomevit.tasks.train.options import CHECKPOINT, FRESH, FRESH_LR, FRESH_WARMUP, Options, Record, complete
+from tomevit.tasks.train.report import cost, cost_in_words, finish, summary
 from tomevit.tasks.train.setup import Run, set_up
 from tomevit.training.digits import DIGITS
 
@@ -162,19 +161,22 @@ def train_command(*, resume: bool, **given: Any) -> None:
             if chosen.dry_run:
                 name, tokens = run.model.card.name, ", ".join(map(str, run.model.token_counts()))
                 show([f"{name}, r = {format_schedule(run.model.r)}: {tokens} tokens"])
-                echo(json.dumps(cost(run.options, trained)))
+                show([cost_in_words(cost(run.options, trained))])
             elif len(trained.epochs) < chosen.epochs:
                 show([f"stopped after {trained.steps} steps; {_go_on(chosen)}"])
             else:
                 _show(run, trained, stop)
         except KeyboardInterrupt:
             if (Path(chosen.out) / CHECKPOINT).exists() and not chosen.dry_run:
-                echo(f"tomevit: {_go_on(chosen)}", err=True)
+                echo(f"tomevit: interrupted; {_go_on(chosen)}", err=True)
+                raise click.exceptions.Exit(130) from None
             raise
 
 
 def _show(run: Run, trained: Trained, stop: Callable[[], bool]) -> None:
     report = finish(run, trained, stop)
+    if not trained.seconds:
+        show(["the run had ended: nothing was left to train"])
     show(summary(report))
     if report["not_learned"]:
         echo(f"tomevit: {report['not_learned']}", err=True)
@@ -186,6 +188,12 @@ def _describe(run: Run) -> str:
     counts = f"{len(data.train)} images to train on, {len(data.test)} to measure on, {len(data.classes)} classes"
     epochs = f"{chosen.epochs} epoch{'s' * (chosen.epochs != 1)} of {run.steps} steps"
     return f"{run.model.card.name} from {start}, r = {format_schedule(run.model.r)}, {epochs}; {counts}"
+
+
+def _measured(epoch: Record) -> str:
+    """What an epoch came to: accuracies in per cent, and the mean loss."""
+    accuracies = (f"{name.replace('_', ' ')} {value:.2f} %" for name, value in epoch.items() if "accuracy" in name)
+    return f"epoch {epoch['epoch']}: loss {epoch['loss']:.4g}, {', '.join(accuracies)}"
 
 
 def _go_on(chosen: Options) -> str:
@@ -221,7 +229,7 @@ def _bars() -> Iterator[Callable[[Progress], None]]:
     def tell(now: Progress) -> None:
         nonlocal bar
         if now.measured is not None:
-            show([", ".join(f"{name} {value:.4g}" for name, value in now.measured.items())])
+            show([_measured(now.measured)])
             return
         if bar is None:
             bar = progress_bar(total=now.steps, initial=now.step - 1, desc=f"epoch {now.epoch}")

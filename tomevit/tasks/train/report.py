@@ -14,6 +14,7 @@ import torch
 
 from tomevit.measure.timing import environment
 from tomevit.models import VisionTransformer
+from tomevit.opening import read_small_file
 from tomevit.output import new_file
 from tomevit.schedule import format_schedule
 from tomevit.tasks.evaluate.statistics import wilson
@@ -22,6 +23,9 @@ from tomevit.tasks.train.options import Options, Record, command, overridden
 from tomevit.tasks.train.setup import Run
 from tomevit.version import __version__
 from tomevit.weights import checkpoint
+
+#: Of a report: what its steps took.
+COSTS = ("steps_timed", "seconds_per_step", "images_per_second", "peak_memory_mib")
 
 
 def finish(run: Run, trained: Trained, stop: Callable[[], bool] = lambda: False) -> Record:
@@ -55,7 +59,7 @@ def finish(run: Run, trained: Trained, stop: Callable[[], bool] = lambda: False)
         "not_learned": not_learned(next(iter(found["model"].values())), trained, run),
         "best_epoch": best["epoch"],
         "images": {"trained_on": len(data.train), "measured_on": len(data.test)},
-        **cost(options, trained),
+        **(cost(options, trained) if trained.seconds else _cost_before(out)),
         "recipe": {"name": options.recipe, "overridden": overridden(options)} if options.recipe else None,
         "command": command(options),
         "options": asdict(options),
@@ -93,7 +97,7 @@ def not_learned(measured: Accuracy, trained: Trained, run: Run) -> str | None:
 
 
 def cost(options: Options, trained: Trained) -> Record:
-    """What a step of this process took, loading included."""
+    """What a step of this process took, loading included; it took one at least."""
     peak = None
     if options.device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated(options.device) / 2**20
@@ -102,30 +106,47 @@ def cost(options: Options, trained: Trained) -> Record:
 
         # Of the whole process; in KiB, on macOS in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    seconds = statistics.median(trained.seconds) if trained.seconds else None  # if nothing was left to do
-    return {
-        "steps_timed": len(trained.seconds),
-        "seconds_per_step": seconds,
-        "images_per_second": options.batch / seconds if seconds else None,
-        "peak_memory_mib": peak,
-    }
+    seconds = statistics.median(trained.seconds)
+    return dict(zip(COSTS, (len(trained.seconds), seconds, options.batch / seconds, peak), strict=True))
+
+
+def _cost_before(out: Path) -> Record:
+    """What the steps took, of a run that is resumed when nothing is left to do."""
+    try:
+        report = json.loads(read_small_file(out / "report.json"))
+        return {name: report[name] for name in COSTS}
+    except (OSError, ValueError, LookupError, TypeError):  # it was interrupted before there was one, or is damaged
+        return dict.fromkeys(COSTS)
+
+
+def cost_in_words(report: Record) -> str:
+    """What a step took, and the memory."""
+    if report["seconds_per_step"] is None:
+        return "Nothing was left to train"
+    peak = report["peak_memory_mib"]
+    return (
+        f"{report['seconds_per_step']:.3g} s per step, {report['images_per_second']:.4g} images/s"
+        f"{'' if peak is None else f', {peak:.0f} MiB of memory at most'}"
+    )
 
 
 def summary(report: Record) -> list[str]:
     """What is worth reading of a report."""
-    costs = {name: report[name] for name in ("seconds_per_step", "images_per_second", "peak_memory_mib")}
+    epochs, best = report["epochs"], report["best_epoch"]
     found = [
-        *(
-            f"{name}: {', '.join(f'{value:.2f} % at {r}' for r, value in at.items())}"
-            for name, at in report["accuracy"].items()
-        ),
-        f"best epoch {report['best_epoch']} of {len(report['epochs'])}",
+        f"{name}.safetensors: {', '.join(f'{value:.2f} % right at {r}' for r, value in at.items())}"
+        for name, at in report["accuracy"].items()
     ]
+    if best != len(epochs):
+        found.append(
+            f"The weights are those after the last epoch. The best was {best} of {len(epochs)}, with "
+            f"{epochs[best - 1]['accuracy']:.2f} %"
+        )
     if report["recipe"]:
         found.append(f"recipe {report['recipe']['name']}, except for {report['recipe']['overridden'] or 'nothing'}")
     return [
         *found,
-        ", ".join(f"{name} {value:.4g}" for name, value in costs.items() if value is not None),
+        cost_in_words(report),
         f"written to {report['options']['out']}: report.json, "
         f"{', '.join(f'{name}.safetensors' for name in report['accuracy'])}",
     ]
