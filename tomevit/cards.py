@@ -87,7 +87,10 @@ class Card:
         """What people ask first, in words."""
         config, presets = self.config, ", ".join(preset.name for preset in self.presets)
         height, width = config.img_size
-        best = [f"{figure.top1:g} {figure.unit} top-1 at r = {figure.r}" for figure in self.figures]
+        figures = {
+            figure.r: figure for figure in self.figures
+        }  # of two at one r the later, which merged ones are beside
+        best = [f"{figure.top1:g} {figure.unit} top-1 at r = {r}" for r, figure in figures.items()]
         facts = {
             "model": self.title,
             "parameters": f"{count_parameters(config) / 1e6:.3g} M parameters",

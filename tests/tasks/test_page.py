@@ -171,7 +171,7 @@ def test_it_starts_with_what_was_merged_last(opened: Open, digits: Observation) 
     assert len(cards) == 4
     for card, run in zip(cards, digits.runs, strict=True):
         card = card.replace("\xa0", " ")
-        assert f"{run.tokens[-1]} remaining tokens of 65" in card
+        assert f"{run.tokens[-1]} of 65 tokens remain" in card
         assert f"{run.answers[0].name} ({100 * run.answers[0].probability:.1f} %)" in card
     assert "r = 12,-1" in cards[3]
     assert f"{sum(digits.runs[0].flops) / sum(digits.runs[3].flops):.2f} times fewer" in cards[3]
@@ -194,7 +194,7 @@ def test_dropped_patches_are_dark_and_said_to_be(opened: Open) -> None:
     assert "Dark, hatched patches are dropped" in shown.text("legend")
     assert f"; {run.dropped[4]} patches dropped." in shown.text("readout")
     cards = [card.text for card in shown.driver.find_elements(By.CSS_SELECTOR, "#runs .run")]
-    assert f"{run.tokens[4]} remaining tokens of 65, {run.dropped[4]} patches dropped" in cards[0]
+    assert f"{run.tokens[4]} of 65 tokens remain, {run.dropped[4]} patches dropped" in cards[0]
     assert f"here r = {format_schedule(seen.runs[1].plain)}" in cards[1]
     assert ["here r" in card for card in cards] == [False, True, False]
     row, column = (int(index) for index in (run.groups[4] < 0).nonzero()[0])
@@ -615,3 +615,16 @@ def test_a_large_model_stays_light(opened: Open, large: Observation) -> None:
     for what, found in times.items():
         # The median, since the machine may be doing something else.
         assert statistics.median(found) < 50, (what, found)
+
+
+def test_a_schedule_is_spelled_out_where_that_is_short() -> None:
+    model = tomevit.create("vit_ti16")
+    spelled = {
+        "13 pitome": "",
+        "2x": "18",
+        "1.2x diffrate": "12 × 6 diffrate",
+        "2x diffrate": "9 × 18 diffrate, 17 diffrate, 8 diffrate, 4 diffrate",
+        "2x late": "",  # twelve different numbers
+    }
+    runs = observe(model, Image.new("RGB", (224, 224)), [*spelled, [20, 0, 7]]).runs
+    assert [page._in_short(run) for run in runs] == [*spelled.values(), ""]

@@ -84,7 +84,7 @@ def classify(
 
     Standard input is an image, or a list of files, one per line. Of up to 10 images all classes are shown; of more the
     first, on one line each; --csv and --json have them all. Files that cannot be read are named on standard error: the
-    status is then 1 at the end, and 2 if none can be read.
+    status is then 1 at the end, and 2 if none can be read. A name that leads nowhere ends it before it begins.
     """
     place = device_of(device)
     check_classifiable(card_of_argument(model, img_size=img_size), r, compare=compare)  # before a download

@@ -193,7 +193,7 @@ def _describe(run: Run) -> str:
 def _measured(epoch: Record) -> str:
     """What an epoch came to: accuracies in per cent, and the mean loss."""
     accuracies = (f"{name.replace('_', ' ')} {value:.2f} %" for name, value in epoch.items() if "accuracy" in name)
-    return f"epoch {epoch['epoch']}: loss {epoch['loss']:.4g}, {', '.join(accuracies)}"
+    return f"epoch {epoch['epoch']}: loss {epoch['loss']:.3f}, {', '.join(accuracies)}"
 
 
 def _go_on(chosen: Options) -> str:

@@ -36,7 +36,7 @@ from tomevit.tasks.visualize.film import SUFFIXES as ANIMATIONS
     "--out",
     type=options.FilePath(dir_okay=False),
     required=True,
-    help="A page, .html, a picture, .png, .svg or .pdf, or an animation, .gif or .mp4.",
+    help="A page, .html, a picture, .png, .jpg, .webp, .svg or .pdf, or an animation, .gif or .mp4.",
 )
 @click.option(
     "--show",

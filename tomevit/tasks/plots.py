@@ -37,7 +37,8 @@ DPI = 160
 FRAME_DPI = 130  # of an animation
 
 MERGED_NOTE = (
-    "Lines of one colour are around the patches of one token, tinted with its mean; all others are a token each."
+    "Lines are around the patches of one token, tinted with its mean, and parts of it share a colour; all other "
+    "patches are a token each."
 )
 DROPPED_NOTE = "Dark, hatched patches are dropped: no token stands for them."
 

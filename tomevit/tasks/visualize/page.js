@@ -480,7 +480,8 @@
         box.scrollLeft = at.offsetLeft - box.offsetLeft - (box.clientWidth - at.offsetWidth) / 2;
       }
     }
-    const text = `${place(state.step)}, ${many(run.tokens[state.step], "token")}`;
+    const left = state.view === "attention" && state.step > 0 ? " after it" : "";
+    const text = `${place(state.step)}, ${many(run.tokens[state.step], "token")}${left}`;
     byId("step").setAttribute("aria-valuetext", state.step === 0 ? text : `block ${text}`);
     byId("step-text").textContent = text;
     cards.forEach((card, i) => miniature(card, runs[i], state.step));
@@ -643,7 +644,7 @@
     const count = `${run.tokens[step]} of ${many(run.tokens[0], "token")}`;
     const lines = [
       `r = ${run.r}, ${step === 0 ? "before block 1" : `block ${step} of ${depth}`}: ${count}`,
-      `${document.title} in ${data.name}${best ? `: ${best[0]}, ${percent(best[1])}` : ""}`,
+      `${[...new Set([document.title, data.name])].join(" in ")}${best ? `: ${best[0]}, ${percent(best[1])}` : ""}`,
     ];
     lines.forEach((line, i) => {
       context.font = `${i === 0 ? 600 : 400} ${size}px system-ui, sans-serif`;
@@ -727,7 +728,7 @@
         "span",
         {},
         element("span", { className: "name" }, element("span", {}, `r = ${run.r}`), best ? element("span", {}, `${best[0]} (${percent(best[1])})`) : ""),
-        element("span", { className: "quiet" }, `${many(run.tokens[depth], "token")} left of ${run.tokens[0]}${run.dropped[depth] ? `, ${many(run.dropped[depth], "patch")} dropped` : ""}`),
+        element("span", { className: "quiet" }, `${run.tokens[depth]} of ${many(run.tokens[0], "token")} remain${run.dropped[depth] ? `, ${many(run.dropped[depth], "patch")} dropped` : ""}`),
         run.plain ? element("span", { className: "quiet" }, `here r = ${run.plain}`) : "",
         element("span", { className: "quiet" }, cost === most ? written : `${written}, ${(most / cost).toFixed(2)} times fewer`),
       );

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from importlib import resources
 from io import BytesIO
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tomevit.version import __version__
 #: Larger than this, in bytes, an image is a JPEG.
 LOSSLESS = 100_000
 QUALITY = 92
+MOST_ALIKE = 4  # groups of blocks, of a schedule that is spelled out
 
 
 def html(observation: Observation, title: str) -> str:
@@ -108,12 +110,24 @@ def _reads(config: Config) -> str:
     return "" if config.pool == "token" else f" The head reads the {POOLED[config.pool]}{aside}."
 
 
+def _in_short(run: Run) -> str:
+    """What an r in words comes to, block by block and alike ones together; "" where that says no more, or too much."""
+    if run.plain == run.r:
+        return ""
+    if not isinstance(run.plain, list):
+        return format_schedule(run.plain)
+    alike = [(format_schedule(entry), len(list(blocks))) for entry, blocks in groupby(run.plain)]
+    if len(alike) > MOST_ALIKE or [entry for entry, _ in alike] == [format_schedule(run.r)]:
+        return ""
+    return ", ".join(entry if count == 1 else f"{count} × {entry}" for entry, count in alike)
+
+
 def _run(run: Run) -> dict[str, Any]:
     data: dict[str, Any] = {
         "r": format_schedule(run.r),
         "tokens": run.tokens,
         "flops": run.flops,
-        "plain": format_schedule(run.plain) if run.plain != run.r else "",
+        "plain": _in_short(run),
         "dropped": run.dropped,
         "groups": _words(run.groups.remainder(2**16)),  # a dropped patch has a number that no token of the step has
         "attention": None,
