@@ -624,7 +624,8 @@ def test_a_schedule_is_spelled_out_where_that_is_short() -> None:
         "2x": "18",
         "1.2x diffrate": "12 × 6 diffrate",
         "2x diffrate": "9 × 18 diffrate, 17 diffrate, 8 diffrate, 4 diffrate",
-        "2x late": "",  # twelve different numbers
+        "2x late": "[1,5,12,20,32,46,40,20,10,5,2,1]",
+        "2.5x late diffrate": "",  # of which none are alike
     }
     runs = observe(model, Image.new("RGB", (224, 224)), [*spelled, [20, 0, 7]]).runs
     assert [page._in_short(run) for run in runs] == [*spelled.values(), ""]

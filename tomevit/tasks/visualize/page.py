@@ -27,7 +27,7 @@ from tomevit.version import __version__
 #: Larger than this, in bytes, an image is a JPEG.
 LOSSLESS = 100_000
 QUALITY = 92
-MOST_ALIKE = 4  # groups of blocks, of a schedule that is spelled out
+SHORT, MOST_ALIKE = 40, 4  # characters, or groups of alike blocks, of a schedule that is spelled out
 
 
 def html(observation: Observation, title: str) -> str:
@@ -111,11 +111,12 @@ def _reads(config: Config) -> str:
 
 
 def _in_short(run: Run) -> str:
-    """What an r in words comes to, block by block and alike ones together; "" where that says no more, or too much."""
+    """What an r in words comes to; of a long one alike blocks together; "" where that says no more, or too much."""
     if run.plain == run.r:
         return ""
-    if not isinstance(run.plain, list):
-        return format_schedule(run.plain)
+    written = format_schedule(run.plain)
+    if len(written) <= SHORT or not isinstance(run.plain, list):
+        return written
     alike = [(format_schedule(entry), len(list(blocks))) for entry, blocks in groupby(run.plain)]
     if len(alike) > MOST_ALIKE or [entry for entry, _ in alike] == [format_schedule(run.r)]:
         return ""
