@@ -27,7 +27,7 @@ from tests.tasks.test_cli import run
 from tomevit import flops
 from tomevit.config import Config, Figure
 from tomevit.measure.bench import Candidate, Comparison, Fidelity, Row, candidates, compare, suggest, sweep, timm_twin
-from tomevit.measure.bounds import Limits, bounds
+from tomevit.measure.bounds import Bounds, Limits, bounds
 from tomevit.measure.defaults import default_r
 from tomevit.measure.published import Expected, published_by_schedule
 from tomevit.measure.timing import Quartiles, Turn, interleave, ratio_interval, turns
@@ -413,6 +413,16 @@ def test_an_expanded_tensor_counts_as_what_is_in_memory(limits: Limits) -> None:
     found = bounds(lambda: x.narrow(0, 0, 1).clone(), 1e-3, limits, **work, weights=0)
     assert found.memory is not None
     assert found.memory < 0.01
+
+
+def test_what_binds_is_not_told_by_a_probe_that_was_disturbed() -> None:
+    measured = row(0, 1.0)
+    likely, impossible = Bounds(0.9, 0.1, 0.2, 0.0, 1e9, 1e9), Bounds(30.49, 0.1, 10.83, 0.0, 1e9, 1e9)
+    first, *_ = tomevit.measure.bench._binding([measured._replace(bounds=likely)])
+    assert "is bound by arithmetic (arithmetic 90 %, memory 10 %" in first
+    (told,) = tomevit.measure.bench._binding([measured._replace(bounds=impossible)])
+    assert told.startswith("what binds cannot be told: the device was busy")
+    assert "arithmetic 3049 %" in told
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -510,6 +510,10 @@ def _rows(
     return rows
 
 
+#: A share of the time above which what the device reaches was measured wrongly; up to there it is noise.
+IMPOSSIBLE = 2.0
+
+
 def _binding(rows: Sequence[Row]) -> list[str]:
     """What binds the fastest row that merges nothing and the fastest that merges, and what to do about it."""
     told = []
@@ -521,6 +525,11 @@ def _binding(rows: Sequence[Row]) -> list[str]:
         for row in told
         if row.bounds
     ]
+    if any(max(row.bounds.shares.values(), default=0) > IMPOSSIBLE for row in told if row.bounds):
+        return [
+            "what binds cannot be told: the device was busy with something else while its speed was probed, by which "
+            f"the model would take longer than it does ({', '.join(str(row.bounds) for row in told)})"
+        ]
     kinds = dict.fromkeys(row.bounds.bound_by for row in told if row.bounds)
     return hints + [f"{kind}: {ADVICE[kind]}" for kind in kinds]
 
