@@ -4,6 +4,7 @@
 #   make check    set up, then format check, lint, types, tests
 #   make quick    set up, then a quick part of the tests, QUICK below
 #   make lowest   set up, then that part with the lowest versions of what tomevit needs, those of constraints-lowest.txt
+#   make lowest-extras   set up, then build the site and test programs with the lowest versions of what those extras need
 #   make dist     set up, then build wheel and sdist into dist/ and try them in an empty environment, with the quick part of
 #                 the sdist's tests; make dist TESTS=all runs them all
 #   make docs     set up, then build the site into build/site and test it
@@ -19,11 +20,12 @@ SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN := .venv/$(SCRIPTS)
 CLIENTS := .venv-clients/$(SCRIPTS)
 LOWEST := .venv-lowest/$(SCRIPTS)
+LOWEST_PROGRAMS := .venv-lowest-programs/$(SCRIPTS)
 # Of each part of create(), from names and numbers to files and answers; nothing that compiles, and no network.
 QUICK := $(patsubst %,tests/core/test_%.py,checkpoint formats golden headers output schedule transform typed zoo)
 TESTS ?= $(QUICK)
 
-.PHONY: demo check docs clients faults gpu soak quick lowest dist lint test coverage fix clean
+.PHONY: demo check docs clients faults gpu soak quick lowest lowest-extras dist lint test coverage fix clean
 
 demo: .venv/demo
 	$(BIN)/tomevit demo -o demo
@@ -55,6 +57,10 @@ quick: .venv/quick
 lowest: .venv-lowest/quick
 	$(LOWEST)/pytest --numprocesses=auto --dist=worksteal $(QUICK)
 
+lowest-extras: .venv-lowest/extras .venv-lowest-programs/extras
+	$(LOWEST)/python -m sphinx -E -W --keep-going -q -c docs . build/site-lowest
+	$(LOWEST_PROGRAMS)/pytest --numprocesses=auto --dist=worksteal tests/tools/test_export_programs.py
+
 dist: .venv/dist
 	PIP_CONSTRAINT='$(abspath $(CONSTRAINTS))' $(BIN)/python scripts/try_dist.py $(TESTS)
 
@@ -74,7 +80,7 @@ fix: .venv/test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .venv-clients .venv-lowest build demo dist
+	rm -rf .venv .venv-clients .venv-lowest .venv-lowest-programs build demo dist
 
 .venv/demo: EXTRAS := plot
 .venv/dist: EXTRAS := dist
@@ -92,7 +98,14 @@ clean:
 	$(CLIENTS)/python -m pip install --quiet --no-compile $(addprefix --constraint ,$(CONSTRAINTS)) --constraint constraints-clients.txt --editable '.[clients]'
 	touch $@
 
-.venv-lowest/quick: pyproject.toml constraints-lowest.txt
+.venv-lowest/quick: EXTRAS := quick,engines,parquet
+.venv-lowest/extras: EXTRAS := quick,engines,parquet,video,docs,ray
+.venv-lowest/quick .venv-lowest/extras: pyproject.toml constraints-lowest.txt
 	test -x $(LOWEST)/python || $(PYTHON) -m venv .venv-lowest
-	$(LOWEST)/python -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[quick,engines,parquet]'
+	$(LOWEST)/python -m pip install --quiet --no-compile --constraint constraints-lowest.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+.venv-lowest-programs/extras: pyproject.toml constraints-lowest-programs.txt
+	test -x $(LOWEST_PROGRAMS)/python || $(PYTHON) -m venv .venv-lowest-programs
+	$(LOWEST_PROGRAMS)/python -m pip install --quiet --no-compile --constraint constraints-lowest-programs.txt --editable '.[quick,openvino]'
 	touch $@

@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tomevit import zoo
+from tomevit.deploy.programs import LEAST_TORCH
 from tomevit.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -61,14 +62,21 @@ def test_the_sdist_carries_what_the_wheel_is_built_from(tmp_path: Path) -> None:
 def test_the_lowest_versions_that_are_run_are_those_that_are_taken() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    taken = {
-        f"{bound.name}{str(bound.specifier).replace('>=', '==')}"
-        for extra in (project["dependencies"], *(extras[name] for name in ("plot", "train", "engines", "parquet")))
-        for bound in map(Requirement, extra)
-    }
-    lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
-    run = {line for line in lines if not line.startswith(("#", "timm=="))}
-    assert run == taken
+
+    def taken(*requirements: list[str]) -> set[str]:
+        bounds = [Requirement(line) for lines in requirements for line in lines]
+        return {f"{b.name}{str(b.specifier).replace('>=', '==')}" for b in bounds if b.name != "tomevit"}
+
+    def run(file: str) -> set[str]:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        return {line for line in lines if not line.startswith(("#", "timm=="))}
+
+    for_users = {"plot", "video", "train", "engines", "parquet", "ray", "docs"}
+    assert run("constraints-lowest.txt") == taken(project["dependencies"], *(extras[name] for name in for_users))
+    torch = {f"torch=={'.'.join(map(str, LEAST_TORCH))}", "torchvision==0.28"}
+    assert run("constraints-lowest-programs.txt") - torch == taken(extras["export"], extras["openvino"])
+    assert torch < run("constraints-lowest-programs.txt")
+    assert extras.keys() - for_users == {"export", "openvino", "clients", "dist", "quick", "test"}  # and tools
 
 
 def test_a_citation_is_of_this_version() -> None:

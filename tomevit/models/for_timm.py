@@ -27,7 +27,6 @@ class TimmInterface(nn.Module):
         embed_dim, num_features, head_hidden_size: channels of a token, and of what the heads read.
         num_prefix_tokens, has_class_token, num_reg_tokens: tokens in front of the patches.
         default_cfg: `pretrained_cfg`, as timm called it first.
-        feature_info: where each block's features are found, how many channels they have, and pixels along a patch.
     """
 
     config: Config
@@ -71,7 +70,7 @@ class TimmInterface(nn.Module):
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """What was assigned, else that of the blocks."""
+        """Where each block's features are found, how many channels they have, and pixels along a patch; can be set."""
         config = self.config
         return self._feature_info or [
             {"module": f"blocks.{i}", "num_chs": config.embed_dim, "reduction": config.patch_size}
