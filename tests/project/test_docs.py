@@ -40,9 +40,11 @@ from benchmarks import peers  # noqa: F401  # the way to import timm beside a CP
 from examples.common import parse_options
 from tests import foreign
 from tests.server import Server
+from tests.tasks.test_tune import clock
 from tomevit import cli, zoo
 from tomevit.deploy import programs
 from tomevit.tasks.demo import held_out
+from tomevit.tasks.tune import costs
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
@@ -288,6 +290,9 @@ GIVEN: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
 #: Pages that take models of which a forward pass lasts.
 NARROW = ("README.md", "docs/index.md", "docs/at_a_glance.md", "docs/finetuning.md")
 
+#: Where a schedule is searched, which need not be by a clock.
+TUNES_HERE = "docs/tuning.md"
+
 #: tests/clients/test_page.py runs its blocks, where the packages are that they take.
 ELSEWHERE = "docs/works_with.md"
 
@@ -298,6 +303,8 @@ ELSEWHERE = "docs/works_with.md"
 def test_every_block_runs(page: str, folder: Path, publishers: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     if page in NARROW:
         narrow(monkeypatch)
+    if page == TUNES_HERE:
+        monkeypatch.setattr(costs, "time_rounds", clock(tomevit.create("digits_p1")))
     monkeypatch.setattr("urllib.request.urlopen", lambda url: io.BytesIO((folder / "photo.jpg").read_bytes()))
     names: dict[str, Any] = {"__name__": "__main__"} | GIVEN.get(page, lambda *_: {})(folder, publishers)
     for block, below in zip_longest(blocks(page), blocks(page)[1:]):
