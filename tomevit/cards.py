@@ -87,9 +87,8 @@ class Card:
         """What people ask first, in words."""
         config, presets = self.config, ", ".join(preset.name for preset in self.presets)
         height, width = config.img_size
-        figures = {
-            figure.r: figure for figure in self.figures
-        }  # of two at one r the later, which merged ones are beside
+        # Of two at one r the later, which is of the table that has those with merging.
+        figures = {figure.r: figure for figure in self.figures}
         best = [f"{figure.top1:g} {figure.unit} top-1 at r = {r}" for r, figure in figures.items()]
         facts = {
             "model": self.title,

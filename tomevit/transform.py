@@ -221,8 +221,8 @@ def check_image(image: object, channels: int) -> None:
     if image.dtype != torch.uint8 or image.ndim < 3:
         raise ValueError(f"the image is a {image.dtype} tensor of shape {shape}; give uint8 (..., C, H, W)")
     if shape[-3] != channels:
-        hint = ""
-        if shape[-1] in (1, 3, 4) and shape[-3] not in (1, 3, 4):
+        hint, likely = "", {1, 3, 4, channels}
+        if shape[-1] in likely and shape[-3] not in likely:
             last = "permute(2, 0, 1)" if image.ndim == 3 else "movedim(-1, -3)"
             hint = f": its shape {shape} is height, width, channel: {last}"
             hint += f", and then of {shape[-1]} channels make {channels}" if shape[-1] != channels else ""
