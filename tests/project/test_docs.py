@@ -409,7 +409,7 @@ def in_the_text(page: str) -> list[list[str]]:
 def test_commands_in_the_text_exist() -> None:
     lines = [arguments for page in PAGES for arguments in in_the_text(page)]
     assert len(lines) > 30
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for program, *rest in lines:
         if "tomevit" in (program, *rest[-5:]):
             verb = [program, *rest][[program, *rest].index("tomevit") + 1]
