@@ -27,7 +27,7 @@ from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import adopt_inferred, differences, find_format, infer_architecture
 
-FUZZ = settings(max_examples=100, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def whole_or_refused(act: Callable[[], object], out: Path) -> bool:
@@ -94,7 +94,7 @@ def test_every_config_that_a_format_can_hold_comes_back(name: str) -> None:
     families = [fields for _, fields, _ in foreign.FORMATS[name]]
 
     @settings(max_examples=15, suppress_health_check=list(HealthCheck))
-    @given(configs(), st.one_of(st.none(), st.sampled_from(families)))
+    @given(configs(), st.sampled_from([None, *2 * families]))  # None: most of what no family is fits no format
     def comes_back(config: Config, family: dict[str, Any] | None) -> None:
         nonlocal held
         if family is not None:

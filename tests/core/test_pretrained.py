@@ -122,9 +122,13 @@ CASES = {
 }
 
 
+#: At full width nothing is otherwise than where test_golden.py, test_formats.py and test_torchvision.py have them.
+AS_SMALL_ONES = {"mae_b16.ft_in1k", "mae_b16.tome_r16", "swag_b16_384.ft_in1k"}
+
+
 @pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.soak if name == "mae_b16.ft_in1k" else []) for name in CASES]
+    "name", [pytest.param(name, marks=pytest.mark.soak if name in AS_SMALL_ONES else []) for name in CASES]
 )
 def test_published_weights(name: str, server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case, card = CASES[name], tomevit.card(name)
