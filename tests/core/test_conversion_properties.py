@@ -27,7 +27,7 @@ from tomevit.weights import rules
 from tomevit.weights.formats import FORMATS
 from tomevit.weights.recognise import adopt_inferred, differences, find_format, infer_architecture
 
-FUZZ = settings(max_examples=60, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 def whole_or_refused(act: Callable[[], object], out: Path) -> bool:

@@ -324,12 +324,12 @@ def _text_foot(setting: _Setting, found: Summary, _: Sequence[Answer]) -> list[s
     sentences = []
     if found.images:
         device, threads = setting.machine["device"], setting.machine.get("threads")
-        each_time = f", in batches of {setting.batch}" if found.images > setting.batch else ""
+        in_batches = f", in batches of {setting.batch}" if found.images > setting.batch else ""
         cores = f", {threads} thread{'s' * (threads != '1')}" if threads else ""
         each = " each" if found.images > 1 else ""
         time = _milliseconds(found.seconds)
         sentences.append(
-            f"{_count(found.images)}, {time}{each} in the model: {setting.dtype}{each_time}, on {device}{cores}."
+            f"{_count(found.images)}, {time}{each} in the model: {setting.dtype}{in_batches}, on {device}{cores}."
         )
     if found.kept is not None and found.speed_up:
         sentences.append(

@@ -122,7 +122,7 @@ def _cost_before(out: Path) -> Record:
 def cost_in_words(report: Record) -> str:
     """What a step took, and the memory."""
     if report["seconds_per_step"] is None:
-        return "Nothing was left to train"
+        return "what its steps took is not known"
     peak = report["peak_memory_mib"]
     return (
         f"{report['seconds_per_step']:.3g} s per step, {report['images_per_second']:.4g} images/s"
